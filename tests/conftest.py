@@ -1,0 +1,27 @@
+"""Shared set-up: eight host devices, strict broadcasting, fresh random keys."""
+
+import os
+import zlib
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+# Both must be set before the first array exists: the CPU client is built then.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
+    """A function that returns a new key at every call, the same ones in every run.
+
+    The seed is made from the name of the test, so that adding a test does not change
+    the numbers of the others; it is printed, and shown by pytest when a test fails.
+    """
+    seed = zlib.crc32(request.node.nodeid.encode())
+    print(f"getkey: seed {seed}")
+    count = iter(range(1 << 30))
+    return lambda: jax.random.fold_in(jax.random.key(seed), next(count))

@@ -1,0 +1,76 @@
+"""The reference: the same function with `W + s·a·b` formed by an einsum.
+
+Nothing here calls jlora. The einsum comes from the use, which knows its axes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from use import ALPHA, RANK, Kernel, Use
+
+
+def delta(kernel: Kernel, a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
+    """Returns scaling · a·b in the layout of the kernel, in float32."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return scaling * jnp.einsum(kernel.delta, a, b, precision="highest")
+
+
+def materialized(use: Use, params: Any, adapter: Mapping[str, Any]) -> Any:
+    """Returns params with every kernel replaced by W + ΔW, rounded once."""
+    layer = dict(params["layer"])
+    for name, kernel in use.kernels.items():
+        factors = adapter[f"layer/{name}"]
+        change = delta(kernel, factors.a, factors.b, ALPHA / RANK)
+        w = layer[name]
+        layer[name] = (w.astype(jnp.float32) + change).astype(w.dtype)
+    return {**params, "layer": layer}
+
+
+def reference(use: Use, fn: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Returns `(params, adapter, *inputs) -> fn(materialized params, *inputs)`."""
+    fn = fn or use.model
+    return lambda params, adapter, *inputs: fn(
+        materialized(use, params, adapter), *inputs
+    )
+
+
+def assert_close(actual: Any, expected: Any, rtol: float, where: str = "") -> None:
+    """Asserts equal trees, shapes and dtypes, and values within `rtol`.
+
+    The error is relative to the largest value of the array, for entries that cancel to
+    zero have no relative error of their own. NaNs must be at the same places.
+    """
+    jax.tree.map(lambda *_: None, actual, expected)  # raises if the trees differ
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        name = f"{where}{jax.tree_util.keystr(path)}"
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        x, y = (np.asarray(v, np.float64) for v in (x, y))
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg=name)
+        finite = ~np.isnan(y)
+        scale = np.abs(y[finite]).max(initial=1e-6)
+        error = np.abs(x[finite] - y[finite]).max(initial=0.0) / scale
+        assert error <= rtol, f"{name}: relative error {error:.2e} > {rtol:.0e}"
+
+
+def random_like(tree: Any, seed: int) -> Any:
+    """Returns fixed float32 values in the shapes of a tree, to weight a loss with."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda y: rng.normal(size=y.shape).astype(np.float32), tree)
+
+
+def weighted_sum(out: Any, weights: Any) -> jax.Array:
+    """Returns a scalar loss that depends on every entry of a tree of outputs.
+
+    NaNs (rows that were looked up out of bounds) are left out.
+    """
+    parts = jax.tree.map(
+        lambda y, c: jnp.where(jnp.isnan(y), 0.0, y.astype(jnp.float32) * c).sum(),
+        out,
+        weights,
+    )
+    return sum(jax.tree.leaves(parts), jnp.float32(0.0))
