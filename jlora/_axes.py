@@ -1,0 +1,113 @@
+"""The roles of a kernel's axes. The only room that knows layouts."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelAxes:
+    """Which axes of a kernel are batch, input and output axes.
+
+    Batch axes (layers of a scan, experts, ensemble members) have factors of their own
+    for every index. Each axis of the kernel has exactly one role.
+
+    Example:
+        >>> KernelAxes(batch=(0,), in_=(1,), out=(2, 3)).factor_shapes((4, 5, 2, 3), 8)
+        ((4, 5, 8), (4, 8, 2, 3))
+    """
+
+    batch: tuple[int, ...]
+    in_: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Checks that the roles are a partition of the axes with an in and an out."""
+        for field in ("batch", "in_", "out"):
+            object.__setattr__(self, field, tuple(sorted(getattr(self, field))))
+        axes = sorted(self.batch + self.in_ + self.out)
+        if axes != list(range(len(axes))) or not self.in_ or not self.out:
+            raise ValueError(
+                "each axis of a kernel needs exactly one role, with at least one input "
+                f"and one output axis; got {self}"
+            )
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the kernel."""
+        return len(self.batch) + len(self.in_) + len(self.out)
+
+    def role(self, axis: int) -> str:
+        """Returns "batch", "in" or "out"."""
+        if axis in self.batch:
+            return "batch"
+        return "in" if axis in self.in_ else "out"
+
+    def fans(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Returns the sizes of the input and of the output group."""
+        fan_in = math.prod(shape[i] for i in self.in_)
+        return fan_in, math.prod(shape[i] for i in self.out)
+
+    def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[Shape, Shape]:
+        """Returns the shapes of `a: (*batch, *in, rank)`, `b: (*batch, rank, *out)`."""
+        batch = tuple(shape[i] for i in self.batch)
+        in_ = tuple(shape[i] for i in self.in_)
+        out = tuple(shape[i] for i in self.out)
+        return (*batch, *in_, rank), (*batch, rank, *out)
+
+
+def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.Array]:
+    """Lays both factors out along the kernel's axes, with the rank as last axis.
+
+    An axis that a factor does not have gets size 1, so that
+    `delta == scaling * sum(a * b, axis=-1)` by broadcasting, and every operation that
+    moves the kernel's axes moves those of both factors in the same way.
+    """
+    n_batch = len(axes.batch)
+    b = jnp.moveaxis(b, n_batch, -1)
+    return (
+        _expand(a, axes.batch + axes.in_, axes.ndim),
+        _expand(b, axes.batch + axes.out, axes.ndim),
+    )
+
+
+def _expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
+    """Moves the leading axes of `factor` to the positions `axes` of `ndim` axes."""
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    factor = jnp.transpose(factor, (*order, len(axes)))
+    missing = [i for i in range(ndim) if i not in axes]
+    return jnp.expand_dims(factor, missing)
+
+
+def contract_rank(
+    a: jax.Array, b: jax.Array, *, dtype: jnp.dtype, precision: object = None
+) -> jax.Array:
+    """Returns `sum(a * b, axis=-1)` of two aligned factors as one matrix product.
+
+    Axes that both have are batch axes of the product; an axis that neither has stays
+    of size 1.
+    """
+    rank_axis = a.ndim - 1
+    shape = [max(m, n) for m, n in zip(a.shape, b.shape, strict=True)][:-1]
+    both = [i for i in range(rank_axis) if a.shape[i] == b.shape[i]]
+    only_a = [i for i in range(rank_axis) if a.shape[i] != b.shape[i] == 1]
+    only_b = [i for i in range(rank_axis) if b.shape[i] != a.shape[i] == 1]
+    a = jnp.squeeze(a, only_b)
+    b = jnp.squeeze(b, only_a)
+    in_a = [i for i in range(rank_axis) if i not in only_b]
+    in_b = [i for i in range(rank_axis) if i not in only_a]
+    dims = (
+        ((a.ndim - 1,), (b.ndim - 1,)),
+        (tuple(map(in_a.index, both)), tuple(map(in_b.index, both))),
+    )
+    out = jax.lax.dot_general(
+        a, b, dims, precision=precision, preferred_element_type=dtype
+    )
+    order = both + only_a + only_b
+    out = jnp.transpose(out, [order.index(i) for i in range(rank_axis)])
+    return out.reshape(shape)

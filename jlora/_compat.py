@@ -1,0 +1,100 @@
+"""Every difference between JAX releases, and every reach below `jax` itself.
+
+Supported: jax 0.10.2 (the newest for Python 3.11) to 0.12. What is used here and is not
+`jax.*` proper is `jax.extend`, the door JAX keeps for libraries that transform jaxprs.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn, Literal, Var
+
+# Frames of these packages are never "the model's line".
+_LIBRARIES = tuple(
+    f"{os.sep}{name}{os.sep}"
+    for name in ("jax", "jaxlib", "flax", "equinox", "jlora", "contextlib", "functools")
+)
+
+JIT = ("jit", "pjit")
+REMAT = ("remat2", "checkpoint")
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """Returns `(jaxpr, consts)` of an open or closed jaxpr.
+
+    jax 0.12 keeps consts in every `Jaxpr`; before, only `ClosedJaxpr` has them.
+    """
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns the number of constants and of carries of a scan equation.
+
+    jax 0.12 replaces `num_consts` and `num_carry` by the tree `ft_in`.
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def is_literal(atom: Any) -> bool:
+    """Returns whether an operand of an equation is a literal."""
+    return isinstance(atom, Literal)
+
+
+def is_var(atom: Any) -> bool:
+    """Returns whether an operand of an equation is a variable."""
+    return isinstance(atom, Var)
+
+
+@contextlib.contextmanager
+def equation_scope(eqn: JaxprEqn) -> Iterator[None]:
+    """Restores the source line, name stack and context an equation was traced in."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = eqn.source_info.traceback
+    with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """Evaluates an equation unchanged and returns the list of its outputs."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """Returns `file.py:line` of the model's line that made an equation."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback is not None else []
+    for frame in frames:
+        name = frame.file_name
+        if not name.startswith("<") and not any(lib in name for lib in _LIBRARIES):
+            return f"{os.path.basename(name)}:{frame.line_num}"
+    return "unknown line"
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """Returns the mesh if an array is sharded over Explicit mesh axes, else None."""
+    for array in arrays:
+        sharding = getattr(jax.typeof(array), "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and not mesh.empty and mesh.explicit_axes:
+            return mesh
+    return None
+
+
+def manual_axes(array: Any) -> frozenset[str]:
+    """Returns the shard_map axes along which `array` varies."""
+    return frozenset(getattr(jax.typeof(array), "vma", frozenset()))
+
+
+def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Marks `array` as varying along shard_map `axes`; transposes to a psum."""
+    missing = tuple(sorted(axes - manual_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array

@@ -1,0 +1,404 @@
+"""Rules for the operations that consume an adapted kernel and give a plain value.
+
+A rule has three halves. `roles(eqn, operand)` says which role each axis of the operand
+plays in this use: this is where the axes of a kernel are learnt. `supports` says whether
+the use stays factored once the roles of the kernel are settled. `run` evaluates it.
+"""
+
+import dataclasses
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._adapted import Adapted, Part, base_of, complete, part_delta
+from ._axes import contract_rank
+from ._compat import rebind
+from ._linear import GroupDims, KernelDims, Operands, low_rank_product
+from ._sharding import explicit_sharding
+
+# The role of each axis of a value; None for an axis that no factor has.
+Roles = Sequence[str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsumeRule:
+    """One operation that is linear in a kernel.
+
+    Attributes:
+        kind: the name of the use, as the plan prints it.
+        operands: the operands that may be a kernel.
+        roles: `(eqn, operand) -> roles` of the operand's axes, or None where the
+            equation says nothing about them.
+        supports: `(eqn, operand, roles of the value) -> bool`.
+        run: `(eqn, operands, backward) -> [output]`.
+    """
+
+    kind: str
+    operands: tuple[int, ...]
+    roles: Callable[[Any, int], list[str] | None]
+    supports: Callable[[Any, int, Roles], bool]
+    run: Callable[[Any, list[Any], str], list[Any]]
+
+
+def _adapted_operand(operands: list[Any]) -> int:
+    return next(i for i, v in enumerate(operands) if isinstance(v, Adapted))
+
+
+# --- dot_general ---
+
+
+def _dot_dims(eqn: Any, operand: int) -> tuple[tuple, tuple, tuple, tuple]:
+    """Returns the contracting and batch axes of the kernel and of the other operand."""
+    contract, batch = eqn.params["dimension_numbers"]
+    other = 1 - operand
+    return contract[operand], batch[operand], contract[other], batch[other]
+
+
+def _dot_roles(eqn: Any, operand: int) -> list[str] | None:
+    contract, batch, _, _ = _dot_dims(eqn, operand)
+    ndim = eqn.invars[operand].aval.ndim
+    roles = ["out"] * ndim
+    for axes, role in ((contract, "in"), (batch, "batch")):
+        for axis in axes:
+            roles[axis] = role
+    return roles if "in" in roles and "out" in roles else None
+
+
+def _dot_general(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
+    index = _adapted_operand(operands)
+    value, x = operands[index], operands[1 - index]
+    contract, batch, x_contract, x_batch = _dot_dims(eqn, index)
+    matrices = _as_matrices(value, contract, batch)
+    if matrices is None:
+        return [_dot_general_any(eqn, operands, index)]
+    a, b, scaling = matrices
+    params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
+    one = KernelDims(
+        contract, batch, index == 0, scaling, tuple(sorted(params.items()))
+    )
+    dims = GroupDims(x_contract, x_batch, (one,))
+    arrays = Operands(x, (value.base,), (a,), (b,))
+    return low_rank_product(dims, arrays, backward=backward)
+
+
+def _as_matrices(
+    value: Adapted, contract: Sequence[int], batch: Sequence[int]
+) -> tuple[jax.Array, jax.Array, float] | None:
+    """Returns `a: (*batch, *contract, r)`, `b: (*batch, r, *free)` and the scaling.
+
+    A transposed use (a tied head) swaps the two factors. None if the parts do not fall
+    into a contracted and a free factor. Several parts are one, with the ranks joined.
+    """
+    shape = value.base.shape
+    free = [i for i in range(len(shape)) if i not in (*contract, *batch)]
+    pairs = [_contracted_first(p, contract, free) for p in value.parts]
+    if any(pair is None for pair in pairs):
+        return None
+    scalings = {part.scaling for part in value.parts}
+    common = scalings.pop() if len(scalings) == 1 else None
+    a_list, b_list = [], []
+    for part, (first, second) in zip(value.parts, pairs, strict=True):
+        first = complete(first, [*batch, *contract], shape)
+        second = complete(second, [*batch, *free], shape)
+        first = jnp.squeeze(first, free)
+        second = jnp.squeeze(second, contract)
+        a_list.append(_ordered(first, [*batch, *contract], free))
+        b = _ordered(second, [*batch, *free], contract)
+        b = jnp.moveaxis(b, -1, len(batch))
+        b_list.append(b if common is not None else part.scaling * b)
+    a = jnp.concatenate(a_list, axis=-1)
+    b = jnp.concatenate(b_list, axis=len(batch))
+    return a, b, 1.0 if common is None else common
+
+
+def _contracted_first(
+    part: Part, contract: Sequence[int], free: Sequence[int]
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the factor without free axes and the one without contracted axes."""
+    for first, second in ((part.a, part.b), (part.b, part.a)):
+        lacks_free = all(first.shape[i] == 1 for i in free)
+        if lacks_free and all(second.shape[i] == 1 for i in contract):
+            return first, second
+    return None
+
+
+def _ordered(
+    factor: jax.Array, wanted: Sequence[int], dropped: Sequence[int]
+) -> jax.Array:
+    """Transposes the kept axes of a squeezed factor into the order `wanted`."""
+    kept = sorted(wanted)
+    del dropped
+    return jnp.transpose(factor, (*map(kept.index, wanted), len(kept)))
+
+
+def _dot_general_any(eqn: Any, operands: list[Any], index: int) -> jax.Array:
+    """A product that contracts part of each group: two einsums, left to autodiff."""
+    value, x = operands[index], operands[1 - index]
+    (y,) = rebind(eqn, [base_of(v) for v in operands])
+    contract, batch, x_contract, x_batch = _dot_dims(eqn, index)
+    letters = iter(string.ascii_lowercase)
+    w_labels = [next(letters) for _ in range(value.base.ndim)]
+    x_labels = [next(letters) for _ in range(x.ndim)]
+    for i, j in zip((*contract, *batch), (*x_contract, *x_batch), strict=True):
+        x_labels[j] = w_labels[i]
+    labels = (w_labels, x_labels) if index == 0 else (x_labels, w_labels)
+    lhs_batch = [w_labels[i] for i in batch]
+    summed = {w_labels[i] for i in contract}
+    free = [
+        c for side in labels for c in side if c not in summed and c not in lhs_batch
+    ]
+    out_labels = [*lhs_batch, *free]
+    for part in value.parts:
+        y = y + _einsum_part(part, x, w_labels, x_labels, out_labels, y)
+    return y
+
+
+def _einsum_part(
+    part: Part,
+    x: jax.Array,
+    w_labels: list[str],
+    x_labels: list[str],
+    out_labels: list[str],
+    y: jax.Array,
+) -> jax.Array:
+    """Returns `s·(x·a)·b` for any labels, each product over what it can sum."""
+
+    def labelled(factor: jax.Array) -> tuple[jax.Array, list[str]]:
+        absent = [i for i, n in enumerate(factor.shape[:-1]) if n == 1]
+        kept = [c for i, c in enumerate(w_labels) if i not in absent]
+        return jnp.squeeze(factor, absent).astype(y.dtype), [*kept, "R"]
+
+    sides = [labelled(part.a), labelled(part.b)]
+    # The factor that shares most labels with x goes first, so that h is small.
+    sides.sort(key=lambda side: -len(set(side[1]) & set(x_labels)))
+    (first, first_labels), (second, second_labels) = sides
+    later = {*out_labels, *second_labels}
+    h_labels = [c for c in dict.fromkeys([*x_labels, *first_labels]) if c in later]
+    h = _einsum(x, x_labels, first, first_labels, h_labels)
+    have = {*h_labels, *second_labels}
+    short = [c for c in out_labels if c in have]
+    result = _einsum(h, h_labels, second, second_labels, short)
+    result = jnp.expand_dims(
+        result, [i for i, c in enumerate(out_labels) if c not in have]
+    )
+    return jnp.broadcast_to((part.scaling * result).astype(y.dtype), y.shape)
+
+
+def _einsum(x: jax.Array, xs: list[str], w: jax.Array, ws: list[str], out: list[str]):
+    expression = f"{''.join(xs)},{''.join(ws)}->{''.join(out)}"
+    return jnp.einsum(expression, x, w)
+
+
+# --- convolution ---
+
+
+def is_depthwise(eqn: Any) -> bool:
+    """Returns whether a convolution has one input channel per group."""
+    in_feature = eqn.params["dimension_numbers"].rhs_spec[1]
+    single = eqn.invars[1].aval.shape[in_feature] == 1
+    return single and eqn.params["feature_group_count"] > 1
+
+
+def _conv_roles(eqn: Any, operand: int) -> list[str] | None:
+    if eqn.params["batch_group_count"] != 1:
+        return None
+    out_feature = eqn.params["dimension_numbers"].rhs_spec[0]
+    ndim = eqn.invars[1].aval.ndim
+    return ["out" if i == out_feature else "in" for i in range(ndim)]
+
+
+def _conv_supports(eqn: Any, operand: int, roles: Roles) -> bool:
+    if eqn.params["batch_group_count"] != 1:
+        return False
+    out_feature = eqn.params["dimension_numbers"].rhs_spec[0]
+    others = {r for i, r in enumerate(roles) if i != out_feature and r is not None}
+    single = len(others) <= 1 and "batch" not in {*others, roles[out_feature]}
+    return is_depthwise(eqn) or (single and roles[out_feature] not in others)
+
+
+def _conv(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
+    del backward
+    x, value = operands
+    (y,) = rebind(eqn, [x, value.base])
+    for part in value.parts:
+        convolve = _conv_depthwise if is_depthwise(eqn) else _conv_part
+        y = y + convolve(eqn, x, value.base, part).astype(y.dtype)
+    return [y]
+
+
+def _conv_depthwise(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
+    """One depthwise convolution with the delta, which is a few values per channel."""
+    return rebind(eqn, [x, part_delta(part, w.shape).astype(w.dtype)])[0]
+
+
+def _conv_part(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
+    """A convolution to rank channels, then a product over the channels."""
+    dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    out_axis = dims.rhs_spec[0]
+    others = [i for i in range(w.ndim) if i != out_axis]
+    first, second = part.a, part.b
+    if any(second.shape[i] != 1 for i in others) or first.shape[out_axis] != 1:
+        first, second = second, first
+    first = jnp.squeeze(complete(first, others, w.shape), out_axis).astype(w.dtype)
+    second = jnp.squeeze(complete(second, [out_axis], w.shape), others)
+    repeats = [1] * w.ndim
+    repeats[out_axis] = groups
+    kernel = jnp.tile(jnp.moveaxis(first, -1, out_axis), repeats)
+    # The scaling is folded into the rank-sized value.
+    h = part.scaling * rebind(eqn, [x, kernel])[0]
+    return _mix_channels(h, second.astype(h.dtype), dims.out_spec[1], groups)
+
+
+def _mix_channels(
+    h: jax.Array, b: jax.Array, channel_axis: int, groups: int
+) -> jax.Array:
+    """Returns `h·b` over the rank channels of each group; `b: (out, r)`."""
+    h = jnp.moveaxis(h, channel_axis, -1)
+    out, rank = b.shape
+    if groups == 1:
+        y = lax.dot_general(h, b, (((h.ndim - 1,), (1,)), ((), ())))
+        return jnp.moveaxis(y, -1, channel_axis)
+    h = h.reshape(*h.shape[:-1], groups, rank)
+    b = b.reshape(groups, out // groups, rank)
+    last, group_axis = h.ndim - 1, h.ndim - 2
+    y = lax.dot_general(h, b, (((last,), (2,)), ((group_axis,), (0,))))
+    y = jnp.moveaxis(y, 0, -2)
+    return jnp.moveaxis(y.reshape(*y.shape[:-2], out), -1, channel_axis)
+
+
+# --- ragged_dot_general ---
+
+
+def _ragged_dims(eqn: Any) -> Any:
+    return eqn.params["ragged_dot_dimension_numbers"]
+
+
+def _ragged_is_grouped(eqn: Any) -> bool:
+    """Whether the rows of the left operand are grouped, one kernel slice per group."""
+    dims = _ragged_dims(eqn)
+    (contract, _), (batch, _) = dims.dot_dimension_numbers
+    ragged = dims.lhs_ragged_dimensions
+    free = not set(ragged) & {*contract, *batch}
+    return len(ragged) == 1 and len(dims.rhs_group_dimensions) == 1 and free
+
+
+def _ragged_roles(eqn: Any, operand: int) -> list[str] | None:
+    if not _ragged_is_grouped(eqn):
+        return None
+    dims = _ragged_dims(eqn)
+    (_, contract), (_, batch) = dims.dot_dimension_numbers
+    roles = ["out"] * eqn.invars[1].aval.ndim
+    for axes, role in (
+        (contract, "in"),
+        ((*batch, *dims.rhs_group_dimensions), "batch"),
+    ):
+        for axis in axes:
+            roles[axis] = role
+    return roles if "in" in roles and "out" in roles else None
+
+
+def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
+    wanted = _ragged_roles(eqn, operand)
+    if wanted is None:
+        return False
+    swapped = {"in": "out", "out": "in", "batch": "batch"}
+    pairs = [(w, r) for w, r in zip(wanted, roles, strict=True) if r is not None]
+    return all(w == r for w, r in pairs) or all(swapped[w] == r for w, r in pairs)
+
+
+def _ragged_dot(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
+    del backward
+    x, value, sizes, *_ = operands
+    (y,) = rebind(eqn, [base_of(v) for v in operands])
+    for part in value.parts:
+        y = y + _ragged_part(eqn, x, value.base, sizes, part).astype(y.dtype)
+    return [y]
+
+
+def _ragged_part(
+    eqn: Any, x: jax.Array, w: jax.Array, sizes: jax.Array, part: Part
+) -> jax.Array:
+    """Returns `s·(x·a)·b`, each group of rows with the factors of its own expert."""
+    dims = _ragged_dims(eqn)
+    (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
+    (group,), (ragged,) = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
+    shared = [group, *batch]
+    free = [i for i in range(w.ndim) if i not in (*contract, *shared)]
+    pair = _contracted_first(part, contract, free)
+    if pair is None:  # `_ragged_supports` has let only such parts pass
+        raise AssertionError("ragged product of a part that is not split by its axes")
+    first = jnp.squeeze(complete(pair[0], [*shared, *contract], w.shape), free)
+    second = jnp.squeeze(complete(pair[1], [*shared, *free], w.shape), contract)
+    first = _ordered(first, [*shared, *contract], free).astype(w.dtype)
+    second = _ordered(second, [*shared, *free], contract).astype(w.dtype)
+    n = len(batch)
+    behind = tuple(range(1 + n, first.ndim - 1))
+    batches = tuple(range(1, 1 + n))
+    h = _grouped(eqn, x, first, sizes, (x_contract, behind), (x_batch, batches), ragged)
+    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
+    rows = n + x_free.index(ragged)
+    last = ((h.ndim - 1,), (second.ndim - 1,))
+    h = part.scaling * h
+    return _grouped(
+        eqn, h.astype(w.dtype), second, sizes, last, (tuple(range(n)), batches), rows
+    )
+
+
+def _grouped(
+    eqn: Any,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    sizes: jax.Array,
+    contract: tuple,
+    batch: tuple,
+    ragged: int,
+) -> jax.Array:
+    dims = lax.RaggedDotDimensionNumbers((contract, batch), [ragged], [0])
+    return lax.ragged_dot_general(
+        lhs,
+        rhs,
+        sizes,
+        dims,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+        group_offset=eqn.params["group_offset"],
+    )
+
+
+# --- lookups ---
+
+
+def add_rows(value: Adapted) -> jax.Array:
+    """Returns looked-up rows with their deltas `s·a[ids]·b` added, in their dtype."""
+    rows = value.base
+    for part in value.parts:
+        a, b = part.a.astype(rows.dtype), part.b.astype(rows.dtype)
+        scaled = part.scaling * a
+        change = contract_rank(scaled.astype(rows.dtype), b, dtype=rows.dtype)
+        change = jnp.broadcast_to(change, rows.shape)
+        sharding = explicit_sharding(rows)
+        if sharding is not None:
+            change = jax.sharding.reshard(change, sharding)
+        rows = rows + change
+    return rows
+
+
+CONSUME: dict[str, ConsumeRule] = {
+    "dot_general": ConsumeRule(
+        "dot_general",
+        (0, 1),
+        _dot_roles,
+        lambda eqn, operand, roles: True,
+        _dot_general,
+    ),
+    "conv_general_dilated": ConsumeRule(
+        "conv", (1,), _conv_roles, _conv_supports, _conv
+    ),
+    "ragged_dot_general": ConsumeRule(
+        "ragged_dot", (1,), _ragged_roles, _ragged_supports, _ragged_dot
+    ),
+}

@@ -1,0 +1,284 @@
+"""Control flow, re-emitted through the public functions of `jax` and `jax.lax`.
+
+Each rule has two halves: `analyze` gives the sub-jaxprs their programs, `run` emits the
+operation again around the interpreter. Adapted values are pytrees, so that factors pass
+as ordinary extra operands; the slices of a scan take those of the factors with them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from ._adapted import Adapted, Part, materialize
+from ._analyze import Analysis, Log, Program, Step, View, Views
+from ._axes import KernelAxes
+from ._compat import JIT, REMAT, scan_counts
+
+# Runs a program on values: `(program, values) -> outputs`.
+Run = Callable[[Program, Sequence[Any]], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlFlowRule:
+    """How one higher-order primitive is analyzed and emitted again."""
+
+    analyze: Callable[[Analysis, Any, list[Views]], tuple[Step, list[Views]]]
+    run: Callable[[Any, Step, list[Any], Run], Sequence[Any]]
+
+
+def _enter(programs: Sequence[Program], outputs: Sequence[Views]) -> tuple[Step, list]:
+    return Step("enter", tuple(programs)), list(outputs)
+
+
+def _plain_outputs(
+    analysis: Analysis, eqn: Any, program: Program, where: str
+) -> tuple[Program, list[Views]]:
+    """Outputs that carry a kernel are materialized inside the sub-program."""
+    analysis.materialized(eqn, program.out_views, where)
+    return program, [()] * len(program.out_views)
+
+
+# --- jit, remat, closed calls: the body once, outputs may stay factored ---
+
+
+def _analyze_call(
+    analysis: Analysis, eqn: Any, views: list[Views]
+) -> tuple[Step, list[Views]]:
+    params = eqn.params
+    body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+    program = analysis.program(body, views)
+    return _enter([program], program.out_views)
+
+
+def _run_jit(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    params, (program,) = eqn.params, step.programs
+
+    def body(*args: Any) -> list[Any]:
+        args = map(_constrain, args, params["in_shardings"])
+        return list(map(_constrain, run(program, list(args)), params["out_shardings"]))
+
+    body.__name__ = body.__qualname__ = params["name"]
+    return jax.jit(body, inline=params["inline"])(*values)
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    """Keeps the shardings that the inner jit was given, on frozen values."""
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return value
+    if isinstance(value, Adapted):
+        base = lax.with_sharding_constraint(value.base, sharding)
+        return dataclasses.replace(value, base=base)
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    (program,) = step.programs
+    body = lambda *args: run(program, args)
+    prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
+    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(*values)
+
+
+def _run_inline(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    return run(step.programs[0], values)
+
+
+# --- scan ---
+
+
+def _analyze_scan(
+    analysis: Analysis, eqn: Any, views: list[Views]
+) -> tuple[Step, list[Views]]:
+    n_consts, n_carry = scan_counts(eqn.params)
+    consts, carry = views[:n_consts], views[n_consts : n_consts + n_carry]
+    xs = views[n_consts + n_carry :]
+    analysis.materialized(eqn, carry, " carry")
+    rows = [tuple(view.without_leading() for view in whole) for whole in xs]
+    analysis.loop_depth += 1
+    program = analysis.program(eqn.params["jaxpr"], [*consts, *[()] * n_carry, *rows])
+    analysis.loop_depth -= 1
+    return _enter(*_one(_plain_outputs(analysis, eqn, program, " output")))
+
+
+def _one(pair: tuple[Program, list[Views]]) -> tuple[list[Program], list[Views]]:
+    return [pair[0]], pair[1]
+
+
+def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    params, (program,) = eqn.params, step.programs
+    n_consts, n_carry = scan_counts(params)
+    consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
+    xs = [_Rows.of(v) for v in values[n_consts + n_carry :]]
+
+    def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+        slices = [x.restore(row) for x, row in zip(xs, rows, strict=True)]
+        out = _materialize_all(run(program, [*consts, *carry, *slices]))
+        return out[:n_carry], out[n_carry:]
+
+    carry, ys = lax.scan(
+        body,
+        _materialize_all(carry),
+        [x.scanned for x in xs],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A scanned value: the arrays to slice, and those that are the same at each step.
+
+    A factor without the leading axis of its kernel is the same at each step.
+    """
+
+    scanned: list[jax.Array]
+    fixed: list[jax.Array | None]
+    treedef: Any
+
+    @classmethod
+    def of(cls, value: Any) -> "_Rows":
+        leaves, treedef = jax.tree.flatten(value)
+        length = leaves[0].shape[0]
+        fixed = [None if v.shape[0] == length else v[0] for v in leaves]
+        return cls([v for v in leaves if v.shape[0] == length], fixed, treedef)
+
+    def restore(self, row: list[jax.Array]) -> Any:
+        """Returns the value at one step."""
+        rest = iter(row)
+        leaves = [next(rest) if v is None else v for v in self.fixed]
+        return self.treedef.unflatten(leaves)
+
+
+def _materialize_all(values: Sequence[Any]) -> list[Any]:
+    return [materialize(v) for v in values]
+
+
+# --- while, cond ---
+
+
+def _analyze_while(
+    analysis: Analysis, eqn: Any, views: list[Views]
+) -> tuple[Step, list[Views]]:
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = views[:n_cond], views[n_cond : n_cond + n_body]
+    carry = views[n_cond + n_body :]
+    analysis.materialized(eqn, carry, " carry")
+    none: list[Views] = [()] * len(carry)
+    analysis.loop_depth += 1
+    cond = analysis.program(params["cond_jaxpr"], [*cond_consts, *none])
+    body = analysis.program(params["body_jaxpr"], [*body_consts, *none])
+    analysis.loop_depth -= 1
+    analysis.materialized(eqn, body.out_views, " output")
+    return _enter([cond, body], none)
+
+
+def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    params, (cond, body) = eqn.params, step.programs
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    return lax.while_loop(
+        lambda carry: run(cond, [*cond_consts, *carry])[0],
+        lambda carry: _materialize_all(run(body, [*body_consts, *carry])),
+        _materialize_all(values[n_cond + n_body :]),
+    )
+
+
+def _analyze_cond(
+    analysis: Analysis, eqn: Any, views: list[Views]
+) -> tuple[Step, list[Views]]:
+    programs = []
+    for branch in eqn.params["branches"]:
+        program = analysis.program(branch, views[1:])
+        analysis.materialized(eqn, program.out_views, " output")
+        programs.append(program)
+    return _enter(programs, [()] * len(eqn.outvars))
+
+
+def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    index, *operands = values
+    branches = [
+        functools.partial(
+            lambda program, *args: _materialize_all(run(program, args)), p
+        )
+        for p in step.programs
+    ]
+    return lax.switch(index, branches, *operands)
+
+
+# --- shard_map ---
+
+
+def _analyze_shard_map(
+    analysis: Analysis, eqn: Any, views: list[Views]
+) -> tuple[Step, list[Views]]:
+    program = analysis.program(eqn.params["jaxpr"], views)
+    return _enter(*_one(_plain_outputs(analysis, eqn, program, " output")))
+
+
+def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    params, (program,) = eqn.params, step.programs
+    specs = map(_specs_like, values, params["in_specs"])
+    body = lambda *args: tuple(_materialize_all(run(program, args)))
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=tuple(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=params["newly_manual_axes"],
+    )(*values)
+
+
+def _specs_like(value: Any, spec: PartitionSpec) -> Any:
+    """Returns `spec` for a kernel and, for its factors, the entries of their axes."""
+    if not isinstance(value, Adapted):
+        return spec
+    shape = value.base.shape
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+
+    def follow(factor: jax.Array) -> PartitionSpec:
+        own = [
+            e if factor.shape[i] == shape[i] else None for i, e in enumerate(entries)
+        ]
+        return PartitionSpec(*own, None)
+
+    parts = [Part(follow(p.a), follow(p.b), p.scaling) for p in value.parts]  # type: ignore[arg-type]
+    return Adapted(spec, tuple(parts))  # type: ignore[arg-type]
+
+
+CONTROL_FLOW: dict[str, ControlFlowRule] = {
+    **{name: ControlFlowRule(_analyze_call, _run_jit) for name in JIT},
+    **{name: ControlFlowRule(_analyze_call, _run_remat) for name in REMAT},
+    "closed_call": ControlFlowRule(_analyze_call, _run_inline),
+    "core_call": ControlFlowRule(_analyze_call, _run_inline),
+    "scan": ControlFlowRule(_analyze_scan, _run_scan),
+    "while": ControlFlowRule(_analyze_while, _run_while),
+    "cond": ControlFlowRule(_analyze_cond, _run_cond),
+    "shard_map": ControlFlowRule(_analyze_shard_map, _run_shard_map),
+}
+
+
+def analyze(
+    jaxpr: Any, views: Sequence[View | None], axes: Mapping[str, KernelAxes] | None
+) -> tuple[Program, Log]:
+    """Runs the abstract pass over a whole program.
+
+    Args:
+        jaxpr: the traced function.
+        views: for each input, the view of a kernel, or None.
+        axes: the settled roles by path, or None to discover them.
+
+    Returns:
+        The program to evaluate, and what the pass has seen.
+    """
+    analysis = Analysis(axes, CONTROL_FLOW)
+    program = analysis.program(jaxpr, [() if v is None else (v,) for v in views])
+    analysis.returned(program)
+    return program, analysis.log

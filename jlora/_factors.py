@@ -1,0 +1,77 @@
+"""`LoraFactors`, the two factors of one kernel, and the delta they stand for."""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from ._axes import KernelAxes, align, contract_rank
+
+PyTree: TypeAlias = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraFactors:
+    """The low-rank factors of one kernel: `ΔW = scaling · a · b`.
+
+    A pytree with the leaves `a` and `b`; `axes` and `scaling` are static.
+
+    Attributes:
+        a: the input side, of shape `(*batch, *in, rank)`.
+        b: the output side, of shape `(*batch, rank, *out)`.
+        axes: which axes of the kernel are batch, input and output axes.
+        scaling: alpha/rank (or alpha/√rank), a Python float.
+
+    References:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
+        <https://arxiv.org/abs/2106.09685>, 2021, equation 3.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    axes: KernelAxes = dataclasses.field(metadata={"static": True})
+    scaling: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """The size of the axis that `a` and `b` share."""
+        return self.a.shape[-1]
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of the kernel that the factors belong to."""
+        n_batch, n_in = len(self.axes.batch), len(self.axes.in_)
+        order = self.axes.batch + self.axes.in_ + self.axes.out
+        sizes = self.a.shape[: n_batch + n_in] + self.b.shape[n_batch + 1 :]
+        return tuple(sizes[order.index(i)] for i in range(len(order)))
+
+
+Adapter: TypeAlias = dict[str, LoraFactors | jax.Array]
+
+
+def delta(factors: LoraFactors, *, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns `ΔW = scaling · a · b` in the kernel's own layout.
+
+    The product is formed in float32 at the highest precision and then cast to `dtype`.
+
+    Args:
+        factors: the factors of one kernel, as an adapter holds them.
+        dtype: the dtype of the result.
+
+    Returns:
+        An array of shape `factors.kernel_shape`.
+
+    Example:
+        >>> axes = KernelAxes(batch=(), in_=(0,), out=(1,))
+        >>> factors = LoraFactors(jnp.ones((5, 2)), jnp.ones((2, 3)), axes, 0.5)
+        >>> delta(factors).shape
+        (5, 3)
+        >>> float(delta(factors)[0, 0])
+        1.0
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    a, b = align(factors.a.astype(wide), factors.b.astype(wide), factors.axes)
+    product = contract_rank(a, b, dtype=wide, precision=jax.lax.Precision.HIGHEST)
+    return (factors.scaling * product).astype(dtype)

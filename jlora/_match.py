@@ -1,0 +1,65 @@
+"""Whether an adapter belongs to a params tree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ._errors import AdapterError
+from ._factors import LoraFactors
+from ._paths import FlatParams, nearest
+from ._trace import is_array
+
+
+def check_adapter(params: FlatParams, adapter: Mapping[str, Any]) -> None:
+    """Raises if an entry of the adapter does not fit the leaf of its path.
+
+    Raises:
+        TypeError: if the adapter is no mapping.
+        AdapterError: with every entry that does not fit.
+    """
+    if not isinstance(adapter, Mapping):
+        raise TypeError(
+            "an adapter is a dict from path to `LoraFactors` or array, got "
+            f"{type(adapter).__name__}"
+        )
+    leaves = dict(zip(params.paths, params.leaves, strict=True))
+    problems = [_problem(path, entry, leaves) for path, entry in adapter.items()]
+    found = [problem for problem in problems if problem]
+    if found:
+        raise AdapterError("the adapter does not fit the params:\n" + "\n".join(found))
+
+
+def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
+    if path not in leaves:
+        near = ", ".join(map(repr, nearest(path, list(leaves))))
+        return f"{path!r} is no path of the params. Nearest: {near}"
+    if not is_array(leaves[path]):
+        return f"{path!r} is no array but a {type(leaves[path]).__name__}"
+    shape = tuple(leaves[path].shape)
+    if not isinstance(entry, LoraFactors):
+        if not is_array(entry):
+            return f"{path!r} holds a {type(entry).__name__}, not factors or an array"
+        given = tuple(np.shape(entry)) if not hasattr(entry, "shape") else entry.shape
+        if tuple(given) != shape:
+            return f"{path!r} {shape} is trained whole by an array of shape {given}"
+        return None
+    return _factor_problem(path, entry, shape)
+
+
+def _factor_problem(
+    path: str, factors: LoraFactors, shape: tuple[int, ...]
+) -> str | None:
+    given = f"a {tuple(factors.a.shape)} and b {tuple(factors.b.shape)}"
+    if factors.axes.ndim != len(shape):
+        return f"{path!r} {shape} has {len(shape)} axes, its factors {factors.axes}"
+    wanted = factors.axes.factor_shapes(shape, factors.rank)
+    if wanted == (tuple(factors.a.shape), tuple(factors.b.shape)):
+        return None
+    hint = ""
+    if factors.kernel_shape == shape[::-1]:
+        hint = "; they look transposed"
+    return (
+        f"{path!r} {shape} needs a {wanted[0]} and b {wanted[1]} "
+        f"(roles {factors.axes}), got {given}{hint}"
+    )

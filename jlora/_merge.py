@@ -1,0 +1,59 @@
+"""`merge`: the delta added into the kernels once and for all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._factors import LoraFactors, PyTree, delta
+from ._match import check_adapter
+from ._paths import FlatParams
+
+
+def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
+    """Returns plain params with `W + ΔW` in place of each adapted kernel `W`.
+
+    The sum is formed in float32 (or the kernel's dtype, if wider) and rounded once to
+    the dtype of the kernel. The tree keeps its structure, boxes, dtypes and shardings;
+    `params` itself is not changed.
+
+    Args:
+        params: the frozen params.
+        adapter: the factors by path; arrays take the place of their leaves.
+
+    Returns:
+        A tree like `params`.
+
+    Raises:
+        AdapterError: if the adapter does not belong to `params`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> params, x = {"w": jnp.ones((5, 7))}, jnp.ones((2, 5))
+        >>> lora = jlora.lora(fn, jlora.LoraConfig("w", rank=2))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> bool((jlora.merge(params, adapter)["w"] == params["w"]).all())
+        True
+    """
+    flat = FlatParams.of(params)
+    check_adapter(flat, adapter)
+    leaves = dict(zip(flat.paths, flat.leaves, strict=True))
+    return flat.replace({p: _merged(leaves[p], entry) for p, entry in adapter.items()})
+
+
+def _merged(kernel: Any, entry: LoraFactors | jax.Array) -> Any:
+    if isinstance(kernel, np.ndarray):
+        return np.asarray(_sum(jnp.asarray(kernel), entry), kernel.dtype)
+    if isinstance(kernel, jax.core.Tracer):
+        return _sum(kernel, entry)
+    return jax.jit(_sum, out_shardings=kernel.sharding)(kernel, entry)
+
+
+def _sum(kernel: jax.Array, entry: LoraFactors | jax.Array) -> jax.Array:
+    if not isinstance(entry, LoraFactors):
+        return entry.astype(kernel.dtype)
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    return (kernel.astype(wide) + delta(entry, dtype=wide)).astype(kernel.dtype)

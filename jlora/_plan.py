@@ -1,0 +1,130 @@
+"""The plan: the analysis as people read it."""
+
+import dataclasses
+import html
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from ._paths import FlatParams
+from ._targets import Target, Unusable
+from ._trace import is_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be trained, how each kernel is used, and what was left out.
+
+    Attributes:
+        targets: the leaves that will be trained, in the order of the params.
+        unusable: leaves that a pattern matched and that are no targets, with the reason.
+        total: the number of values in the params.
+
+    Printing a plan gives a table; in a notebook it is shown as HTML.
+    """
+
+    targets: tuple[Target, ...]
+    unusable: tuple[Unusable, ...]
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """The number of values that will be trained."""
+        return sum(target.trainable for target in self.targets)
+
+    @property
+    def materialized(self) -> tuple[Target, ...]:
+        """The targets whose `W + s·a·b` is formed somewhere."""
+        return tuple(t for t in self.targets if any(not use.factored for use in t.uses))
+
+    def summary(self) -> str:
+        """Returns the line of totals."""
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+
+    def __str__(self) -> str:
+        """Returns the plan as a table."""
+        rows = [_HEAD, *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [_line(row, widths) for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(self.summary())
+        if self.unusable:
+            lines.append(f"matched and left out: {len(self.unusable)}")
+            lines += [f"  {u.path} {u.shape}: {u.reason}" for u in self.unusable]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Returns the plan as an HTML table."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEAD)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._rows()
+        )
+        left = "".join(
+            f"<li>{html.escape(f'{u.path} {u.shape}: {u.reason}')}</li>"
+            for u in self.unusable
+        )
+        title = f"<p>matched and left out</p><ul>{left}</ul>" if left else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"{table}<p><b>{html.escape(self.summary())}</b></p>{title}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [_row(target, max(self.trainable, 1)) for target in self.targets]
+
+
+_HEAD = ("path", "shape", "axes", "uses", "rank", "scaling", "trainable", "share")
+
+
+def make_plan(
+    params: FlatParams, targets: Sequence[Target], unusable: Sequence[Unusable]
+) -> Plan:
+    """Returns the plan of a resolved config."""
+    arrays = [leaf for leaf in params.leaves if is_array(leaf)]
+    total = sum(math.prod(leaf.shape) for leaf in arrays)
+    return Plan(tuple(targets), tuple(unusable), total)
+
+
+def _row(target: Target, trainable: int) -> tuple[str, ...]:
+    return (
+        target.path,
+        "×".join(map(str, target.shape)) or "scalar",
+        _axes(target),
+        _uses(target),
+        "full" if target.rank is None else str(target.rank),
+        "" if target.scaling is None else f"{target.scaling:g}",
+        f"{target.trainable:,}",
+        f"{100 * target.trainable / trainable:.1f} %",
+    )
+
+
+def _axes(target: Target) -> str:
+    if target.axes is None:
+        return "whole"
+    roles = (
+        ("batch", target.axes.batch),
+        ("in", target.axes.in_),
+        ("out", target.axes.out),
+    )
+    return " ".join(
+        f"{name} {','.join(map(str, axes))}" for name, axes in roles if axes
+    )
+
+
+def _uses(target: Target) -> str:
+    if target.axes is None:
+        return "trained whole"
+    counted = Counter(target.uses)
+    if not counted:
+        return "not traced"
+    told = []
+    for use, times in counted.items():
+        how = use.kind if use.factored else f"{use.kind}: MATERIALIZED"
+        told.append(f"{how} ({use.source})" + (f" ×{times}" if times > 1 else ""))
+    return ", ".join(told)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:4], widths, strict=False)]
+    right = [cell.rjust(w) for cell, w in zip(cells[4:], widths[4:], strict=True)]
+    return "  ".join([*left, *right]).rstrip()

@@ -1,0 +1,58 @@
+"""Shardings of rank-sized values on meshes with Explicit axes.
+
+On an Auto mesh XLA chooses and nothing here returns a sharding. On an Explicit mesh each
+product says how its result is laid out; the rank axis is never sharded.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ._compat import explicit_mesh
+
+
+def explicit_sharding(array: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of `array` if its mesh has Explicit axes, else None."""
+    return None if explicit_mesh(array) is None else jax.typeof(array).sharding
+
+
+def spec_of(array: jax.Array) -> tuple[Any, ...]:
+    """Returns the partition spec of `array`, one entry per axis."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
+    return spec + (None,) * (array.ndim - len(spec))
+
+
+def dot_sharding(lhs: jax.Array, rhs: jax.Array, dims: Any) -> NamedSharding | None:
+    """Returns how the result of a `dot_general` follows its operands.
+
+    The contracting axes vanish (with a reduction where they were sharded); a mesh axis
+    that would occur twice is kept where it occurs first.
+    """
+    mesh = explicit_mesh(lhs, rhs)
+    if mesh is None:
+        return None
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dims
+    left, right = spec_of(lhs), spec_of(rhs)
+    entries = [left[i] or right[j] for i, j in zip(lhs_batch, rhs_batch, strict=True)]
+    entries += _without(left, (*lhs_contract, *lhs_batch))
+    entries += _without(right, (*rhs_contract, *rhs_batch))
+    return NamedSharding(mesh, PartitionSpec(*_once(entries)))
+
+
+def _without(spec: tuple[Any, ...], axes: tuple[int, ...]) -> list[Any]:
+    return [entry for i, entry in enumerate(spec) if i not in axes]
+
+
+def _once(entries: list[Any]) -> list[Any]:
+    """Drops an entry that names a mesh axis which an earlier entry already names."""
+    seen: set[str] = set()
+    kept: list[Any] = []
+    for entry in entries:
+        names = (
+            () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
+        )
+        kept.append(None if seen.intersection(names) else entry)
+        seen.update(names)
+    return kept

@@ -1,0 +1,74 @@
+"""Traces any apply function to a jaxpr over every array of every argument."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ._paths import FlatParams
+
+
+def is_array(leaf: Any) -> bool:
+    """Returns whether a leaf is traced; any other leaf is closed over as it is."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return True
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced call: its jaxpr, and how inputs and outputs are put together.
+
+    Attributes:
+        jaxpr: the closed jaxpr over the arrays of all arguments, in tree order.
+        inputs: those arrays (abstract or concrete).
+        params: the params tree, flattened.
+        positions: for each leaf of params, its place among `inputs`, or None.
+        rebuild: turns the outputs of the jaxpr into what the function returns.
+    """
+
+    jaxpr: Any
+    inputs: list[Any]
+    params: FlatParams
+    positions: dict[str, int]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def trace(
+    fn: Callable[..., Any], argnum: int, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Traced:
+    """Traces `fn(*args, **kwargs)` abstractly, `args[argnum]` being the params tree."""
+    leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
+    where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    results: dict[str, Any] = {}
+
+    def on_arrays(*arrays: Any) -> list[Any]:
+        filled = list(leaves)
+        for i, array in zip(where, arrays, strict=True):
+            filled[i] = array
+        call_args, call_kwargs = treedef.unflatten(filled)
+        out, results["treedef"] = jax.tree.flatten(fn(*call_args, **call_kwargs))
+        results["static"] = [None if is_array(leaf) else leaf for leaf in out]
+        results["traced"] = [is_array(leaf) for leaf in out]
+        return [leaf for leaf in out if is_array(leaf)]
+
+    inputs = [leaves[i] for i in where]
+    jaxpr = jax.make_jaxpr(on_arrays)(*inputs)
+
+    def rebuild(outputs: Sequence[Any]) -> Any:
+        arrays = iter(outputs)
+        pairs = zip(results["traced"], results["static"], strict=True)
+        out = [next(arrays) if traced else leaf for traced, leaf in pairs]
+        return results["treedef"].unflatten(out)
+
+    params = FlatParams.of(args[argnum])
+    start = len(jax.tree.leaves(tuple(args[:argnum])))
+    order = {leaf: place for place, leaf in enumerate(where)}
+    positions = {
+        path: order[start + i]
+        for i, path in enumerate(params.paths)
+        if start + i in order
+    }
+    return Traced(jaxpr, inputs, params, positions, rebuild)

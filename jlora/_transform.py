@@ -1,0 +1,217 @@
+"""`jlora.lora`: from an apply function to one that takes an adapter beside the params."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ._adapted import Adapted, materialize
+from ._config import LoraConfig
+from ._errors import TargetError
+from ._factors import Adapter, LoraFactors, PyTree
+from ._init import INITIALIZERS, key_of
+from ._interpret import run
+from ._match import check_adapter
+from ._paths import FlatParams
+from ._plan import Plan, make_plan
+from ._targets import Target, decide, resolve, with_uses
+from ._trace import Traced, trace
+
+Materialize = Literal["error", "allow"]
+Backward = Literal["custom", "autodiff"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """An apply function with low-rank factors beside its frozen params.
+
+    Made by `jlora.lora`. It holds no arrays: `plan`, `init` and `apply` are pure
+    functions.
+
+    Attributes:
+        fn: the apply function.
+        configs: the configs; of those that match a leaf, the first decides.
+        argnum: which argument of `fn` is the params tree.
+        materialize: what to do where a kernel reaches an operation without a rule.
+        backward: who derives the backward pass of the low-rank product.
+    """
+
+    fn: Callable[..., Any]
+    configs: tuple[LoraConfig, ...]
+    argnum: int = 0
+    materialize: Materialize = "error"
+    backward: Backward = "custom"
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Returns what will be trained, from an abstract trace.
+
+        Args:
+            *args: the arguments of `fn`, params among them; `jax.ShapeDtypeStruct`s
+                will do, and no array is allocated. The params alone are enough when the
+                roles of all axes are beyond doubt: two-axis dense kernels, embedding
+                tables and convolution kernels under Flax's names.
+            **kwargs: the keyword arguments of `fn`.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+        """
+        params, traced = self._trace(args, kwargs)
+        targets, unusable = resolve(params, self.configs, traced)
+        if traced is not None:
+            targets = with_uses(targets, traced, self.materialize)
+        return make_plan(params, targets, unusable)
+
+    def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> Adapter:
+        """Returns a new adapter: `a` from the initialiser, `b` zero, so that ΔW = 0.
+
+        Args:
+            key: a PRNG key, typed or legacy. Each target folds a hash of its path in,
+                so that adding a target changes no other.
+            *args: the arguments of `fn`, as for `plan`.
+            **kwargs: the keyword arguments of `fn`.
+
+        Returns:
+            A dict from path to `LoraFactors`, or to an array for a leaf that is trained
+            whole.
+        """
+        plan = self.plan(*args, **kwargs)
+        params = FlatParams.of(self._params_of(args))
+        leaves = dict(zip(params.paths, params.leaves, strict=True))
+        return {t.path: _new_entry(key, t, leaves[t.path]) for t in plan.targets}
+
+    def apply(
+        self, params: PyTree, adapter: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what `fn` returns with `W + ΔW` for each adapted kernel `W`.
+
+        Computed as `x·W + s·(x·a)·b` at each use, forward and backward; the sum of
+        kernel and delta is never formed. Outputs have the structure and the dtypes that
+        `fn` gives them.
+
+        Args:
+            params: the frozen params.
+            adapter: the factors by path, as `init` returns them.
+            *args: the other arguments of `fn`, in order.
+            **kwargs: the keyword arguments of `fn`.
+
+        Raises:
+            AdapterError: if the adapter does not belong to `params`.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+        """
+        call = [*args[: self.argnum], params, *args[self.argnum :]]
+        check_adapter(FlatParams.of(params), adapter)
+        traced = trace(self.fn, self.argnum, call, kwargs)
+        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
+        program, _ = decide(traced, axes, self.materialize)
+        inputs = list(traced.inputs)
+        for path, entry in adapter.items():
+            place = traced.positions[path]
+            inputs[place] = _with_entry(inputs[place], entry)
+        outputs = run(program, inputs, backward=self.backward)
+        return traced.rebuild([materialize(out) for out in outputs])
+
+    def _params_of(self, args: Sequence[Any]) -> PyTree:
+        if self.argnum >= len(args):
+            raise TypeError(
+                f"`jlora.lora(..., argnum={self.argnum})` needs the params as positional "
+                f"argument {self.argnum}, got {len(args)} positional argument(s)"
+            )
+        return args[self.argnum]
+
+    def _trace(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[FlatParams, Traced | None]:
+        """Traces the call; with the params alone, only if `fn` takes them alone."""
+        params = FlatParams.of(self._params_of(args))
+        alone = len(args) == 1 and not kwargs
+        try:
+            return params, trace(self.fn, self.argnum, args, kwargs)
+        except TypeError:
+            if not alone:
+                raise
+            return params, None
+
+
+def lora(
+    fn: Callable[..., Any],
+    config: LoraConfig | Sequence[LoraConfig],
+    *,
+    argnum: int = 0,
+    materialize: Materialize = "error",
+    backward: Backward = "custom",
+) -> Lora:
+    """Returns `fn` as a function of frozen params and a low-rank adapter.
+
+    Args:
+        fn: any function of a params tree and other arguments: `model.apply`, a plain
+            JAX function, a split and merged NNX model.
+        config: what is adapted; of several configs that match a leaf, the first decides.
+        argnum: which argument of `fn` is the params tree.
+        materialize: "error" raises where an adapted kernel reaches an operation without
+            a low-rank rule; "allow" forms `W + s·a·b` there, and only there.
+        backward: "custom" uses the hand-derived backward pass; "autodiff" leaves the
+            product to JAX, for forward-mode users (`jax.jvp`, `jax.hessian`).
+
+    Returns:
+        A `Lora`, with `plan`, `init` and `apply`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((5, 7)), "w2": jnp.ones((7, 3))}
+        >>> x = jnp.ones((2, 5))
+        >>> lora = jlora.lora(model, jlora.LoraConfig("w1", rank=2, alpha=4.0))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> jax.tree.map(jnp.shape, adapter)
+        {'w1': LoraFactors(a=(5, 2), b=(2, 7), axes=..., scaling=2.0)}
+        >>> bool((lora.apply(params, adapter, x) == model(params, x)).all())
+        True
+
+    References:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
+        <https://arxiv.org/abs/2106.09685>, 2021.
+    """
+    configs = (config,) if isinstance(config, LoraConfig) else tuple(config)
+    if not callable(fn):
+        raise TypeError(f"`jlora.lora` takes a function, got {type(fn).__name__}")
+    wrong = [c for c in configs if not isinstance(c, LoraConfig)]
+    if not configs or wrong:
+        raise TypeError(f"`config` must be one or more `LoraConfig`, got {config!r}")
+    _one_of("materialize", materialize, ("error", "allow"))
+    _one_of("backward", backward, ("custom", "autodiff"))
+    return Lora(fn, configs, argnum, materialize, backward)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"`jlora.lora({name}=...)` must be one of {known}, got {value!r}"
+        )
+
+
+def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.Array:
+    config, axes = target.config, target.axes
+    if axes is None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TargetError(
+                f"{target.path!r} is trained whole and so starts from its own values; "
+                "pass the params as arrays, or call `init` under `jax.eval_shape`"
+            )
+        return jnp.asarray(leaf, config.dtype)
+    a_shape, b_shape = axes.factor_shapes(target.shape, config.rank)
+    fan_in, _ = axes.fans(target.shape)
+    make = INITIALIZERS[config.init]
+    a = make(key_of(key, target.path), a_shape, fan_in, config.dtype)
+    return LoraFactors(a, jnp.zeros(b_shape, config.dtype), axes, config.scaling)
+
+
+def _with_entry(leaf: Any, entry: Any) -> Any:
+    if isinstance(entry, LoraFactors):
+        return Adapted.of(jnp.asarray(leaf), entry)
+    return entry.astype(leaf.dtype)
