@@ -4,22 +4,21 @@ A `View` says that a value of the program carries (part of) a kernel, and which 
 the kernel each of its axes comes from. The pass follows views from the params through
 every equation, control flow included, and gives each equation one action. It runs twice:
 
-* to *discover* the roles of a kernel's axes, from the operations that consume it;
-* with the roles settled (from the discovery, or from the factors of an adapter), to
-  decide how each equation is evaluated. `_interpret.py` follows that decision, and
-  `_plan.py` prints it: there is one source of truth.
+* `_discover.py` learns the roles of a kernel's axes from the operations that consume it;
+* `_decide.py`, with the roles settled (by the discovery, or by the factors of an
+  adapter), decides how each equation is evaluated. `_interpret.py` follows that decision
+  and `_plan.py` prints it: there is one source of truth.
 """
 
+import abc
 import dataclasses
 import itertools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ._axes import KernelAxes
-from ._carry import CARRY, scale_varies_along
 from ._compat import is_literal, is_var, open_jaxpr, source_line
-from ._consume import CONSUME, Roles
+from ._gather import row_layout
 
 Action = Literal["plain", "dead", "carry", "consume", "lookup", "enter", "materialize"]
 
@@ -73,24 +72,6 @@ Views = tuple[View, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Vote:
-    """What one use says about the axes of a kernel.
-
-    Attributes:
-        kind: the kind of the use.
-        roles: the role of each kernel axis that the use sees; the others are batch axes
-            (or of size 1).
-        taken: the lookups that were passed on the way.
-        lookup: the number of the lookup, if the use is one.
-    """
-
-    kind: str
-    roles: Mapping[int, str]
-    taken: tuple[tuple[int, int], ...]
-    lookup: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Use:
     """One place where a kernel is consumed, or has to be materialized."""
 
@@ -103,14 +84,10 @@ class Use:
 
 @dataclasses.dataclass
 class Log:
-    """What the pass has seen, per kernel."""
+    """What the pass has seen: uses that stay factored, and those that cannot."""
 
-    votes: dict[str, list[Vote]] = dataclasses.field(
-        default_factory=lambda: defaultdict(list)
-    )
     uses: list[Use] = dataclasses.field(default_factory=list)
     obstacles: list[Use] = dataclasses.field(default_factory=list)
-    numbers: Any = dataclasses.field(default_factory=itertools.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,201 +111,75 @@ class Program:
 PLAIN, DEAD = Step("plain"), Step("dead")
 
 
-class Analysis:
-    """One run of the pass over a program.
+class Analysis(abc.ABC):
+    """One run of the pass over a program; the two passes say what an equation does.
 
     Args:
-        axes: the settled roles by path, or None to discover them.
         control_flow: the rules of `_control_flow.py`, by primitive name.
     """
 
-    def __init__(
-        self, axes: Mapping[str, KernelAxes] | None, control_flow: Mapping[str, Any]
-    ) -> None:
-        self.axes = axes
+    def __init__(self, control_flow: Mapping[str, Any]) -> None:
         self.control_flow = control_flow
         self.log = Log()
         self.loop_depth = 0
+
+    @abc.abstractmethod
+    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+        """Returns the action for an equation without sub-jaxprs, and its outputs."""
+
+    def whole(self, jaxpr: Any, views: Sequence[View | None]) -> Program:
+        """Analyzes the function itself, given the kernels among its inputs."""
+        program = self.program(jaxpr, [() if v is None else (v,) for v in views])
+        for view in itertools.chain(*program.out_views):
+            use = Use(view.path, "output", "the function's result", False, "output")
+            self.log.obstacles.append(use)
+        return program
 
     def program(self, jaxpr: Any, in_views: Sequence[Views]) -> Program:
         """Analyzes a jaxpr, given the views of its inputs."""
         jaxpr, consts = open_jaxpr(jaxpr)
         env: dict[Any, Views] = dict(zip(jaxpr.invars, in_views, strict=True))
-        live = _live_equations(jaxpr)
+        read = lambda v: () if is_literal(v) else env.get(v, ())
         steps = []
-        for eqn, alive in zip(jaxpr.eqns, live, strict=True):
-            views = [() if is_literal(v) else env.get(v, ()) for v in eqn.invars]
+        for eqn, alive in zip(jaxpr.eqns, _live_equations(jaxpr), strict=True):
+            views = [read(v) for v in eqn.invars]
             if not alive or not any(views):
                 steps.append(PLAIN if alive else DEAD)
                 continue
             step, outputs = self._equation(eqn, views)
             steps.append(step)
             env.update(zip(eqn.outvars, outputs, strict=True))
-        outs = [() if is_literal(v) else env.get(v, ()) for v in jaxpr.outvars]
-        return Program(jaxpr, tuple(consts), tuple(steps), tuple(outs))
+        outs = tuple(read(v) for v in jaxpr.outvars)
+        return Program(jaxpr, tuple(consts), tuple(steps), outs)
 
     def _equation(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
-        name = eqn.primitive.name
-        nothing: list[Views] = [()] * len(eqn.outvars)
-        if name in self.control_flow:
-            return self.control_flow[name].analyze(self, eqn, views)
-        if name in CONSUME and self._consumes(eqn, views):
-            return Step("consume"), nothing
-        if name in CARRY:
-            carried = self._carry(eqn, views)
-            if carried is not None:
-                return carried
-        self.materialized(eqn, views)
-        return Step("materialize"), nothing
+        rule = self.control_flow.get(eqn.primitive.name)
+        if rule is not None:
+            return rule.analyze(self, eqn, views)
+        return self.first_order(eqn, views)
 
     def materialized(self, eqn: Any, views: Sequence[Views], where: str = "") -> None:
-        """Notes that operands with views must be formed at an equation."""
+        """Notes that the operands with views must be formed at an equation."""
+        name = eqn.primitive.name
         for view in itertools.chain(*views):
-            kind = f"{eqn.primitive.name}{where}"
-            self.log.obstacles.append(
-                Use(view.path, kind, source_line(eqn), False, eqn.primitive.name)
-            )
-
-    def returned(self, program: Program) -> None:
-        """Notes that outputs of the whole function that carry a kernel are formed."""
-        for view in itertools.chain(*program.out_views):
-            self.log.obstacles.append(
-                Use(view.path, "output", "the function's result", False, "output")
-            )
-
-    # --- consuming ---
-
-    def _consumes(self, eqn: Any, views: list[Views]) -> bool:
-        rule = CONSUME[eqn.primitive.name]
-        where = [i for i, v in enumerate(views) if v]
-        if len(where) != 1 or where[0] not in rule.operands:
-            return False
-        (operand,) = where
-        if self.axes is None:
-            roles = rule.roles(eqn, operand)
-            if roles is None:
-                return False
-            for view in views[operand]:
-                self._vote(rule.kind, view, roles)
-            return True
-        settled = [v.roles(self.axes[v.path]) for v in views[operand]]
-        if any(r is None or not rule.supports(eqn, operand, r) for r in settled):
-            return False
-        for view, roles in zip(views[operand], settled, strict=True):
-            kind = _kind(rule.kind, rule.roles(eqn, operand), roles)
-            self._used(eqn, view, kind)
-        return True
-
-    def _vote(self, kind: str, view: View, roles: Sequence[str]) -> None:
-        """Notes the roles that a use gives to the axes of a kernel."""
-        seen: dict[int, str] = {}
-        for origin, role in zip(view.origins, roles, strict=True):
-            for axis in sorted(origin):
-                seen.setdefault(axis, role)
-        indexed = {axis for _, axis in view.taken}
-        if any(seen.get(axis, "batch") != "batch" for axis in indexed):
-            return  # a product with looked-up rows is no product with the kernel
-        self.log.votes[view.path].append(Vote(kind, seen, view.taken))
-
-    def _used(self, eqn: Any, view: View, kind: str) -> None:
-        self.log.uses.append(
-            Use(view.path, kind, source_line(eqn), True, eqn.primitive.name)
-        )
-
-    # --- carrying ---
-
-    def _carry(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]] | None:
-        rule = CARRY[eqn.primitive.name]
-        where = [i for i, v in enumerate(views) if v]
-        if not rule.together and len(where) != 1:
-            return None
-        if rule.operands is not None and not set(where) <= set(rule.operands):
-            return None
-        outputs: list[list[View]] = [[] for _ in eqn.outvars]
-        for operand in where:
-            maps = rule.axes(eqn, operand)
-            if maps is None:
-                return None
-            for view in views[operand]:
-                for output, axis_map in zip(outputs, maps, strict=True):
-                    if axis_map is not None:
-                        output.append(view.moved(axis_map))
-        outs = [tuple(output) for output in outputs]
-        if self.axes is None:
-            return Step("carry"), self._indexed_in_discovery(eqn, views, outs)
-        if any(v.roles(self.axes[v.path]) is None for v in itertools.chain(*outs)):
-            return None
-        if eqn.primitive.name in ("mul", "div") and not self._scales(
-            eqn, views, where[0]
-        ):
-            return None
-        if self._is_lookup(eqn, views):
-            for view in itertools.chain(*views):
-                self._used(eqn, view, "lookup")
-            return Step("lookup"), [()] * len(eqn.outvars)
-        return Step("carry"), list(outs)
-
-    def _scales(self, eqn: Any, views: list[Views], operand: int) -> bool:
-        """Whether a vector scale varies along the axes of one factor alone."""
-        varies = scale_varies_along(eqn, operand)
-        for view in views[operand]:
-            roles = view.roles(self.axes[view.path])  # type: ignore[index]
-            along = {roles[i] for i in varies} - {"batch"} if roles else {None}
-            if len(along) > 1 or None in along:
-                return False
-        return True
-
-    def _indexed_in_discovery(
-        self, eqn: Any, views: list[Views], outs: list[Views]
-    ) -> list[Views]:
-        """Marks views that pass an indexing operation, and votes for a lookup."""
-        indexed = indexed_axes(eqn)
-        if not indexed:
-            return outs
-        (views_in,) = [v for v in views if v]
-        number = next(self.log.numbers)
-        marked: list[View] = []
-        for before, after in zip(views_in, outs[0], strict=True):
-            axes = sorted(set().union(*(before.origins[i] for i in indexed)))
-            if eqn.primitive.name == "gather" or self.loop_depth == 0:
-                self._vote_lookup(before, axes, number)
-            taken = tuple((number, axis) for axis in axes)
-            marked.append(dataclasses.replace(after, taken=before.taken + taken))
-        return [tuple(marked), *outs[1:]]
-
-    def _vote_lookup(self, view: View, indexed: list[int], number: int) -> None:
-        roles = {i: "out" for origin in view.origins for i in origin}
-        roles.update(dict.fromkeys(indexed, "in"))
-        vote = Vote("lookup", roles, view.taken, lookup=number)
-        self.log.votes[view.path].append(vote)
-
-    def _is_lookup(self, eqn: Any, views: list[Views]) -> bool:
-        """Whether rows are taken along an input or output axis of the kernel."""
-        indexed = indexed_axes(eqn)
-        for view in itertools.chain(*views):
-            roles = view.roles(self.axes[view.path])  # type: ignore[index]
-            if any(roles and roles[i] not in ("batch", None) for i in indexed):
-                return True
-        return False
+            use = Use(view.path, f"{name}{where}", source_line(eqn), False, name)
+            self.log.obstacles.append(use)
 
 
 def indexed_axes(eqn: Any) -> list[int]:
     """Returns the axes of the operand along which single entries are taken."""
     shape, params = eqn.invars[0].aval.shape, eqn.params
     if eqn.primitive.name == "gather":
-        return list(params["dimension_numbers"].start_index_map)
+        layout = row_layout(eqn)
+        return [] if layout is None else list(layout.indexed)
     if eqn.primitive.name == "dynamic_slice":
         sizes = params["slice_sizes"]
-        return [i for i, n in enumerate(sizes) if n == 1 and shape[i] != 1]
-    return []
-
-
-def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
-    """Names a product that contracts the output axes: the transposed use."""
-    if roles is None:
-        return kind
-    contracted = {s for r, s in zip(roles, settled, strict=True) if r == "in" and s}
-    return f"transposed {kind}" if contracted == {"out"} else kind
+    elif eqn.primitive.name == "slice":
+        pairs = zip(params["start_indices"], params["limit_indices"], strict=True)
+        sizes = [limit - start for start, limit in pairs]
+    else:
+        return []
+    return [i for i, n in enumerate(sizes) if n == 1 and shape[i] != 1]
 
 
 def _live_equations(jaxpr: Any) -> list[bool]:
@@ -341,29 +192,3 @@ def _live_equations(jaxpr: Any) -> list[bool]:
             needed.update(v for v in eqn.invars if is_var(v))
         live.append(alive)
     return live[::-1]
-
-
-def settle(votes: Sequence[Vote], shape: Sequence[int]) -> KernelAxes | None:
-    """Returns the roles that the uses of a kernel agree on, or None if it is no kernel.
-
-    A batch axis in any use is one for all (factors per slice serve every use); then a
-    lookup decides, and then the first product.
-    """
-    carried = {n for vote in votes if vote.lookup is None for n, _ in vote.taken}
-    counted = [v for v in votes if v.lookup is None or v.lookup not in carried]
-    counted.sort(key=lambda vote: vote.lookup is None)
-    roles: dict[int, str] = {}
-    for axis in range(len(shape)):
-        said = [vote.roles.get(axis, "batch") for vote in counted]
-        unit = shape[axis] == 1
-        said = [
-            s for s, v in zip(said, counted, strict=True) if not unit or axis in v.roles
-        ]
-        roles[axis] = "batch" if "batch" in said else next(iter(said), "in")
-    groups = {
-        role: tuple(i for i in roles if roles[i] == role)
-        for role in ("batch", "in", "out")
-    }
-    if not counted or not groups["in"] or not groups["out"]:
-        return None
-    return KernelAxes(groups["batch"], groups["in"], groups["out"])

@@ -21,6 +21,7 @@ from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete
 from ._compat import rebind
+from ._gather import gather_axes, gather_rows
 
 # For each axis of a value, the axes of another value that it comes from.
 AxisMap = list[frozenset[int]]
@@ -209,73 +210,24 @@ def _split(eqn: Any, operands: list[Any]) -> list[Any]:
     ]
 
 
-def _gather_layout(eqn: Any) -> tuple[int, list[int | None]] | None:
-    """Returns the indexed axis, and per output axis its operand axis or None.
-
-    None where the gather takes anything but whole slices along one axis.
-    """
-    dims = eqn.params["dimension_numbers"]
-    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
-    batching = tuple(dims.operand_batching_dims)
-    if len(dims.start_index_map) != 1:
-        return None
-    (axis,) = dims.start_index_map
-    whole = [n for i, n in enumerate(shape) if i not in (axis, *batching)]
-    taken = [n for i, n in enumerate(sizes) if i not in (axis, *batching)]
-    if dims.collapsed_slice_dims != (axis,) or whole != taken:
-        return None
-    kept = [i for i in range(len(shape)) if i not in (axis, *batching)]
-    index_axes = range(eqn.invars[1].aval.ndim - 1)
-    where = dict(zip(dims.start_indices_batching_dims, batching, strict=True))
-    index_sources = [where.get(i) for i in index_axes]
-    order: list[int | None] = []
-    for out_axis in range(eqn.outvars[0].aval.ndim):
-        source = kept if out_axis in dims.offset_dims else index_sources
-        order.append(source.pop(0))
-    return axis, order
+def _unstack_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    ndim, axis = eqn.invars[0].aval.ndim, eqn.params["axis"]
+    kept = [frozenset([i]) for i in range(ndim) if i != axis]
+    return [kept for _ in eqn.outvars]
 
 
-def _gather_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
-    layout = _gather_layout(eqn)
-    if layout is None:
-        return None
-    axis, order = layout
-    return [[frozenset([axis if i is None else i]) for i in order]]
+def _unstack(eqn: Any, operands: list[Any]) -> list[Any]:
+    (value,) = operands
+    axis, bases = eqn.params["axis"], rebind(eqn, [value.base])
 
+    def entry(factor: jax.Array, i: int) -> jax.Array:
+        here = _present(factor, axis, value.base.shape)
+        return lax.index_in_dim(factor, i if here else 0, axis, keepdims=False)
 
-def _gather(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
-    layout = _gather_layout(eqn)
-    if layout is None:  # the analysis has let only supported forms pass
-        raise AssertionError("gather without a layout")
-    axis, order = layout
-    dims = eqn.params["dimension_numbers"]
-    if not _present(factor, axis, shape):
-        return _without_axis(factor, axis, order)
-    factor = complete(factor, list(dims.operand_batching_dims), shape)
-    single = (axis, *dims.operand_batching_dims)
-    sizes = [1 if i in single else n for i, n in enumerate(factor.shape)]
-    rank_axis = eqn.outvars[0].aval.ndim
-    dims = dims._replace(offset_dims=(*dims.offset_dims, rank_axis))
-    return lax.gather(
-        factor,
-        others[0],
-        dims,
-        tuple(sizes),
-        unique_indices=eqn.params["unique_indices"],
-        indices_are_sorted=eqn.params["indices_are_sorted"],
-        mode=eqn.params["mode"],
-        # The delta of a row that is out of bounds is zero, whatever the base is there.
-        fill_value=0,
-    )
-
-
-def _without_axis(factor: jax.Array, axis: int, order: list[int | None]) -> jax.Array:
-    """Lays a factor that lacks the indexed axis out as the rows that were taken."""
-    sources = [i for i in order if i is not None]
-    factor = jnp.squeeze(factor, axis)
-    moved = [i - (i > axis) for i in sources]
-    factor = jnp.transpose(factor, (*moved, factor.ndim - 1))
-    return jnp.expand_dims(factor, [i for i, s in enumerate(order) if s is None])
+    return [
+        Adapted(base, tuple(p.each(lambda f, i=i: entry(f, i)) for p in value.parts))
+        for i, base in enumerate(bases)
+    ]
 
 
 # --- pads and concatenations ---
@@ -312,8 +264,12 @@ def _pad(eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _concatenate(eqn: Any, operands: list[Any]) -> list[Any]:
     (base,) = rebind(eqn, [base_of(v) for v in operands])
-    axis, total = eqn.params["dimension"], base.shape[eqn.params["dimension"]]
-    parts, offset = [], 0
+    return [_joined(base, operands, eqn.params["dimension"])]
+
+
+def _joined(base: jax.Array, operands: Sequence[Any], axis: int) -> Adapted:
+    """Pads the parts of each operand with zeros to their place in the whole."""
+    parts, offset, total = [], 0, base.shape[axis]
     for value in operands:
         shape = base_of(value).shape
         if isinstance(value, Adapted):
@@ -321,7 +277,19 @@ def _concatenate(eqn: Any, operands: list[Any]) -> list[Any]:
             config[axis] = (offset, total - offset - shape[axis], 0)
             parts += [_pad_part(part, config, shape) for part in value.parts]
         offset += shape[axis]
-    return [Adapted(base, tuple(parts))]
+    return Adapted(base, tuple(parts))
+
+
+def _stack_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    axes = _identity(eqn.invars[operand].aval.ndim)
+    return [[*axes[: eqn.params["axis"]], frozenset(), *axes[eqn.params["axis"] :]]]
+
+
+def _stack(eqn: Any, operands: list[Any]) -> list[Any]:
+    axis = eqn.params["axis"]
+    (base,) = rebind(eqn, [base_of(v) for v in operands])
+    add_axis = lambda array: jnp.expand_dims(array, axis)
+    return [_joined(base, [jax.tree.map(add_axis, v) for v in operands], axis)]
 
 
 # --- arithmetic that is linear in the value ---
@@ -423,8 +391,10 @@ CARRY: dict[str, CarryRule] = {
     "reshape": CarryRule(_reshape_axes, _mover(_reshape)),
     "slice": CarryRule(_same_axes, _mover(_slice)),
     "dynamic_slice": CarryRule(_same_axes, _mover(_dynamic_slice)),
-    "gather": CarryRule(_gather_axes, _mover(_gather)),
+    "gather": CarryRule(gather_axes, _mover(gather_rows)),
     "split": CarryRule(_split_axes, _split),
+    "unstack": CarryRule(_unstack_axes, _unstack),
+    "stack": CarryRule(_stack_axes, _stack, operands=None, together=True),
     "rev": CarryRule(_same_axes, _mover(_rev)),
     "pad": CarryRule(_same_axes, _pad),
     "concatenate": CarryRule(_same_axes, _concatenate, operands=None, together=True),

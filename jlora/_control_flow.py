@@ -7,7 +7,7 @@ as ordinary extra operands; the slices of a scan take those of the factors with 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from ._adapted import Adapted, Part, materialize
-from ._analyze import Analysis, Log, Program, Step, View, Views
-from ._axes import KernelAxes
+from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -263,22 +262,3 @@ CONTROL_FLOW: dict[str, ControlFlowRule] = {
     "cond": ControlFlowRule(_analyze_cond, _run_cond),
     "shard_map": ControlFlowRule(_analyze_shard_map, _run_shard_map),
 }
-
-
-def analyze(
-    jaxpr: Any, views: Sequence[View | None], axes: Mapping[str, KernelAxes] | None
-) -> tuple[Program, Log]:
-    """Runs the abstract pass over a whole program.
-
-    Args:
-        jaxpr: the traced function.
-        views: for each input, the view of a kernel, or None.
-        axes: the settled roles by path, or None to discover them.
-
-    Returns:
-        The program to evaluate, and what the pass has seen.
-    """
-    analysis = Analysis(axes, CONTROL_FLOW)
-    program = analysis.program(jaxpr, [() if v is None else (v,) for v in views])
-    analysis.returned(program)
-    return program, analysis.log

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ._analyze import Log, Use, View, Vote, settle
+from ._analyze import Log, Use, View
 from ._axes import KernelAxes
 from ._config import LoraConfig
-from ._control_flow import analyze
+from ._decide import decide
+from ._discover import Vote, discover, settle
 from ._errors import MaterializationError, TargetError
 from ._paths import FlatParams, matching, nearest
 from ._trace import Traced, is_array
@@ -132,15 +133,14 @@ def _discover(
     for path in wanted & set(traced.positions):
         if jnp.issubdtype(leaves[path].dtype, jnp.floating) and leaves[path].shape:
             views[traced.positions[path]] = View.whole(path, leaves[path].shape)
-    _, log = analyze(traced.jaxpr, views, None)
-    return {path: _learnt(path, leaves[path], log) for path in wanted}
+    votes, log = discover(traced.jaxpr, views)
+    return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
 
 
-def _learnt(path: str, leaf: Any, log: Log) -> _Kernel:
+def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         kind = leaf.dtype if is_array(leaf) else type(leaf).__name__
         return _Kernel(None, f"is {kind}, not floating")
-    votes: list[Vote] = log.votes.get(path, [])
     axes = settle(votes, leaf.shape)
     if axes is not None:
         return _Kernel(axes, looked_up=any(v.kind == "lookup" for v in votes))
@@ -299,14 +299,9 @@ def _rank_problem(target: Target) -> str | None:
 def with_uses(
     targets: Sequence[Target], traced: Traced, materialize: str
 ) -> list[Target]:
-    """Adds to each target where the program uses it.
-
-    Raises:
-        MaterializationError: if a kernel reaches an operation without a low-rank rule
-            and `materialize` is "error".
-    """
+    """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
-    _, log = decide(traced, axes, materialize)
+    _, log = program_of(traced, axes, materialize)
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -314,17 +309,22 @@ def with_uses(
     ]
 
 
-def decide(
+def program_of(
     traced: Traced, axes: Mapping[str, KernelAxes], materialize: str
 ) -> tuple[Any, Log]:
-    """Runs the second pass, with the roles settled."""
+    """Returns the program to evaluate, and the uses of the kernels in it.
+
+    Raises:
+        MaterializationError: if a kernel reaches an operation without a low-rank rule
+            and `materialize` is "error".
+    """
     views: list[View | None] = [None] * len(traced.inputs)
     shapes = {}
     for path in axes:
         place = traced.positions[path]
         shapes[path] = tuple(traced.inputs[place].shape)
         views[place] = View.whole(path, shapes[path])
-    program, log = analyze(traced.jaxpr, views, axes)
+    program, log = decide(traced.jaxpr, views, axes)
     if log.obstacles and materialize == "error":
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log

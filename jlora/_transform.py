@@ -16,7 +16,7 @@ from ._interpret import run
 from ._match import check_adapter
 from ._paths import FlatParams
 from ._plan import Plan, make_plan
-from ._targets import Target, decide, resolve, with_uses
+from ._targets import Target, program_of, resolve, with_uses
 from ._trace import Traced, trace
 
 Materialize = Literal["error", "allow"]
@@ -107,7 +107,7 @@ class Lora:
         check_adapter(FlatParams.of(params), adapter)
         traced = trace(self.fn, self.argnum, call, kwargs)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
-        program, _ = decide(traced, axes, self.materialize)
+        program, _ = program_of(traced, axes, self.materialize)
         inputs = list(traced.inputs)
         for path, entry in adapter.items():
             place = traced.positions[path]

@@ -1,0 +1,123 @@
+"""The second pass: how each equation is evaluated, once the roles are settled."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
+from ._axes import KernelAxes
+from ._carry import CARRY, scale_varies_along
+from ._compat import source_line
+from ._consume import CONSUME, Roles
+from ._control_flow import CONTROL_FLOW
+
+
+class Decision(Analysis):
+    """The pass that gives each equation its action.
+
+    Args:
+        axes: the settled roles by path.
+    """
+
+    def __init__(self, axes: Mapping[str, KernelAxes]) -> None:
+        super().__init__(CONTROL_FLOW)
+        self.axes = axes
+
+    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+        """Consumes, carries, looks up, or else materializes the adapted operands."""
+        nothing: list[Views] = [()] * len(eqn.outvars)
+        kinds = self._consumed(eqn, views)
+        if kinds:
+            self._used(eqn, views, kinds)
+            return Step("consume"), nothing
+        outputs = self._carried(eqn, views)
+        if outputs is None:
+            self.materialized(eqn, views)
+            return Step("materialize"), nothing
+        if self._is_lookup(eqn, views):
+            self._used(eqn, views, itertools.repeat("lookup"))
+            return Step("lookup"), nothing
+        return Step("carry"), outputs
+
+    def _used(self, eqn: Any, views: Sequence[Views], kinds: Any) -> None:
+        name, line = eqn.primitive.name, source_line(eqn)
+        for view, kind in zip(itertools.chain(*views), kinds, strict=False):
+            self.log.uses.append(Use(view.path, kind, line, True, name))
+
+    def _roles(self, view: View) -> list[str | None] | None:
+        return view.roles(self.axes[view.path])
+
+    def _consumed(self, eqn: Any, views: list[Views]) -> list[str]:
+        """Returns the kind of use of each view, or nothing if it is no use."""
+        rule = CONSUME.get(eqn.primitive.name)
+        where = [i for i, group in enumerate(views) if group]
+        if rule is None or len(where) != 1 or where[0] not in rule.operands:
+            return []
+        (operand,) = where
+        kinds = []
+        for view in views[operand]:
+            roles = self._roles(view)
+            if roles is None or not rule.supports(eqn, operand, roles):
+                return []
+            kinds.append(_kind(rule.kind, rule.roles(eqn, operand), roles))
+        return kinds
+
+    def _carried(self, eqn: Any, views: list[Views]) -> list[Views] | None:
+        rule = CARRY.get(eqn.primitive.name)
+        where = [i for i, group in enumerate(views) if group]
+        if rule is None or (len(where) != 1 and not rule.together):
+            return None
+        if rule.operands is not None and not set(where) <= set(rule.operands):
+            return None
+        outputs: list[list[View]] = [[] for _ in eqn.outvars]
+        for operand in where:
+            maps = rule.axes(eqn, operand)
+            if maps is None or not self._scales(eqn, views[operand], operand):
+                return None
+            for view in views[operand]:
+                for output, axis_map in zip(outputs, maps, strict=True):
+                    output.extend([] if axis_map is None else [view.moved(axis_map)])
+        if any(self._roles(view) is None for view in itertools.chain(*outputs)):
+            return None
+        return [tuple(output) for output in outputs]
+
+    def _scales(self, eqn: Any, views: Views, operand: int) -> bool:
+        """Whether a scale varies along axes that one factor has alone."""
+        if eqn.primitive.name not in ("mul", "div"):
+            return True
+        varies = scale_varies_along(eqn, operand)
+        for view in views:
+            roles = self._roles(view) or []
+            along = {roles[i] for i in varies} - {"batch"}
+            if len(along) > 1 or None in along:
+                return False
+        return True
+
+    def _is_lookup(self, eqn: Any, views: list[Views]) -> bool:
+        """Whether rows are taken that one factor has alone: no kernel is left in them."""
+        indexed = indexed_axes(eqn)
+        if not indexed:
+            return False
+        for view in itertools.chain(*views):
+            roles = self._roles(view) or []
+            taken = {roles[i] for i in indexed}
+            rest = {r for i, r in enumerate(roles) if i not in indexed}
+            if taken & {"in", "out"} and not {"in", "out"} <= rest:
+                return True
+        return False
+
+
+def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
+    """Names a product that contracts the output axes: the transposed use."""
+    if roles is None:
+        return kind
+    contracted = {s for r, s in zip(roles, settled, strict=True) if r == "in" and s}
+    return f"transposed {kind}" if contracted == {"out"} else kind
+
+
+def decide(
+    jaxpr: Any, views: Sequence[View | None], axes: Mapping[str, KernelAxes]
+) -> tuple[Program, Log]:
+    """Returns the program to evaluate, and the uses of the kernels in it."""
+    decision = Decision(axes)
+    return decision.whole(jaxpr, views), decision.log
