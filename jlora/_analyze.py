@@ -2,12 +2,14 @@
 
 A `View` says that a value of the program carries (part of) a kernel, and which axes of
 the kernel each of its axes comes from. The pass follows views from the params through
-every equation, control flow included, and gives each equation one action. It runs twice:
+every equation, control flow included, and gives each equation one action. It runs
+twice:
 
-* `_discover.py` learns the roles of a kernel's axes from the operations that consume it;
+* `_discover.py` learns the roles of a kernel's axes from the operations that consume
+  it;
 * `_decide.py`, with the roles settled (by the discovery, or by the factors of an
-  adapter), decides how each equation is evaluated. `_interpret.py` follows that decision
-  and `_plan.py` prints it: there is one source of truth.
+  adapter), decides how each equation is evaluated. `_interpret.py` follows that
+  decision and `_plan.py` prints it: there is one source of truth.
 """
 
 import abc
@@ -122,6 +124,7 @@ class Analysis(abc.ABC):
         self.control_flow = control_flow
         self.log = Log()
         self.loop_depth = 0
+        self._lines: list[str] = []
 
     @abc.abstractmethod
     def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
@@ -154,15 +157,23 @@ class Analysis(abc.ABC):
 
     def _equation(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
         rule = self.control_flow.get(eqn.primitive.name)
-        if rule is not None:
-            return rule.analyze(self, eqn, views)
-        return self.first_order(eqn, views)
+        if rule is None:
+            return self.first_order(eqn, views)
+        self._lines.append(self.line_of(eqn))
+        result = rule.analyze(self, eqn, views)
+        self._lines.pop()
+        return result
+
+    def line_of(self, eqn: Any) -> str:
+        """Returns the model's line; a library's own jit has that of its caller."""
+        outer = self._lines[-1] if self._lines else "unknown line"
+        return source_line(eqn) or outer
 
     def materialized(self, eqn: Any, views: Sequence[Views], where: str = "") -> None:
         """Notes that the operands with views must be formed at an equation."""
         name = eqn.primitive.name
         for view in itertools.chain(*views):
-            use = Use(view.path, f"{name}{where}", source_line(eqn), False, name)
+            use = Use(view.path, f"{name}{where}", self.line_of(eqn), False, name)
             self.log.obstacles.append(use)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def _expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
 
 
 def contract_rank(
-    a: jax.Array, b: jax.Array, *, dtype: jnp.dtype, precision: object = None
+    a: jax.Array, b: jax.Array, *, dtype: Any, precision: Any = None
 ) -> jax.Array:
     """Returns `sum(a * b, axis=-1)` of two aligned factors as one matrix product.
 

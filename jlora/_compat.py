@@ -68,15 +68,15 @@ def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def source_line(eqn: JaxprEqn) -> str:
-    """Returns `file.py:line` of the model's line that made an equation."""
+def source_line(eqn: JaxprEqn) -> str | None:
+    """Returns `file.py:line` of the model's line that made an equation, if known."""
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback is not None else []
     for frame in frames:
         name = frame.file_name
         if not name.startswith("<") and not any(lib in name for lib in _LIBRARIES):
             return f"{os.path.basename(name)}:{frame.line_num}"
-    return "unknown line"
+    return None
 
 
 def explicit_mesh(*arrays: Any) -> Any:

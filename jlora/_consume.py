@@ -1,8 +1,9 @@
 """Rules for the operations that consume an adapted kernel and give a plain value.
 
-A rule has three halves. `roles(eqn, operand)` says which role each axis of the operand
-plays in this use: this is where the axes of a kernel are learnt. `supports` says whether
-the use stays factored once the roles of the kernel are settled. `run` evaluates it.
+A rule has three parts. `roles(eqn, operand)` says which role each axis of the operand
+plays in this use: this is where the axes of a kernel are learnt. `supports` says
+whether the use stays factored once the roles of the kernel are settled. `run`
+evaluates it.
 """
 
 import dataclasses
@@ -95,9 +96,12 @@ def _as_matrices(
     """
     shape = value.base.shape
     free = [i for i in range(len(shape)) if i not in (*contract, *batch)]
-    pairs = [_contracted_first(p, contract, free) for p in value.parts]
-    if any(pair is None for pair in pairs):
-        return None
+    pairs = []
+    for part in value.parts:
+        pair = _contracted_first(part, contract, free)
+        if pair is None:
+            return None
+        pairs.append(pair)
     scalings = {part.scaling for part in value.parts}
     common = scalings.pop() if len(scalings) == 1 else None
     a_list, b_list = [], []

@@ -58,8 +58,8 @@ def _run_jit(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]
     params, (program,) = eqn.params, step.programs
 
     def body(*args: Any) -> list[Any]:
-        args = map(_constrain, args, params["in_shardings"])
-        return list(map(_constrain, run(program, list(args)), params["out_shardings"]))
+        inputs = list(map(_constrain, args, params["in_shardings"]))
+        return list(map(_constrain, run(program, inputs), params["out_shardings"]))
 
     body.__name__ = body.__qualname__ = params["name"]
     return jax.jit(body, inline=params["inline"])(*values)
@@ -235,21 +235,21 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
     )(*values)
 
 
-def _specs_like(value: Any, spec: PartitionSpec) -> Any:
+def _specs_like(value: Any, spec: Any) -> Any:
     """Returns `spec` for a kernel and, for its factors, the entries of their axes."""
     if not isinstance(value, Adapted):
         return spec
     shape = value.base.shape
     entries = [*spec, *[None] * (len(shape) - len(spec))]
 
-    def follow(factor: jax.Array) -> PartitionSpec:
+    def follow(factor: jax.Array) -> Any:
         own = [
             e if factor.shape[i] == shape[i] else None for i, e in enumerate(entries)
         ]
         return PartitionSpec(*own, None)
 
-    parts = [Part(follow(p.a), follow(p.b), p.scaling) for p in value.parts]  # type: ignore[arg-type]
-    return Adapted(spec, tuple(parts))  # type: ignore[arg-type]
+    parts = [Part(follow(p.a), follow(p.b), p.scaling) for p in value.parts]
+    return Adapted(spec, tuple(parts))
 
 
 CONTROL_FLOW: dict[str, ControlFlowRule] = {

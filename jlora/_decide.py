@@ -7,7 +7,6 @@ from typing import Any
 from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
 from ._axes import KernelAxes
 from ._carry import CARRY, scale_varies_along
-from ._compat import source_line
 from ._consume import CONSUME, Roles
 from ._control_flow import CONTROL_FLOW
 
@@ -40,7 +39,7 @@ class Decision(Analysis):
         return Step("carry"), outputs
 
     def _used(self, eqn: Any, views: Sequence[Views], kinds: Any) -> None:
-        name, line = eqn.primitive.name, source_line(eqn)
+        name, line = eqn.primitive.name, self.line_of(eqn)
         for view, kind in zip(itertools.chain(*views), kinds, strict=False):
             self.log.uses.append(Use(view.path, kind, line, True, name))
 
@@ -94,7 +93,7 @@ class Decision(Analysis):
         return True
 
     def _is_lookup(self, eqn: Any, views: list[Views]) -> bool:
-        """Whether rows are taken that one factor has alone: no kernel is left in them."""
+        """Whether the rows that are taken have lost one side of the kernel."""
         indexed = indexed_axes(eqn)
         if not indexed:
             return False

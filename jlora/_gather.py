@@ -1,8 +1,8 @@
 """The carry rule of `gather`: rows taken along some axes, the other axes whole.
 
 Embedding lookups, experts chosen per example, and layers indexed in a loop are all of
-this form; whether a gather is a lookup (the rows are what is wanted) or only carries the
-kernel to a product is for the analysis to say.
+this form; whether a gather is a lookup (the rows are what is wanted) or only carries
+the kernel to a product is for the analysis to say.
 """
 
 import dataclasses

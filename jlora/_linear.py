@@ -103,7 +103,8 @@ def _dot(
     precision: Any,
 ) -> jax.Array:
     """One `dot_general`, with the output sharding that Explicit meshes ask for."""
-    dims = (tuple(map(tuple, contract)), tuple(map(tuple, batch)))
+    (lc, rc), (lb, rb) = contract, batch
+    dims = ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb)))
     return lax.dot_general(
         lhs,
         rhs,
@@ -255,9 +256,10 @@ _custom_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _instantiate(cotangent: Any) -> jax.Array:
-    """Returns a cotangent as an array; an output that is not used has a symbolic one."""
+    """Returns a cotangent as an array; that of an unused output is symbolic."""
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
+        aval: Any = cotangent
+        return jnp.zeros(aval.shape, aval.dtype)
     return cotangent
 
 
@@ -323,7 +325,7 @@ class _Layout(NamedTuple):
         contract = (self.x_free, range(self.n_batch, g.ndim - 1))
         wide = jnp.promote_types(a.dtype, jnp.float32)
         da = _dot(x, g, contract, (self.x_batch, self.batch), wide, self.precision)
-        # The contracting axes come out in the order of x; a has them as they are paired.
+        # The contracting axes come out in the order of x; a has them in pairs' order.
         order = [sorted(self.x_contract).index(i) for i in self.x_contract]
         n = self.n_batch
         return jnp.transpose(da, (*self.batch, *(n + i for i in order), da.ndim - 1))
@@ -359,7 +361,7 @@ class _Layout(NamedTuple):
 
 
 def _as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
-    """Gives a gradient the dtype and, on an Explicit mesh, the sharding of its primal."""
+    """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
     gradient = gradient.astype(primal.dtype)
     sharding = explicit_sharding(primal)
     return gradient if sharding is None else jax.sharding.reshard(gradient, sharding)

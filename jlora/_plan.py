@@ -17,7 +17,8 @@ class Plan:
 
     Attributes:
         targets: the leaves that will be trained, in the order of the params.
-        unusable: leaves that a pattern matched and that are no targets, with the reason.
+        unusable: leaves that a pattern matched and that are no targets, each with the
+            reason.
         total: the number of values in the params.
 
     Printing a plan gives a table; in a notebook it is shown as HTML.
@@ -119,7 +120,7 @@ def _uses(target: Target) -> str:
         return "not traced"
     told = []
     for use, times in counted.items():
-        how = use.kind if use.factored else f"{use.kind}: MATERIALIZED"
+        how = use.kind if use.factored else f"{use.kind}: materialized"
         told.append(f"{how} ({use.source})" + (f" ×{times}" if times > 1 else ""))
     return ", ".join(told)
 

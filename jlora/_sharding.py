@@ -1,7 +1,7 @@
 """Shardings of rank-sized values on meshes with Explicit axes.
 
-On an Auto mesh XLA chooses and nothing here returns a sharding. On an Explicit mesh each
-product says how its result is laid out; the rank axis is never sharded.
+On an Auto mesh XLA chooses and nothing here returns a sharding. On an Explicit mesh
+each product says how its result is laid out; the rank axis is never sharded.
 """
 
 from typing import Any

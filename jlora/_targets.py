@@ -291,8 +291,8 @@ def _rank_problem(target: Target) -> str | None:
         return None
     return (
         f"`LoraConfig.rank` {target.config.rank} is larger than {target.path!r} "
-        f"{target.shape} allows: it maps {fan_in} to {fan_out}. Give it a config with a "
-        f"rank of at most {min(fan_in, fan_out)}, or train it whole with `full=True`"
+        f"{target.shape} allows: it maps {fan_in} to {fan_out}. Give it a config with "
+        f"a rank of at most {min(fan_in, fan_out)}, or train it whole with `full=True`"
     )
 
 

@@ -1,4 +1,4 @@
-"""`jlora.lora`: from an apply function to one that takes an adapter beside the params."""
+"""`jlora.lora`: from an apply function to one that takes an adapter beside params."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -118,8 +118,8 @@ class Lora:
     def _params_of(self, args: Sequence[Any]) -> PyTree:
         if self.argnum >= len(args):
             raise TypeError(
-                f"`jlora.lora(..., argnum={self.argnum})` needs the params as positional "
-                f"argument {self.argnum}, got {len(args)} positional argument(s)"
+                f"`jlora.lora(..., argnum={self.argnum})` needs the params as "
+                f"positional argument {self.argnum}, got {len(args)} positional ones"
             )
         return args[self.argnum]
 
@@ -150,7 +150,8 @@ def lora(
     Args:
         fn: any function of a params tree and other arguments: `model.apply`, a plain
             JAX function, a split and merged NNX model.
-        config: what is adapted; of several configs that match a leaf, the first decides.
+        config: what is adapted; of several configs that match a leaf, the first
+            decides.
         argnum: which argument of `fn` is the params tree.
         materialize: "error" raises where an adapted kernel reaches an operation without
             a low-rank rule; "allow" forms `W + s·a·b` there, and only there.
