@@ -91,7 +91,7 @@ def explicit_mesh(*arrays: Any) -> Any:
 
 def manual_axes(array: Any) -> frozenset[str]:
     """Returns the shard_map axes along which `array` varies."""
-    return frozenset(getattr(jax.typeof(array), "vma", frozenset()))
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -248,7 +248,7 @@ def _backward(
     if dx is not None:
         dx = dx + layout.grad_x_of_delta(g_all, a, x)
     da = _per_kernel(layout.grad_a(x, g_all, a), operands)
-    da = tuple(d.astype(a.dtype) for d, a in zip(da, operands.a, strict=True))
+    da = tuple(map(_as_type_of, da, operands.a))
     return (Operands(dx, tuple(dw), da, tuple(db)),)
 
 

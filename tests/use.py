@@ -66,10 +66,11 @@ class Use:
         kernels: The adapted leaves of the layer.
         inputs: Makers of the inputs; float ones take the dtype of the case.
         extra: Shapes of the other leaves of the layer, which are not kernels.
-        argnum: The position of params among the arguments of `function`.
+        argnum: The position of params among the arguments of the adapted function.
         reverse: Whether reverse-mode differentiation is defined.
         mixed: Whether kernel and inputs may differ in dtype.
-        formed: Whether the delta kernel is formed by design (depthwise convolutions).
+        formed: Whether values of the kernel's shape are expected (depthwise
+            convolutions, kernels scaled by an input, uses that materialize).
         loose: Whether the function itself rounds to bfloat16.
         primitive: What an error must name when the kernel can't stay factored.
     """
@@ -92,16 +93,15 @@ class Use:
         out = self.fn(params["layer"], *inputs)
         return jax.tree.map(lambda y: y + shift.astype(y.dtype), out)
 
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What is given to `jlora.lora`: the model with params at `argnum`."""
+    def positioned(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Moves the params, the first argument of `fn`, to position `argnum`."""
         if self.argnum == 0:
-            return self.model
+            return fn
 
         def function(*args: Any) -> Any:
             params = args[self.argnum]
             others = args[: self.argnum] + args[self.argnum + 1 :]
-            return self.model(params, *others)
+            return fn(params, *others)
 
         return function
 

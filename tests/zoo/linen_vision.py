@@ -106,7 +106,7 @@ class UNet(nn.Module):
         up = nn.ConvTranspose(9, (4, 4), strides=(2, 2), name="up")(low)
         x = jnp.concatenate([high, up], axis=-1)
         flipped = nn.ConvTranspose(10, (3, 3), transpose_kernel=True, name="flipped")
-        return nn.Conv(2, (3, 3), padding="VALID", name="leave")(nn.silu(flipped(x)))
+        return nn.Conv(5, (3, 3), padding="VALID", name="leave")(nn.silu(flipped(x)))
 
 
 class Mixer(nn.Module):
@@ -129,7 +129,7 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(12, (2, 2), strides=(2, 2), name="stem")(x)
+        x = nn.Conv(12, (4, 4), strides=(2, 2), name="stem")(x)
         y = nn.Conv(12, (5, 5), feature_group_count=12, name="depthwise")(x)
         y = nn.Dense(21, name="expand")(nn.LayerNorm()(y))
         y = nn.Conv(18, (3, 3), feature_group_count=3, name="grouped")(nn.gelu(y))
@@ -139,7 +139,7 @@ class ConvNeXt(nn.Module):
 
 
 def vit(dtype: Any) -> Built:
-    model, images = ViT(dtype=dtype), normal(2, BATCH, 12, 8, 2)
+    model, images = ViT(dtype=dtype), normal(2, BATCH, 12, 8, 3)
     expected = {"params/patches/kernel": CONV2D, "params/head/kernel": DENSE}
     for i in range(2):
         expected |= under(f"params/attention_{i}", ATTENTION)
@@ -149,7 +149,7 @@ def vit(dtype: Any) -> Built:
 
 
 def resnet() -> Built:
-    model, images = ResNet(), normal(2, BATCH, 14, 14, 2)
+    model, images = ResNet(), normal(2, BATCH, 14, 14, 3)
     convs = {"stem": ["kernel"], "stage_0": ["first/kernel", "second/kernel"]}
     for i in (1, 2):
         names = ("first", "second", "project")
@@ -166,7 +166,7 @@ def resnet() -> Built:
 
 
 def unet() -> Built:
-    model, images, noise = UNet(), normal(2, BATCH, 8, 6, 2), normal(3, BATCH)
+    model, images, noise = UNet(), normal(2, BATCH, 8, 6, 5), normal(3, BATCH)
     names = ("enter", "down", "dilated", "up", "leave")
     expected = {f"params/{name}/kernel": CONV2D for name in names}
     expected["params/flipped/kernel"] = CONV2D_TRANSPOSED
@@ -186,7 +186,7 @@ def mixer() -> Built:
 
 
 def convnext() -> Built:
-    model, images = ConvNeXt(), normal(2, BATCH, 8, 10, 2)
+    model, images = ConvNeXt(), normal(2, BATCH, 8, 10, 3)
     names = ("stem", "depthwise", "grouped", "contract")
     expected: dict[str, Axes] = {f"params/{name}/kernel": CONV2D for name in names}
     expected |= {f"params/{name}/kernel": DENSE for name in ("expand", "head")}

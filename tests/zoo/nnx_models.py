@@ -99,10 +99,10 @@ class ConvNet(nnx.Module):
     """Batch statistics and the count of the dropout's stream change when it runs."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.stem = nnx.Conv(2, 6, (3, 3), strides=2, rngs=rngs)
+        self.stem = nnx.Conv(3, 6, (3, 3), strides=2, rngs=rngs)
         self.norm = nnx.BatchNorm(6, rngs=rngs)
         self.grouped = nnx.Conv(6, 10, (3, 3), feature_group_count=2, rngs=rngs)
-        self.up = nnx.ConvTranspose(10, 7, (2, 2), strides=(2, 2), rngs=rngs)
+        self.up = nnx.ConvTranspose(10, 7, (4, 4), strides=(2, 2), rngs=rngs)
         self.drop = nnx.Dropout(0.4, rngs=rngs)
         self.head = nnx.Linear(7, 11, rngs=rngs)
 
@@ -196,7 +196,7 @@ def conv_net() -> Built:
     names = ("stem", "grouped", "up")
     expected = {f"{name}/kernel": CONV2D for name in names}
     expected["head/kernel"] = DENSE
-    return build(ConvNet, normal(2, 3, 8, 10, 2), expected)
+    return build(ConvNet, normal(2, 4, 8, 10, 3), expected)
 
 
 def encoder() -> Built:

@@ -121,7 +121,7 @@ def refiner(params: Tree, image: jax.Array, kind: jax.Array) -> jax.Array:
 
 def refining(kind: int) -> Built:
     params = {
-        "stem": normal(1, 11, 2, 3, 3) / 4,
+        "stem": normal(1, 11, 5, 3, 3) / 4,
         "wide": normal(2, 11, 11, 1, 5) / 7,
         "near": normal(3, 11, 11) / 3,
         "again": normal(4, 11, 11) / 3,
@@ -134,7 +134,7 @@ def refining(kind: int) -> Built:
         "again": ROWS_OUT,
         "last": DENSE,
     }
-    args = (normal(6, 4, 2, 6, 5), jnp.int32(kind))
+    args = (normal(6, 4, 5, 6, 5), jnp.int32(kind))
     return Built(refiner, params, args, expected, coarse=True)
 
 
