@@ -50,6 +50,8 @@ def _merged(kernel: Any, entry: LoraFactors | jax.Array) -> Any:
         return np.asarray(_sum(jnp.asarray(kernel), entry), kernel.dtype)
     if isinstance(kernel, jax.core.Tracer):
         return _sum(kernel, entry)
+    if len(kernel.sharding.device_set) == 1:
+        return jax.jit(_sum)(kernel, entry)  # stays where it is, committed or not
     return jax.jit(_sum, out_shardings=kernel.sharding)(kernel, entry)
 
 
