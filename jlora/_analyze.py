@@ -94,10 +94,17 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The action for one equation, with the programs of its sub-jaxprs if any."""
+    """The action for one equation.
+
+    Attributes:
+        action: what to do with it.
+        programs: the programs of its sub-jaxprs, if any.
+        wanted: which of its outputs are used, if it has sub-jaxprs.
+    """
 
     action: Action
     programs: tuple["Program", ...] = ()
+    wanted: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,23 +151,27 @@ class Analysis(abc.ABC):
         env: dict[Any, Views] = dict(zip(jaxpr.invars, in_views, strict=True))
         read = lambda v: () if is_literal(v) else env.get(v, ())
         steps = []
-        for eqn, alive in zip(jaxpr.eqns, _live_equations(jaxpr), strict=True):
+        live, needed = _liveness(jaxpr)
+        for eqn, alive in zip(jaxpr.eqns, live, strict=True):
             views = [read(v) for v in eqn.invars]
             if not alive or not any(views):
                 steps.append(PLAIN if alive else DEAD)
                 continue
-            step, outputs = self._equation(eqn, views)
+            wanted = tuple(v in needed for v in eqn.outvars)
+            step, outputs = self._equation(eqn, views, wanted)
             steps.append(step)
             env.update(zip(eqn.outvars, outputs, strict=True))
         outs = tuple(read(v) for v in jaxpr.outvars)
         return Program(jaxpr, tuple(consts), tuple(steps), outs)
 
-    def _equation(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def _equation(
+        self, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
+    ) -> tuple[Step, list[Views]]:
         rule = self.control_flow.get(eqn.primitive.name)
         if rule is None:
             return self.first_order(eqn, views)
         self._lines.append(self.line_of(eqn))
-        result = rule.analyze(self, eqn, views)
+        result = rule.analyze(self, eqn, views, wanted)
         self._lines.pop()
         return result
 
@@ -193,8 +204,8 @@ def indexed_axes(eqn: Any) -> list[int]:
     return [i for i, n in enumerate(sizes) if n == 1 and shape[i] != 1]
 
 
-def _live_equations(jaxpr: Any) -> list[bool]:
-    """Returns which equations the outputs or effects of a jaxpr need."""
+def _liveness(jaxpr: Any) -> tuple[list[bool], set[Any]]:
+    """Returns which equations, and which variables, the outputs or effects need."""
     needed = {v for v in jaxpr.outvars if is_var(v)}
     live = []
     for eqn in reversed(jaxpr.eqns):
@@ -202,4 +213,4 @@ def _live_equations(jaxpr: Any) -> list[bool]:
         if alive:
             needed.update(v for v in eqn.invars if is_var(v))
         live.append(alive)
-    return live[::-1]
+    return live[::-1], needed

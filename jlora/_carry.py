@@ -3,7 +3,7 @@
 A rule has two halves. `axes(eqn, operand)` says, for each output and each of its axes,
 which axes of the operand it comes from; the analysis follows kernels through the
 program with that alone. `move(eqn, factor, ...)` does to an aligned factor (see
-`_axes.align`) what the equation does to the value; an axis that the factor does not have
+`_axes.align`) what the equation does to the value; an axis that the factor lacks
 is of size 1 and stays so.
 
 To add a rule, write the two functions and enter them in `CARRY` under the primitive's

@@ -89,7 +89,7 @@ def _dot_general(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
 def _as_matrices(
     value: Adapted, contract: Sequence[int], batch: Sequence[int]
 ) -> tuple[jax.Array, jax.Array, float] | None:
-    """Returns `a: (*batch, *contract, r)`, `b: (*batch, r, *free)` and the scaling.
+    """Returns `a: (*batch, *contract, r)`, `b: (*batch, *free, r)` and the scaling.
 
     A transposed use (a tied head) swaps the two factors. None if the parts do not fall
     into a contracted and a free factor. Several parts are one, with the ranks joined.
@@ -112,10 +112,9 @@ def _as_matrices(
         second = jnp.squeeze(second, contract)
         a_list.append(_ordered(first, [*batch, *contract], free))
         b = _ordered(second, [*batch, *free], contract)
-        b = jnp.moveaxis(b, -1, len(batch))
         b_list.append(b if common is not None else part.scaling * b)
     a = jnp.concatenate(a_list, axis=-1)
-    b = jnp.concatenate(b_list, axis=len(batch))
+    b = jnp.concatenate(b_list, axis=-1)
     return a, b, 1.0 if common is None else common
 
 

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._adapted import Adapted, Part, materialize
+from ._adapted import Adapted, Part, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
 
@@ -26,32 +26,40 @@ Run = Callable[[Program, Sequence[Any]], list[Any]]
 class ControlFlowRule:
     """How one higher-order primitive is analyzed and emitted again."""
 
-    analyze: Callable[[Analysis, Any, list[Views]], tuple[Step, list[Views]]]
+    analyze: Callable[
+        [Analysis, Any, list[Views], tuple[bool, ...]], tuple[Step, list[Views]]
+    ]
     run: Callable[[Any, Step, list[Any], Run], Sequence[Any]]
 
 
-def _enter(programs: Sequence[Program], outputs: Sequence[Views]) -> tuple[Step, list]:
-    return Step("enter", tuple(programs)), list(outputs)
+def _note_outputs(
+    analysis: Analysis, eqn: Any, program: Program, wanted: Sequence[bool]
+) -> None:
+    """Outputs that carry a kernel and are used are materialized in the sub-program."""
+    pairs = zip(program.out_views, wanted, strict=True)
+    analysis.materialized(eqn, [v for v, used in pairs if used], " output")
 
 
-def _plain_outputs(
-    analysis: Analysis, eqn: Any, program: Program, where: str
-) -> tuple[Program, list[Views]]:
-    """Outputs that carry a kernel are materialized inside the sub-program."""
-    analysis.materialized(eqn, program.out_views, where)
-    return program, [()] * len(program.out_views)
+def _formed(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """Materializes the outputs that are used; nobody looks at the others."""
+    pairs = zip(values, wanted, strict=True)
+    return [materialize(v) if used else base_of(v) for v, used in pairs]
+
+
+def _no_views(eqn: Any) -> list[Views]:
+    return [()] * len(eqn.outvars)
 
 
 # --- jit, remat, closed calls: the body once, outputs may stay factored ---
 
 
 def _analyze_call(
-    analysis: Analysis, eqn: Any, views: list[Views]
+    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
 ) -> tuple[Step, list[Views]]:
     params = eqn.params
     body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
     program = analysis.program(body, views)
-    return _enter([program], program.out_views)
+    return Step("enter", (program,), wanted), list(program.out_views)
 
 
 def _run_jit(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -90,7 +98,7 @@ def _run_inline(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[A
 
 
 def _analyze_scan(
-    analysis: Analysis, eqn: Any, views: list[Views]
+    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
 ) -> tuple[Step, list[Views]]:
     n_consts, n_carry = scan_counts(eqn.params)
     consts, carry = views[:n_consts], views[n_consts : n_consts + n_carry]
@@ -100,11 +108,10 @@ def _analyze_scan(
     analysis.loop_depth += 1
     program = analysis.program(eqn.params["jaxpr"], [*consts, *[()] * n_carry, *rows])
     analysis.loop_depth -= 1
-    return _enter(*_one(_plain_outputs(analysis, eqn, program, " output")))
-
-
-def _one(pair: tuple[Program, list[Views]]) -> tuple[list[Program], list[Views]]:
-    return [pair[0]], pair[1]
+    # The carry is looked at by the next step, whether its last value is used or not.
+    wanted = (*[True] * n_carry, *wanted[n_carry:])
+    _note_outputs(analysis, eqn, program, wanted)
+    return Step("enter", (program,), wanted), _no_views(eqn)
 
 
 def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -115,12 +122,12 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
 
     def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         slices = [x.restore(row) for x, row in zip(xs, rows, strict=True)]
-        out = _materialize_all(run(program, [*consts, *carry, *slices]))
+        out = _formed(run(program, [*consts, *carry, *slices]), step.wanted)
         return out[:n_carry], out[n_carry:]
 
     carry, ys = lax.scan(
         body,
-        _materialize_all(carry),
+        [materialize(v) for v in carry],
         [x.scanned for x in xs],
         length=params["length"],
         reverse=params["reverse"],
@@ -154,15 +161,11 @@ class _Rows:
         return self.treedef.unflatten(leaves)
 
 
-def _materialize_all(values: Sequence[Any]) -> list[Any]:
-    return [materialize(v) for v in values]
-
-
 # --- while, cond ---
 
 
 def _analyze_while(
-    analysis: Analysis, eqn: Any, views: list[Views]
+    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
 ) -> tuple[Step, list[Views]]:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
@@ -174,8 +177,9 @@ def _analyze_while(
     cond = analysis.program(params["cond_jaxpr"], [*cond_consts, *none])
     body = analysis.program(params["body_jaxpr"], [*body_consts, *none])
     analysis.loop_depth -= 1
-    analysis.materialized(eqn, body.out_views, " output")
-    return _enter([cond, body], none)
+    # Every output of the body is looked at by its next round.
+    _note_outputs(analysis, eqn, body, [True] * len(body.out_views))
+    return Step("enter", (cond, body)), none
 
 
 def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -184,27 +188,27 @@ def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[An
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
     return lax.while_loop(
         lambda carry: run(cond, [*cond_consts, *carry])[0],
-        lambda carry: _materialize_all(run(body, [*body_consts, *carry])),
-        _materialize_all(values[n_cond + n_body :]),
+        lambda carry: [materialize(v) for v in run(body, [*body_consts, *carry])],
+        [materialize(v) for v in values[n_cond + n_body :]],
     )
 
 
 def _analyze_cond(
-    analysis: Analysis, eqn: Any, views: list[Views]
+    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
 ) -> tuple[Step, list[Views]]:
     programs = []
     for branch in eqn.params["branches"]:
         program = analysis.program(branch, views[1:])
-        analysis.materialized(eqn, program.out_views, " output")
+        _note_outputs(analysis, eqn, program, wanted)
         programs.append(program)
-    return _enter(programs, [()] * len(eqn.outvars))
+    return Step("enter", tuple(programs), wanted), _no_views(eqn)
 
 
 def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     index, *operands = values
     branches = [
         functools.partial(
-            lambda program, *args: _materialize_all(run(program, args)), p
+            lambda program, *args: _formed(run(program, args), step.wanted), p
         )
         for p in step.programs
     ]
@@ -215,16 +219,17 @@ def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
 
 
 def _analyze_shard_map(
-    analysis: Analysis, eqn: Any, views: list[Views]
+    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
 ) -> tuple[Step, list[Views]]:
     program = analysis.program(eqn.params["jaxpr"], views)
-    return _enter(*_one(_plain_outputs(analysis, eqn, program, " output")))
+    _note_outputs(analysis, eqn, program, wanted)
+    return Step("enter", (program,), wanted), _no_views(eqn)
 
 
 def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     params, (program,) = eqn.params, step.programs
     specs = map(_specs_like, values, params["in_specs"])
-    body = lambda *args: tuple(_materialize_all(run(program, args)))
+    body = lambda *args: tuple(_formed(run(program, args), step.wanted))
     return jax.shard_map(
         body,
         mesh=params["mesh"],

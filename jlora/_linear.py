@@ -66,7 +66,12 @@ class GroupDims:
 
 
 class Operands(NamedTuple):
-    """The arrays of a group; `a: (*batch, *contract, r)`, `b: (*batch, r, *free)`."""
+    """The arrays of a group; `a: (*batch, *contract, r)`, `b: (*batch, *free, r)`.
+
+    Both have the rank last, as they travel through the program (see `_axes.align`): a
+    gradient that had to be transposed inside of a loop costs a copy at each step, and
+    XLA on CPUs cannot run it in bfloat16.
+    """
 
     x: Any
     kernels: tuple[Any, ...]
@@ -164,10 +169,8 @@ def _expand(
     batch = range(n_batch)
     h = h * jnp.asarray(one.scaling, h.dtype)
     b = b.astype(h.dtype)
-    last = (h.ndim - 1,)
-    lhs, rhs, contract = (h, b, (last, (n_batch,)))
-    if one.first:
-        lhs, rhs, contract = (b, h, ((n_batch,), last))
+    lhs, rhs = (b, h) if one.first else (h, b)
+    contract = ((lhs.ndim - 1,), (rhs.ndim - 1,))
     delta = lax.dot_general(
         lhs,
         rhs,
@@ -224,7 +227,7 @@ def _backward(
     """The gradients of `x`, `a` and `b`, and of a kernel only where it is asked for.
 
     With `h = s·x·a` and `g = s·dy·bᵀ`:
-    `dx = dy·Wᵀ + g·aᵀ`, `da = xᵀ·g`, `db = hᵀ·dy`.
+    `dx = dy·Wᵀ + g·aᵀ`, `da = xᵀ·g`, `db = hᵀ·dy` (kept as `dyᵀ·h`, rank last).
     """
     operands = residuals.operands
     x = operands.x
@@ -308,16 +311,16 @@ class _Layout(NamedTuple):
 
     def shrink_cotangent(self, dy: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
         """`dy·bᵀ: (batch, free of x, r)`."""
-        free_of_b = range(self.n_batch + 1, b.ndim)
+        free_of_b = range(self.n_batch, b.ndim - 1)
         contract = (self.dy_w, free_of_b)
         return _dot(dy, b, contract, (self.batch, self.batch), dtype, self.precision)
 
     def grad_b(self, h: jax.Array, dy: jax.Array, b: jax.Array) -> jax.Array:
-        """`hᵀ·dy: (batch, r, free of the kernel)`, accumulated in float32."""
-        contract = (range(self.n_batch, h.ndim - 1), self.dy_x)
+        """`dyᵀ·h: (batch, free of the kernel, r)`, accumulated in float32."""
+        contract = (self.dy_x, range(self.n_batch, h.ndim - 1))
         batch = (self.batch, self.batch)
         wide = jnp.promote_types(b.dtype, jnp.float32)
-        db = _dot(h, dy, contract, batch, wide, self.precision)
+        db = _dot(dy, h, contract, batch, wide, self.precision)
         return _as_type_of(db, b)
 
     def grad_a(self, x: jax.Array, g: jax.Array, a: jax.Array) -> jax.Array:
