@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -25,3 +25,12 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
     print(f"getkey: seed {seed}")
     count = iter(range(1 << 30))
     return lambda: jax.random.fold_in(jax.random.key(seed), next(count))
+
+
+@pytest.fixture
+def fast_compile() -> Iterator[None]:
+    """Compiles with few optimizations: for tests that compile much and run little."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

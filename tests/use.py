@@ -89,9 +89,9 @@ class Use:
 
     def model(self, params: Any, *inputs: jax.Array) -> Any:
         """The whole model: the use, and a bystander leaf outside of the layer."""
-        shift = params["shift"]
-        out = self.fn(params["layer"], *inputs)
-        return jax.tree.map(lambda y: y + shift.astype(y.dtype), out)
+        leaves, tree = jax.tree.flatten(self.fn(params["layer"], *inputs))
+        leaves[0] += params["shift"].astype(leaves[0].dtype)
+        return tree.unflatten(leaves)
 
     def positioned(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Moves the params, the first argument of `fn`, to position `argnum`."""
@@ -104,6 +104,10 @@ class Use:
             return fn(params, *others)
 
         return function
+
+    def arguments(self, params: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of the adapted function, in its order."""
+        return *inputs[: self.argnum], params, *inputs[self.argnum :]
 
     def make_params(self, key: jax.Array, dtype: Any) -> dict[str, Any]:
         """Random params; kernels and extra leaves have the given dtype."""

@@ -149,6 +149,7 @@ DENSE = [
         normal(3, 5),
         normal(3, 7),
         w=(5, 7),
+        delta="ir,ro->oi",  # the einsum starts with y
     ),
     use(
         "vmap_over_kernel_with_one_input",

@@ -110,6 +110,12 @@ def _router(w: Array, x: Array, expert: Array) -> Array:
     return lax.ragged_dot(x[order], w, sizes)[jnp.argsort(order)]
 
 
+def _through_carry(w: Array, x: Array) -> Array:
+    """Params that travel unchanged through the carry of a loop."""
+    body = lambda _, carry: (carry[0], _block(carry[1], carry[0], carry[0].T))
+    return lax.fori_loop(0, 3, body, (w, x))[1]
+
+
 STACKS = [
     use(
         "experts_einsum",
@@ -262,6 +268,19 @@ STACKS = [
             "down": Kernel((4, 7, 5), STACK),
         },
         inputs=(normal(6, 3, 5),),
+    ),
+    use("unchanged_in_carry", _through_carry, normal(3, 5), w=(5, 7)),
+    use(
+        "unchanged_in_carry_of_while",
+        lambda w, n, x: lax.while_loop(
+            lambda c: c[0] < n,
+            lambda c: (c[0] + 1, c[1], _block(c[2], c[1], c[1].T)),
+            (0, w, x),
+        )[2],
+        fixed(3),
+        normal(3, 5),
+        w=(5, 7),
+        reverse=False,
     ),
     use("while_loop", _while, normal(3, 5), w=(5, 7), reverse=False),
 ]
