@@ -52,7 +52,7 @@ def full_gradient(x, w, a, b):
 
 def loss_of(use, wrap):
     def loss(base, adapter, x):
-        return jnp.sum(wrap(use)(base, adapter, x * base["scale"]) ** 2)
+        return jnp.sum(wrap(use)(base, adapter, x * base["scale"][None]) ** 2)
 
     return loss
 
@@ -166,7 +166,9 @@ def test_split_axes_are_found():
 
 def test_base_may_be_cast_rescaled_and_sliced():
     def fn(base, x):
-        w = lax.optimization_barrier(base["w"].astype(jnp.float32) * base["scale"])
+        w = lax.optimization_barrier(
+            base["w"].astype(jnp.float32) * base["scale"][None]
+        )
         w = jax.jit(lambda w: -w.T[::-1] / 2)(w)
         return lax.cond(x[0, 0] > 0, lambda w: w, lambda w: 2 * w, w) @ x.T
 

@@ -166,11 +166,12 @@ class CachedStep(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Set up by `setup`, run through a method that is not `__call__`."""
+    """Set up by `setup`, run through a method that is not `__call__`; a box."""
 
     def setup(self) -> None:
         self.words = nn.Embed(VOCAB, WIDTH)
-        self.left, self.right = nn.Dense(11), nn.Dense(11)
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "out"))
+        self.left, self.right = nn.Dense(11, kernel_init=init), nn.Dense(11)
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return self.score(a, b)
