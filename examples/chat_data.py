@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 CORPUS_SHA256 = "25bff2ce4bf3515b7021586f70785c495cd4986cce7cc9413fa7d1192fbd02a8"
 LEFT_OUT = ("coding", "tech_support")  # long answers, not chat
-TOKENS_PER_ROW, TARGETS_PER_ROW = 128, 64
+ROWS, TOKENS_PER_ROW, TARGETS_PER_ROW = 4, 128, 64  # of a batch
 IGNORED = -1  # a target that no reply contains
 
 
@@ -59,6 +59,7 @@ def load_examples(
     tokenizer: Tokenizer, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Returns the examples to train on and the examples held out."""
+    stop_token(tokenizer)
     train, held_out = split(load_conversations(), seed)
     return encode(tokenizer, train), encode(tokenizer, held_out)
 
@@ -90,6 +91,21 @@ def chat_prompt(text: str) -> str:
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def stop_token(tokenizer: Tokenizer) -> int:
+    """Returns the token that ends a turn.
+
+    Raises:
+        ValueError: If the tokenizer is that of a model with another chat template.
+    """
+    token = tokenizer.token_to_id("<|im_end|>")
+    if token is None:
+        raise ValueError(
+            "the tokenizer of `--model` knows no <|im_end|>: this example speaks the "
+            "chat template of SmolLM2 (ChatML)"
+        )
+    return token
+
+
 def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Example]:
     """Returns the pairs as tokens, without those too long for a row."""
     examples = []
@@ -102,7 +118,7 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Example]:
 
 
 def training_batches(
-    examples: Sequence[Example], rows: int, seed: int
+    examples: Sequence[Example], seed: int, rows: int = ROWS
 ) -> Iterator[Batch]:
     """Yields batches for ever, each epoch in another order."""
     order = random.Random(seed)
@@ -113,7 +129,7 @@ def training_batches(
             yield _as_batch(packed[i : i + rows], rows)
 
 
-def all_batches(examples: Sequence[Example], rows: int) -> list[Batch]:
+def all_batches(examples: Sequence[Example], rows: int = ROWS) -> list[Batch]:
     """Returns every example once; the last batch may end in empty rows."""
     packed = _pack(examples)
     return [_as_batch(packed[i : i + rows], rows) for i in range(0, len(packed), rows)]

@@ -13,13 +13,12 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import orbax.checkpoint as ocp
 
 import jlora
@@ -28,12 +27,11 @@ try:
     import chat_data
     import generation
     import pretrained
+    import training
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 except ModuleNotFoundError as error:
     sys.exit(f"`{error.name}` isn't installed; install the extra `jlora[examples]`")
 
-ROWS = 4  # of packed pairs in a batch, about 500 tokens
 PROMPTS = (
     "Hello!",
     "Are you a robot?",
@@ -82,13 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{len(train)} pairs to train on, {len(held_out)} held out")
     adapter = lora.init(jax.random.key(args.seed), base.variables, example)
 
-    loss = make_loss(lora.apply)
-    held_out_loss = make_held_out_loss(loss, base, held_out)
+    loss = training.make_loss(lora.apply)
+    held_out_loss = training.make_held_out_loss(loss, base, held_out)
     answer = make_answer(lora.apply, base)
     before = held_out_loss(adapter), answer(adapter)
     console.print(f"held-out loss before: {before[0]:.3f}")
-    batches = chat_data.training_batches(train, ROWS, args.seed)
-    adapter = fit(loss, adapter, base.variables, batches, args.steps, args.lr)
+    batches = chat_data.training_batches(train, args.seed)
+    adapter = training.fit(
+        loss, adapter, base.variables, batches, args.steps, args.lr, console
+    )
     after = held_out_loss(adapter), answer(adapter)
     console.print(f"held-out loss after:  {after[0]:.3f}")
     for prompt, old, new in zip(PROMPTS, before[1], after[1], strict=True):
@@ -103,52 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if passed else 1
 
 
-def make_loss(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Returns `loss(adapter, variables, batch)`: per reply token, and their number."""
-
-    def loss(
-        adapter: Any, variables: Any, batch: chat_data.Batch
-    ) -> tuple[jax.Array, jax.Array]:
-        mask = packed_mask(batch.segments)
-        logits = apply(variables, adapter, batch.tokens, mask=mask, at=batch.at)
-        wanted = batch.targets != chat_data.IGNORED
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), jnp.where(wanted, batch.targets, 0)
-        )
-        count = jnp.sum(wanted)
-        return jnp.sum(losses * wanted) / jnp.maximum(count, 1), count
-
-    return loss
-
-
-def packed_mask(segments: jax.Array) -> jax.Array:
-    """Returns the mask (batch, time, keys) under which pairs don't see each other."""
-    time = segments.shape[1]
-    causal = jnp.tril(jnp.ones((1, time, time), bool))
-    return causal & (segments[:, :, None] == segments[:, None, :])
-
-
-def make_held_out_loss(
-    loss: Callable[..., Any],
-    base: pretrained.Pretrained,
-    examples: Sequence[chat_data.Example],
-) -> Callable[[Any], float]:
-    """Returns a function from an adapter to the loss per held-out reply token."""
-    evaluate = jax.jit(loss)
-    batches = chat_data.all_batches(examples, ROWS)
-
-    def held_out_loss(adapter: Any) -> float:
-        found = [evaluate(adapter, base.variables, batch) for batch in batches]
-        return float(sum(v * n for v, n in found) / sum(n for _, n in found))
-
-    return held_out_loss
-
-
 def make_answer(
     apply: Callable[..., Any], base: pretrained.Pretrained
 ) -> Callable[[Any], list[str]]:
     """Returns a function from an adapter to the replies to `PROMPTS`."""
-    stop = base.tokenizer.token_to_id("<|im_end|>")
+    stop = chat_data.stop_token(base.tokenizer)
     generate = generation.make_generate(apply, base.model.config, stop=stop, length=32)
     prompts = [chat_data.chat_prompt(text) for text in PROMPTS]
 
@@ -157,51 +116,6 @@ def make_answer(
         return generation.replies(generate, weights, base.tokenizer, prompts)
 
     return answer
-
-
-def fit(
-    loss: Callable[..., Any],
-    adapter: Any,
-    variables: Any,
-    batches: Iterator[chat_data.Batch],
-    steps: int,
-    lr: float,
-) -> Any:
-    """Returns the adapter after `steps` steps of AdamW, with a progress bar."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        lr / 10, lr, warmup_steps=steps // 10, decay_steps=steps, end_value=lr / 10
-    )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-
-    # The base is an argument, not a constant; what is trained is donated.
-    @jax.jit(donate_argnums=(0, 1))
-    def step(adapter: Any, state: Any, variables: Any, batch: Any) -> Any:
-        grad = jax.value_and_grad(loss, has_aux=True)
-        (value, _), grads = grad(adapter, variables, batch)
-        updates, state = tx.update(grads, state, adapter)
-        return optax.apply_updates(adapter, updates), state, value
-
-    state = tx.init(adapter)
-    with progress_bar() as bar:
-        task = bar.add_task("training", total=steps, loss=float("nan"), speed=0.0)
-        for _ in range(steps):
-            began, batch = time.perf_counter(), next(batches)
-            adapter, state, value = step(adapter, state, variables, batch)
-            value = float(value)  # waits for the step
-            speed = (batch.segments > 0).sum() / (time.perf_counter() - began)
-            bar.update(task, advance=1, loss=value, speed=speed)
-    return adapter
-
-
-def progress_bar() -> Progress:
-    """Returns a progress bar with the loss and the speed."""
-    return Progress(
-        TextColumn("{task.description} {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 def check(
@@ -213,14 +127,16 @@ def check(
     out: Path,
 ) -> bool:
     """Saves, reloads and merges the adapter; returns whether the logits agree."""
-    batch = chat_data.all_batches(examples[: 2 * ROWS], ROWS)[0]
+    batch = chat_data.all_batches(examples[: chat_data.ROWS])[0]
     adapted, plain = jax.jit(lora.apply), jax.jit(base.model.apply)
     save(out, adapter, config)
     reloaded = restore(out, adapter)
-    expected = adapted(base.variables, adapter, batch.tokens)
+    inputs = {"mask": training.packed_mask(batch.segments), "at": batch.at}
+    expected = adapted(base.variables, adapter, batch.tokens, **inputs)
+    merged = jlora.merge(base.variables, adapter)
     found = {
-        "reloaded": (adapted(base.variables, reloaded, batch.tokens), 0.0),
-        "merged": (plain(jlora.merge(base.variables, adapter), batch.tokens), 1e-4),
+        "reloaded": (adapted(base.variables, reloaded, batch.tokens, **inputs), 0.0),
+        "merged": (plain(merged, batch.tokens, **inputs), 1e-4),
     }
     console.print(f"\nadapter written to {out}")
     passed = True
