@@ -1,0 +1,143 @@
+"""The README: its code runs and prints what it says, its commands are those of CI."""
+
+import ast
+import contextlib
+import dataclasses
+import io
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import jlora
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+# (language, text) of each fenced block, in order.
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [text for language, text in BLOCKS if language not in ("python", "text")]
+
+
+def table(head: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column is called `head`, by first cell."""
+    start = README.index(f"| {head} |")
+    lines = README[start:].split("\n\n")[0].splitlines()[2:]
+    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def execute(code: str, namespace: dict[str, Any]) -> str:
+    """Runs a block as if it were a file of its own, and returns what it prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, "quickstart.py", "exec"), namespace)
+    return output.getvalue()
+
+
+def test_the_code_runs_and_prints_what_the_readme_says() -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
+    for language, text in BLOCKS:
+        if language == "python":
+            assert not printed, f"the README leaves out what a block prints: {printed}"
+            printed = execute(text, namespace)
+        elif language == "text":
+            assert printed == text
+            printed = ""
+    assert not printed
+
+
+def test_the_first_block_is_a_script_of_its_own(tmp_path: Path) -> None:
+    (_, code), (_, plan) = BLOCKS[:2]
+    (tmp_path / "quickstart.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "quickstart.py"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plan
+    assert plan.startswith("path ") and "trainable 3,072 of" in plan
+
+
+def test_there_are_two_commands() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "text", "bash"}
+    assert len(SHELL) == 2
+    assert SHELL[0].splitlines()[-1] == "python examples/finetune_chat.py"
+    assert SHELL[1].splitlines()[-1].startswith("python -m pytest")
+
+
+def test_ci_runs_the_second_command_and_nothing_else_installs() -> None:
+    assert CI.count(SHELL[1]) == 1
+    assert CI.count("pip install") == SHELL[1].count("pip install")
+    assert CI.count("pytest -n") == 1
+
+
+@pytest.mark.parametrize("command", SHELL, ids=["example", "tests"])
+def test_the_commands_name_what_exists(command: str) -> None:
+    """They differ in extras and in the last line; both begin on a fresh machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = command.splitlines()
+    assert lines[0] == "python3 -m venv .venv && . .venv/bin/activate &&"
+    found = re.fullmatch(r'pip install -e "\.\[([\w,]+)\]" &&', lines[1])
+    assert found and set(found[1].split(",")) <= set(project["optional-dependencies"])
+    assert lines[2].startswith("pip install --no-deps --require-hashes -r ")
+    files = [w for w in shlex.split(command.replace("&", "")) if "/" in w]
+    for name in [f for f in files if not f.startswith(".venv")]:
+        assert (ROOT / name).is_file(), name
+    assert len(lines) == 4
+
+
+def test_the_data_of_the_example_is_pinned() -> None:
+    text = (ROOT / "examples" / "requirements-finetune.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    packages = " ".join(lines).replace("\\", "").split()
+    names = [word for word in packages if not word.startswith("--hash")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", name) for name in names)
+    hashes = [word for word in packages if word.startswith("--hash=sha256:")]
+    assert len(hashes) == len(names) == 2
+
+
+def public_names() -> list[str]:
+    """The names that `jlora/__init__.py` imports under their own name."""
+    tree = ast.parse((ROOT / "jlora" / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = [alias.asname for node in imports for alias in node.names if node.level]
+    return [name for name in names if name and not name.startswith("_")]
+
+
+def test_the_table_has_every_public_name() -> None:
+    assert set(table("name")) == {f"jlora.{name}" for name in public_names()}
+    assert all(len(row) == 1 and row[0] for row in table("name").values())
+
+
+def test_public_names_are_those_of_the_module() -> None:
+    modules = {f.stem for f in (ROOT / "jlora").glob("*.py")}
+    visible = {n for n in vars(jlora) if not n.startswith("_")}
+    assert visible - modules == set(public_names())
+
+
+def test_the_table_of_fields_is_that_of_the_config() -> None:
+    fields = table("`LoraConfig`")
+    expected = {f.name: f.default for f in dataclasses.fields(jlora.LoraConfig)}
+    assert list(fields) == list(expected)
+    for name, default in expected.items():
+        told = default.__name__ if default is jnp.float32 else repr(default)
+        assert fields[name][0] == f"`{told}`", name
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).is_file(), link
