@@ -1,0 +1,199 @@
+"""The door to Flax NNX: from a model to params, adapter and the rest, and back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from ._config import LoraConfig
+from ._factors import Adapter
+from ._merge import merge
+from ._paths import FlatParams
+from ._transform import Backward, Lora, Materialize
+from ._transform import lora as transform
+
+Method = str | Callable[..., Any]
+
+
+class Wrapped(NamedTuple):
+    """An NNX model taken apart for training.
+
+    Attributes:
+        lora: the transformed model, with
+            `lora.apply(params, adapter, rest, *args, **kwargs) -> (out, new_rest)`.
+        params: the frozen `nnx.Param`s, those of subclasses too.
+        adapter: the factors by path: the only thing to differentiate and optimise.
+        rest: every other variable (batch statistics, caches, counts and keys of random
+            streams). A call returns it as the model leaves it.
+    """
+
+    lora: Lora
+    params: nnx.State
+    adapter: Adapter
+    rest: nnx.State
+
+
+def wrap(
+    model: nnx.Module,
+    config: LoraConfig | Sequence[LoraConfig],
+    *args: Any,
+    key: jax.Array | None = None,
+    method: Method = "__call__",
+    materialize: Materialize = "error",
+    backward: Backward = "custom",
+    **kwargs: Any,
+) -> Wrapped:
+    """Returns `(lora, params, adapter, rest)` of a model.
+
+    The model itself is not changed, and later changes to it do not reach the result.
+
+    Args:
+        model: an NNX model. One from `nnx.eval_shape` will do: `params` and `rest` are
+            then abstract, to be planned with, and the factors are real.
+        config: what is adapted; of several configs that match a leaf, the first
+            decides. A path names the attributes: `blocks/0/query/kernel`.
+        *args: example arguments of the model, or their `jax.ShapeDtypeStruct`s.
+        key: the adapter's PRNG key; `jax.random.key(0)` by default.
+        method: what is run, as for `jlora.nnx.lora`.
+        materialize: as for `jlora.lora`.
+        backward: as for `jlora.lora`.
+        **kwargs: example keyword arguments of the model.
+
+    Raises:
+        TypeError: if `model` is no NNX module.
+        TargetError: if the config does not fit the params.
+        MaterializationError: if a kernel reaches an operation without a low-rank rule.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, jlora.nnx
+        >>> from flax import nnx
+        >>> class Mlp(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.up = nnx.Linear(5, 7, rngs=rngs)
+        ...         self.drop = nnx.Dropout(0.1, rngs=rngs)
+        ...         self.down = nnx.Linear(7, 3, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.down(self.drop(nnx.gelu(self.up(x))))
+        >>> model, x = Mlp(nnx.Rngs(0)), jnp.ones((4, 5))
+        >>> config = jlora.LoraConfig("up", rank=2)
+        >>> lora, params, adapter, rest = jlora.nnx.wrap(model, config, x)
+        >>> def loss(adapter, params, rest, x):
+        ...     out, rest = lora.apply(params, adapter, rest, x)
+        ...     return (out**2).mean(), rest
+        >>> grads, rest = jax.grad(loss, has_aux=True)(adapter, params, rest, x)
+        >>> list(grads)
+        ['up/kernel']
+        >>> tuned = jlora.nnx.merge_into(model, adapter)
+    """
+    _, params, rest = split(model)
+    adapted = lora(
+        model, config, method=method, materialize=materialize, backward=backward
+    )
+    key = jax.random.key(0) if key is None else key
+    adapter = adapted.init(key, params, rest, *args, **kwargs)
+    return Wrapped(adapted, params, adapter, rest)
+
+
+def lora(
+    model: nnx.Module,
+    config: LoraConfig | Sequence[LoraConfig],
+    *,
+    method: Method = "__call__",
+    materialize: Materialize = "error",
+    backward: Backward = "custom",
+) -> Lora:
+    """Returns a method of a model as a function of params, adapter and the rest.
+
+    The result fits the params, adapter and rest of any model of the same structure: use
+    it for another method than the one that was trained, or after `model.eval()` for
+    evaluation (whether a layer trains is part of the structure, not of the rest).
+
+    Args:
+        model: an NNX model, whose structure alone is used.
+        config: what is adapted.
+        method: the name of a method, or a function of the model and the arguments.
+        materialize: as for `jlora.lora`.
+        backward: as for `jlora.lora`.
+
+    Returns:
+        A `Lora` of `(params, rest, *args, **kwargs) -> (out, new_rest)`. What the
+        method sows is dropped unless it is part of `out`.
+
+    Raises:
+        TypeError: if `model` is no NNX module, or `method` no method of it.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora, jlora.nnx
+        >>> from flax import nnx
+        >>> model, ids = nnx.Embed(11, 5, rngs=nnx.Rngs(0)), jnp.array([3, 8])
+        >>> config = jlora.LoraConfig("embedding", rank=2)
+        >>> _, params, adapter, rest = jlora.nnx.wrap(model, config, ids)
+        >>> attend = jlora.nnx.lora(model, config, method="attend")
+        >>> logits, rest = attend.apply(params, adapter, rest, jnp.ones((2, 5)))
+        >>> logits.shape
+        (2, 11)
+    """
+    graphdef, _, _ = split(model)
+    run = _method_of(model, method)
+
+    def fn(params: Any, rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        model = nnx.merge(graphdef, params, rest)
+        out = run(model, *args, **kwargs)
+        nnx.pop(model, nnx.Intermediate)
+        _, _, new_rest = nnx.split(model, nnx.Param, ...)
+        _check_rest(rest, new_rest)
+        return out, new_rest
+
+    return transform(fn, config, materialize=materialize, backward=backward)
+
+
+def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    """Returns `(graphdef, params, rest)` of a model, as `wrap` takes it apart.
+
+    This is `nnx.split(model, nnx.Param, ...)` with two differences: the states share no
+    variable with the model, and intermediates are left out.
+
+    Raises:
+        TypeError: if `model` is no NNX module.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"`model` must be an NNX module, got {type(model).__name__}")
+    own = nnx.clone(model)
+    nnx.pop(own, nnx.Intermediate)
+    graphdef, params, rest = nnx.split(own, nnx.Param, ...)
+    return graphdef, params, rest
+
+
+def merge_into(model: nnx.Module, adapter: Adapter) -> nnx.Module:
+    """Returns a new model with `W + ΔW` in place of each adapted kernel `W`.
+
+    Args:
+        model: the model; it is not changed and shares no variable with the result.
+        adapter: the factors by path.
+
+    Raises:
+        TypeError: if `model` is no NNX module.
+        AdapterError: if the adapter does not belong to the model.
+    """
+    graphdef, params, rest = split(model)
+    return nnx.merge(graphdef, merge(params, adapter), rest)
+
+
+def _method_of(model: nnx.Module, method: Method) -> Callable[..., Any]:
+    if callable(method):
+        return method
+    if not callable(getattr(model, method, None)):
+        raise TypeError(f"{type(model).__name__} has no method {method!r}")
+    return lambda model, *args, **kwargs: getattr(model, method)(*args, **kwargs)
+
+
+def _check_rest(before: Any, after: Any) -> None:
+    """Raises if a call made or removed variables: it could not be called again."""
+    old, new = (set(FlatParams.of(state).paths) for state in (before, after))
+    if old != new:
+        raise ValueError(
+            f"the call added the state {sorted(new - old)} and removed "
+            f"{sorted(old - new)}; the model needs all its variables before "
+            "`jlora.nnx.wrap` (for a cache, call `init_cache` first)"
+        )
