@@ -46,6 +46,8 @@ def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
 
 
 def _merged(kernel: Any, entry: LoraFactors | jax.Array) -> Any:
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return kernel  # abstract params stay abstract
     if isinstance(kernel, np.ndarray):
         return np.asarray(_sum(jnp.asarray(kernel), entry), kernel.dtype)
     if isinstance(kernel, jax.core.Tracer):
