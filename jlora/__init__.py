@@ -4,8 +4,7 @@
 the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapted kernel.
 """
 
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 from ._axes import KernelAxes as KernelAxes
 from ._config import LoraConfig as LoraConfig
@@ -23,6 +22,8 @@ from ._transform import Lora as Lora
 from ._transform import lora as lora
 
 try:
-    __version__ = _version("jlora")
-except PackageNotFoundError:  # a checkout that is on the path but not installed
+    __version__ = _metadata.version("jlora")
+except (
+    _metadata.PackageNotFoundError
+):  # a checkout that is on the path but not installed
     __version__ = "0.0.0"

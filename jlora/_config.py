@@ -72,6 +72,11 @@ class LoraConfig:
         _check_init(self.init)
         for field in ("rslora", "full"):
             _check_bool(field, getattr(self, field))
+        if self.full and self.target is None:
+            raise ValueError(
+                "`LoraConfig(full=True)` without a target would train every leaf; name "
+                "the leaves, or give '.*' if that is meant"
+            )
 
     @property
     def scaling(self) -> float:
@@ -102,6 +107,11 @@ def _patterns(field: str, value: Any) -> str | tuple[str, ...] | None:
     """Returns one pattern as it is and several as a tuple, each a valid regex."""
     if value is None:
         return None
+    if not isinstance(value, str | list | tuple):
+        raise TypeError(
+            f"`LoraConfig.{field}` takes a regex string, or a sequence of them, got "
+            f"{value!r}"
+        )
     several = (value,) if isinstance(value, str) else tuple(value)
     if not several:
         raise ValueError(f"`LoraConfig.{field}` is empty; give a pattern, or None")

@@ -191,7 +191,9 @@ def _einsum_part(
     return jnp.broadcast_to((part.scaling * result).astype(y.dtype), y.shape)
 
 
-def _einsum(x: jax.Array, xs: list[str], w: jax.Array, ws: list[str], out: list[str]):
+def _einsum(
+    x: jax.Array, xs: list[str], w: jax.Array, ws: list[str], out: list[str]
+) -> jax.Array:
     expression = f"{''.join(xs)},{''.join(ws)}->{''.join(out)}"
     return jnp.einsum(expression, x, w)
 

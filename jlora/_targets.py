@@ -87,13 +87,13 @@ def resolve(
     kernels = _discover(traced, leaves, wanted) if traced else _guess(leaves, wanted)
     targets, unusable = [], []
     for path in params.paths:
-        config = next(
-            (c for c, m in zip(configs, matches, strict=True) if path in m), None
-        )
-        if config is None:
-            continue
-        found = _target(path, leaves[path], config, kernels)
-        (targets if isinstance(found, Target) else unusable).append(found)
+        matching_ones = [c for c, m in zip(configs, matches, strict=True) if path in m]
+        tried = [_target(path, leaves[path], c, kernels) for c in matching_ones]
+        usable = [found for found in tried if isinstance(found, Target)]
+        # The first config that can use the leaf decides: a bias beside an adapted
+        # kernel is left for a later config that trains it whole.
+        targets.extend(usable[:1])
+        unusable.extend([] if usable else tried[:1])
     _check(configs, matches, targets, unusable, params.paths)
     return targets, unusable
 
@@ -249,7 +249,8 @@ def _config_problems(
             more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
             problems.append(
                 f"`LoraConfig.target` {pattern!r} matches no usable kernel of the "
-                f"{len(paths)} leaves: {'; '.join(told)}{more}"
+                f"{len(paths)} leaves: {'; '.join(told)}{more}. A leaf that is no "
+                "kernel can be trained whole with `full=True`"
             )
     for pattern in _several(config.exclude):
         if not matching(pattern, paths):

@@ -151,7 +151,7 @@ def lora(
         fn: any function of a params tree and other arguments: `model.apply`, a plain
             JAX function, a split and merged NNX model.
         config: what is adapted; of several configs that match a leaf, the first
-            decides.
+            that can use it decides.
         argnum: which argument of `fn` is the params tree.
         materialize: "error" raises where an adapted kernel reaches an operation without
             a low-rank rule; "allow" forms `W + s·a·b` there, and only there.
@@ -178,15 +178,16 @@ def lora(
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
         <https://arxiv.org/abs/2106.09685>, 2021.
     """
-    configs = (config,) if isinstance(config, LoraConfig) else tuple(config)
+    several = config if isinstance(config, list | tuple) else (config,)
     if not callable(fn):
         raise TypeError(f"`jlora.lora` takes a function, got {type(fn).__name__}")
-    wrong = [c for c in configs if not isinstance(c, LoraConfig)]
-    if not configs or wrong:
+    if not several or not all(isinstance(c, LoraConfig) for c in several):
         raise TypeError(f"`config` must be one or more `LoraConfig`, got {config!r}")
+    if isinstance(argnum, bool) or not isinstance(argnum, int) or argnum < 0:
+        raise TypeError(f"`argnum` must be an int of at least 0, got {argnum!r}")
     _one_of("materialize", materialize, ("error", "allow"))
     _one_of("backward", backward, ("custom", "autodiff"))
-    return Lora(fn, configs, argnum, materialize, backward)
+    return Lora(fn, tuple(several), argnum, materialize, backward)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
