@@ -16,6 +16,7 @@ from .case import (
     Axes,
     Built,
     Case,
+    normal,
     stacked,
     tokens,
     under,
@@ -233,7 +234,10 @@ def encoder() -> Built:
 def cached_step() -> Built:
     model = CachedStep()
     tree = variables(model, jnp.zeros((BATCH, TIME, WIDTH)))
-    x = jax.random.normal(jax.random.key(2), (BATCH, 1, WIDTH))
+    # Three tokens have been read; with none, the scores would be of no account.
+    fill = lambda x: normal(3, *x.shape) if x.ndim else jnp.asarray(3, x.dtype)
+    tree["cache"] = jax.tree.map(fill, tree["cache"])
+    x = normal(2, BATCH, 1, WIDTH)
     expected = {"params/head/kernel": DENSE, **under("params/attention", ATTENTION)}
     return Built(model.apply, tree, (x,), expected, {"mutable": ["cache"]})
 
