@@ -127,6 +127,11 @@ def test_public_names_are_those_of_the_module() -> None:
     assert visible - modules == set(public_names())
 
 
+def test_the_table_has_every_module() -> None:
+    modules = [f.stem for f in (ROOT / "jlora").glob("[!_]*.py")]
+    assert set(table("module")) == {f"jlora.{name}" for name in modules}
+
+
 def test_the_table_of_fields_is_that_of_the_config() -> None:
     fields = table("`LoraConfig`")
     expected = {f.name: f.default for f in dataclasses.fields(jlora.LoraConfig)}
