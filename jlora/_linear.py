@@ -120,6 +120,23 @@ def _dot(
     )
 
 
+def _dot_wide(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    contract: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    dtype: Any,
+    precision: Any,
+) -> jax.Array:
+    """One `dot_general` whose result is float32 at least."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if jax.default_backend() == "cpu":
+        # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a
+        # 32-bit result: "Unsupported element type for DotThunk::Execute" (jax 0.12).
+        lhs, rhs = lhs.astype(wide), rhs.astype(wide)
+    return _dot(lhs, rhs, contract, batch, wide, precision)
+
+
 def _compute_dtype(x: jax.Array, kernel: jax.Array) -> Any:
     """The dtype of the skinny products: that of the operands, if it is floating."""
     floating = [v.dtype for v in (x, kernel) if jnp.issubdtype(v.dtype, jnp.inexact)]
@@ -319,15 +336,14 @@ class _Layout(NamedTuple):
         """`dyᵀ·h: (batch, free of the kernel, r)`, accumulated in float32."""
         contract = (self.dy_x, range(self.n_batch, h.ndim - 1))
         batch = (self.batch, self.batch)
-        wide = jnp.promote_types(b.dtype, jnp.float32)
-        db = _dot(dy, h, contract, batch, wide, self.precision)
+        db = _dot_wide(dy, h, contract, batch, b.dtype, self.precision)
         return _as_type_of(db, b)
 
     def grad_a(self, x: jax.Array, g: jax.Array, a: jax.Array) -> jax.Array:
         """`xᵀ·g: (batch, contract, r)`, accumulated in float32."""
         contract = (self.x_free, range(self.n_batch, g.ndim - 1))
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        da = _dot(x, g, contract, (self.x_batch, self.batch), wide, self.precision)
+        batch = (self.x_batch, self.batch)
+        da = _dot_wide(x, g, contract, batch, a.dtype, self.precision)
         # The contracting axes come out in the order of x; a has them in pairs' order.
         order = [sorted(self.x_contract).index(i) for i in self.x_contract]
         n = self.n_batch
