@@ -23,6 +23,8 @@ from zoo import CASES, Axes, Built, Case
 import jlora
 
 ALPHA = 3.0
+# Both sides of a comparison round at every layer of a model that computes in bfloat16.
+BF16 = 2e-2
 
 
 class Subject:
@@ -135,7 +137,7 @@ def test_outputs_equal_those_of_the_formed_kernels(subject: Subject):
     base = subject.jitted_base(built.params, subject.arrays)
     outputs, _ = subject.factored_results
     assert_same_kind(outputs, base)
-    assert_close(outputs, expected, 1e-2 if built.coarse else 1e-5)
+    assert_close(outputs, expected, BF16 if built.coarse else 1e-5)
     assert distance(outputs, base) > 0.05  # else the comparison says nothing
 
 
@@ -169,7 +171,7 @@ def test_merged_params_are_plain_and_equal(subject: Subject):
     assert_close(merged, expected, 1e-6)
     outputs, _ = subject.factored_results
     plain = subject.jitted_base(merged, subject.arrays)
-    assert_close(outputs, plain, 1e-2 if built.coarse else 1e-5)
+    assert_close(outputs, plain, BF16 if built.coarse else 1e-5)
 
 
 def relaxed(fn: Callable[..., Any]) -> Callable[..., Any]:
