@@ -17,7 +17,7 @@ class LoraConfig:
 
     `y = x·W + scaling·(x·a)·b`, with `scaling = alpha/rank`, or `alpha/√rank` with
     rank-stabilised LoRA. Give one config, or a sequence of them to `jlora.lora`: of the
-    configs that match a leaf, the first decides.
+    configs that match a leaf, the first that can use it decides.
 
     Args:
         target: a regex, or several, that must match a run of whole segments of a path

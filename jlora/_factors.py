@@ -1,9 +1,11 @@
 """`LoraFactors`, the two factors of one kernel, and the delta they stand for."""
 
 import dataclasses
+import json
 from typing import Any, TypeAlias
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from ._axes import KernelAxes, align, contract_rank
@@ -47,6 +49,24 @@ class LoraFactors:
         sizes = self.a.shape[: n_batch + n_in] + self.b.shape[n_batch + 1 :]
         return tuple(sizes[order.index(i)] for i in range(len(order)))
 
+
+def _static_to_bytes(static: Any) -> bytes:
+    axes, scaling = static
+    return json.dumps([axes.batch, axes.in_, axes.out, scaling]).encode()
+
+
+def _static_from_bytes(data: bytes | bytearray) -> tuple[KernelAxes, float]:
+    batch, in_, out, scaling = json.loads(bytes(data))
+    return KernelAxes(tuple(batch), tuple(in_), tuple(out)), scaling
+
+
+# So that a function of an adapter can be exported, stored and called elsewhere.
+jax.export.register_pytree_node_serialization(
+    LoraFactors,
+    serialized_name="jlora.LoraFactors",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+)
 
 Adapter: TypeAlias = dict[str, LoraFactors | jax.Array]
 

@@ -74,7 +74,7 @@ def resolve(
 
     Args:
         params: the flattened params.
-        configs: the configs; of those that match a leaf, the first decides.
+        configs: the configs; of those that match, the first that can use it decides.
         traced: the traced program, or None to rely on names and shapes alone.
 
     Raises:

@@ -32,7 +32,7 @@ class Lora:
 
     Attributes:
         fn: the apply function.
-        configs: the configs; of those that match a leaf, the first decides.
+        configs: the configs; of those that match, the first that can use it decides.
         argnum: which argument of `fn` is the params tree.
         materialize: what to do where a kernel reaches an operation without a rule.
         backward: who derives the backward pass of the low-rank product.
@@ -178,7 +178,7 @@ def lora(
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
         <https://arxiv.org/abs/2106.09685>, 2021.
     """
-    several = config if isinstance(config, list | tuple) else (config,)
+    several: Any = config if isinstance(config, list | tuple) else (config,)
     if not callable(fn):
         raise TypeError(f"`jlora.lora` takes a function, got {type(fn).__name__}")
     if not several or not all(isinstance(c, LoraConfig) for c in several):
