@@ -27,7 +27,7 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
     return lambda: jax.random.fold_in(jax.random.key(seed), next(count))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fast_compile() -> Iterator[None]:
     """Compiles with few optimizations: for tests that compile much and run little."""
     before = jax.config.read("jax_disable_most_optimizations")

@@ -68,7 +68,6 @@ class Use:
         extra: Shapes of the other leaves of the layer, which are not kernels.
         argnum: The position of params among the arguments of the adapted function.
         reverse: Whether reverse-mode differentiation is defined.
-        mixed: Whether kernel and inputs may differ in dtype.
         formed: Whether values of the kernel's shape are expected (depthwise
             convolutions, kernels scaled by an input, uses that materialize).
         loose: Whether the function itself rounds to bfloat16.
@@ -82,7 +81,6 @@ class Use:
     extra: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     argnum: int = 0
     reverse: bool = True
-    mixed: bool = True
     formed: bool = False
     loose: bool = False
     primitive: str | None = None
@@ -115,7 +113,7 @@ class Use:
         shapes |= self.extra
         keys = jax.random.split(key, len(shapes))
         layer = {
-            name: 0.5 * jax.random.normal(k, shape, dtype)
+            name: 0.3 * jax.random.normal(k, shape, dtype)
             for k, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
         return {"layer": layer, "shift": jnp.asarray(0.25, dtype)}

@@ -207,9 +207,8 @@ DENSE = [
     ),
     use(
         "cond_one_branch",
-        lambda w, n, x: lax.cond(
-            n > 0, lambda: jnp.tanh(x @ w), lambda: jnp.zeros((3, 7), (x @ w).dtype)
-        ),
+        lambda w, y, n, x: lax.cond(n > 0, lambda: jnp.tanh(x @ w), lambda: y + 1),
+        normal(3, 7),
         fixed(1),
         normal(3, 5),
         w=(5, 7),

@@ -62,7 +62,7 @@ LOOKUPS = [
         delta="vr,rd->dv",
     ),
     use("lookup_one_token", lambda w, i: jnp.tanh(w[i]), ids(11), w=(11, 5)),
-    use("lookup_static_token", lambda w, x: x * w[3][None], normal(4, 5), w=(11, 5)),
+    use("lookup_static_token", lambda w, i: w[i] * w[3][None], ids(11, 4), w=(11, 5)),
     use(
         "lookup_two_indices",
         lambda w, i, j: w[i, j],

@@ -70,21 +70,21 @@ def _cell(h: Array, x: Array, w: Array, v: Array) -> Array:
     return jnp.tanh(x @ w + h @ v).astype(h.dtype)
 
 
-def _recurrent(layer: Layer, x: Array) -> tuple[Array, Array]:
+def _recurrent(layer: Layer, h: Array, x: Array) -> tuple[Array, Array]:
     """A recurrent cell: the kernels are constants of the scan over time."""
 
     def step(h: Array, x: Array) -> tuple[Array, Array]:
         h = _cell(h, x, layer["w"], layer["v"])
         return h, h
 
-    return lax.scan(step, jnp.zeros((3, 7), x.dtype), x)
+    return lax.scan(step, h, x)
 
 
-def _recurrent_stack(layer: Layer, x: Array) -> Array:
+def _recurrent_stack(layer: Layer, start: Array, x: Array) -> Array:
     """Layers times time: a scan in a scan."""
 
     def body(x: Array, pair: Layer) -> tuple[Array, None]:
-        h = _recurrent(pair, x @ pair["up"])[1]
+        h = _recurrent(pair, start, x @ pair["up"])[1]
         return (h @ pair["down"]).astype(x.dtype), None
 
     return lax.scan(body, x, layer)[0]
@@ -256,7 +256,7 @@ STACKS = [
         name="recurrent",
         fn=_recurrent,
         kernels={"w": Kernel((5, 7)), "v": Kernel((7, 7))},
-        inputs=(normal(6, 3, 5),),
+        inputs=(normal(3, 7), normal(6, 3, 5)),
     ),
     Use(
         name="recurrent_stack",
@@ -267,7 +267,7 @@ STACKS = [
             "v": Kernel((4, 7, 7), STACK),
             "down": Kernel((4, 7, 5), STACK),
         },
-        inputs=(normal(6, 3, 5),),
+        inputs=(normal(3, 7), normal(6, 3, 5)),
     ),
     use("unchanged_in_carry", _through_carry, normal(3, 5), w=(5, 7)),
     use(
