@@ -74,16 +74,7 @@ def refused(use: Use, wrapper: Wrapper) -> type[Exception] | None:
     return None
 
 
-RAGGED = "JAX cannot batch a ragged product over anything but its first axis"
-DERIVED = "the derivative inside the model transposes a grouped or dilated convolution"
-GAPS = {
-    ("experts_ragged", "vmap"): RAGGED,
-    ("experts_ragged", "jit_of_vmap_of_cond"): RAGGED,
-    ("conv_2d_lhs_dilation", "value_and_grad"): DERIVED,
-    ("conv_2d_groups", "value_and_grad"): DERIVED,
-    ("lookup_in_scan", "while"): "one index in a loop is no evidence for a lookup",
-    ("lookup_fill_nan", "custom_jvp_after"): "the derivative at a NaN row is NaN",
-}
+GAPS = {("lookup_fill_nan", "custom_jvp_after"): "the derivative at a NaN row is NaN"}
 
 
 def gap(use: Use, wrapper: str) -> list[pytest.MarkDecorator]:
