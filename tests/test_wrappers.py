@@ -68,7 +68,8 @@ def refused(use: Use, wrapper: Wrapper) -> type[Exception] | None:
     if batched or (wrapper.name in LOOPS and use.name in ONE_ROW):
         return jlora.TargetError
     if wrapper.name == "value_and_grad" and (
-        use in CONVS or use.name in (*RESIDUALS, "scale_from_input")
+        (use in CONVS and use.name != "conv_1x1")
+        or use.name in (*RESIDUALS, "scale_from_input")
     ):
         return jlora.MaterializationError
     return None
