@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from case import adapt, check_gradients, check_half, check_values, make_case
-from oracle import reference
+from oracle import assert_close, reference
 from use import RANK, Use
 from uses import MATERIALIZING, USES
 
@@ -75,15 +74,17 @@ def test_values_without_jit(use: Use, getkey):
 
 @each_use
 def test_zero_b_changes_nothing(use: Use, getkey):
+    """Bit for bit, but in loops, whose body XLA compiles as a whole: there nearly."""
     case = make_case(use, getkey)
     zero = {
         path: dataclasses.replace(factors, b=jnp.zeros_like(factors.b))
         for path, factors in case.adapter.items()
     }
     actual = case.lora.apply(case.params, zero, *case.inputs)
-    jax.tree.map(
-        np.testing.assert_array_equal, actual, use.model(case.params, *case.inputs)
-    )
+    expected = use.model(case.params, *case.inputs)
+    program = str(jax.make_jaxpr(use.model)(case.params, *case.inputs))
+    loops = "scan[" in program or "while[" in program
+    assert_close(actual, expected, 1e-6 if loops else 0.0)
 
 
 @reversible
