@@ -6,6 +6,7 @@ listed in `GAPS`; each entry must fail, so that none outlives its reason.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -88,9 +89,15 @@ def fits(use: Use, wrapper: Wrapper) -> bool:
     """Whether a wrapper makes sense for the plain function."""
     if use.name in ("experts_ragged", "experts_routed") and wrapper.name in VMAPS:
         return False  # not implemented in JAX
-    floats = [make(jax.random.key(0), jnp.float32) for make in use.inputs]
-    differentiable = any(jnp.issubdtype(x.dtype, jnp.floating) for x in floats)
-    return not wrapper.floats or (use.reverse and differentiable)
+    return not wrapper.floats or (use.reverse and takes_floats(use.name))
+
+
+@functools.cache
+def takes_floats(name: str) -> bool:
+    """Whether any input of the use of this name is floating."""
+    make = lambda key: BY_NAME[name].make_inputs(key, jnp.float32)
+    inputs = jax.eval_shape(make, jax.random.key(0))
+    return any(jnp.issubdtype(x.dtype, jnp.floating) for x in inputs)
 
 
 def pairs(core: int, *, inside: bool) -> list[Any]:
