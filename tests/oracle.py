@@ -63,9 +63,14 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def random_like(tree: Any, seed: int) -> Any:
-    """Returns fixed float32 values in the shapes of a tree, to weight a loss with."""
+    """Returns fixed float32 values in the shapes of a tree, to weight a loss with.
+
+    They are positive, so that the gradient of a scalar that is added everywhere is no
+    small difference of large numbers.
+    """
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda y: rng.normal(size=y.shape).astype(np.float32), tree)
+    values = lambda y: rng.uniform(0.5, 1.5, size=y.shape).astype(np.float32)
+    return jax.tree.map(values, tree)
 
 
 def weighted_sum(out: Any, weights: Any) -> jax.Array:
