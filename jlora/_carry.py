@@ -22,6 +22,7 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, complete
 from ._compat import rebind
 from ._gather import gather_axes, gather_rows
+from ._sharding import factor_spec
 
 # For each axis of a value, the axes of another value that it comes from.
 AxisMap = list[frozenset[int]]
@@ -369,6 +370,14 @@ def _rebound(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arr
     return rebind(eqn, [factor])[0]
 
 
+def _reshard(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Sends the factor along, to another mesh or into a region of Auto axes too."""
+    wanted = eqn.params["dst_sharding"]
+    spec = factor_spec(wanted.spec, factor.shape, shape)
+    params = {**eqn.params, "dst_sharding": wanted.update(spec=spec)}
+    return rebind(eqn.replace(params=params), [factor])[0]
+
+
 def _all_gather_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
     if not eqn.params.get("tiled"):
         return None
@@ -408,8 +417,7 @@ CARRY: dict[str, CarryRule] = {
     "device_put": _plain,
     "name": _plain,
     "sharding_constraint": _plain,
-    "reshard": _plain,
-    "mesh_cast": _plain,
+    "reshard": CarryRule(_same_axes, _mover(_reshard)),
     "layout_constraint": _plain,
     "optimization_barrier": CarryRule(
         _barrier_axes, _barrier, operands=None, together=True

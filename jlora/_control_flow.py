@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from ._adapted import Adapted, Part, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
+from ._sharding import factor_spec
 
 # Runs a program on values: `(program, values) -> outputs`.
 Run = Callable[[Program, Sequence[Any]], list[Any]]
@@ -245,14 +245,7 @@ def _specs_like(value: Any, spec: Any) -> Any:
     if not isinstance(value, Adapted):
         return spec
     shape = value.base.shape
-    entries = [*spec, *[None] * (len(shape) - len(spec))]
-
-    def follow(factor: jax.Array) -> Any:
-        own = [
-            e if factor.shape[i] == shape[i] else None for i, e in enumerate(entries)
-        ]
-        return PartitionSpec(*own, None)
-
+    follow: Any = lambda factor: factor_spec(spec, factor.shape, shape)
     parts = [Part(follow(p.a), follow(p.b), p.scaling) for p in value.parts]
     return Adapted(spec, tuple(parts))
 

@@ -24,6 +24,19 @@ def spec_of(array: jax.Array) -> tuple[Any, ...]:
     return spec + (None,) * (array.ndim - len(spec))
 
 
+def factor_spec(
+    spec: Any, factor: tuple[int, ...], value: tuple[int, ...]
+) -> PartitionSpec:
+    """Returns the spec of an aligned factor: that of the value on the axes it has.
+
+    >>> tuple(factor_spec(PartitionSpec("data", "model"), (12, 1, 8), (12, 6)))
+    ('data', None, None)
+    """
+    entries = [*spec, *[None] * (len(value) - len(spec))]
+    own = [e if factor[i] == value[i] else None for i, e in enumerate(entries)]
+    return PartitionSpec(*own, None)
+
+
 def dot_sharding(lhs: jax.Array, rhs: jax.Array, dims: Any) -> NamedSharding | None:
     """Returns how the result of a `dot_general` follows its operands.
 
