@@ -1,7 +1,7 @@
 """An adapted value of the traced program: the frozen value beside its factors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,9 @@ def base_of(value: jax.Array | Adapted) -> jax.Array:
     return value.base if isinstance(value, Adapted) else value
 
 
-def complete(factor: jax.Array, axes: list[int], shape: tuple[int, ...]) -> jax.Array:
+def complete(
+    factor: jax.Array, axes: Sequence[int], shape: tuple[int, ...]
+) -> jax.Array:
     """Broadcasts `factor` to the full size of the value along `axes`."""
     sizes = list(factor.shape)
     for axis in axes:

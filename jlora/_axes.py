@@ -62,6 +62,15 @@ class KernelAxes:
         return (*batch, *in_, rank), (*batch, rank, *out)
 
 
+def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:
+    """Returns the axes of `ndim` that none of the sequences has.
+
+    >>> free_axes(4, (0,), (2,))
+    (1, 3)
+    """
+    return tuple(i for i in range(ndim) if not any(i in axes for axes in taken))
+
+
 def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.Array]:
     """Lays both factors out along the kernel's axes, with the rank as last axis.
 
@@ -81,8 +90,7 @@ def _expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
     """Moves the leading axes of `factor` to the positions `axes` of `ndim` axes."""
     order = sorted(range(len(axes)), key=axes.__getitem__)
     factor = jnp.transpose(factor, (*order, len(axes)))
-    missing = [i for i in range(ndim) if i not in axes]
-    return jnp.expand_dims(factor, missing)
+    return jnp.expand_dims(factor, free_axes(ndim, axes))
 
 
 def contract_rank(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete, part_delta
-from ._axes import contract_rank
+from ._axes import contract_rank, free_axes
 from ._compat import rebind
 from ._linear import GroupDims, KernelDims, Operands, low_rank_product
 from ._sharding import explicit_sharding
@@ -95,7 +95,7 @@ def _as_matrices(
     into a contracted and a free factor. Several parts are one, with the ranks joined.
     """
     shape = value.base.shape
-    free = [i for i in range(len(shape)) if i not in (*contract, *batch)]
+    free = free_axes(len(shape), contract, batch)
     pairs = []
     for part in value.parts:
         pair = _contracted_first(part, contract, free)
@@ -106,12 +106,8 @@ def _as_matrices(
     common = scalings.pop() if len(scalings) == 1 else None
     a_list, b_list = [], []
     for part, (first, second) in zip(value.parts, pairs, strict=True):
-        first = complete(first, [*batch, *contract], shape)
-        second = complete(second, [*batch, *free], shape)
-        first = jnp.squeeze(first, free)
-        second = jnp.squeeze(second, contract)
-        a_list.append(_ordered(first, [*batch, *contract], free))
-        b = _ordered(second, [*batch, *free], contract)
+        a_list.append(_matrix(first, [*batch, *contract], shape))
+        b = _matrix(second, [*batch, *free], shape)
         b_list.append(b if common is not None else part.scaling * b)
     a = jnp.concatenate(a_list, axis=-1)
     b = jnp.concatenate(b_list, axis=-1)
@@ -129,13 +125,13 @@ def _contracted_first(
     return None
 
 
-def _ordered(
-    factor: jax.Array, wanted: Sequence[int], dropped: Sequence[int]
+def _matrix(
+    factor: jax.Array, axes: Sequence[int], shape: tuple[int, ...]
 ) -> jax.Array:
-    """Transposes the kept axes of a squeezed factor into the order `wanted`."""
-    kept = sorted(wanted)
-    del dropped
-    return jnp.transpose(factor, (*map(kept.index, wanted), len(kept)))
+    """Returns a factor with just `axes`, in that order and whole, and the rank."""
+    factor = jnp.squeeze(complete(factor, axes, shape), free_axes(len(shape), axes))
+    kept = sorted(axes)
+    return jnp.transpose(factor, (*map(kept.index, axes), len(kept)))
 
 
 def _dot_general_any(eqn: Any, operands: list[Any], index: int) -> jax.Array:
@@ -244,12 +240,12 @@ def _conv_part(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
     """A convolution to rank channels, then a product over the channels."""
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_axis = dims.rhs_spec[0]
-    others = [i for i in range(w.ndim) if i != out_axis]
+    others = free_axes(w.ndim, [out_axis])
     first, second = part.a, part.b
     if any(second.shape[i] != 1 for i in others) or first.shape[out_axis] != 1:
         first, second = second, first
-    first = jnp.squeeze(complete(first, others, w.shape), out_axis).astype(w.dtype)
-    second = jnp.squeeze(complete(second, [out_axis], w.shape), others)
+    first = _matrix(first, others, w.shape).astype(w.dtype)
+    second = _matrix(second, [out_axis], w.shape)
     repeats = [1] * w.ndim
     repeats[out_axis] = groups
     kernel = jnp.tile(jnp.moveaxis(first, -1, out_axis), repeats)
@@ -332,20 +328,17 @@ def _ragged_part(
     (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
     (group,), (ragged,) = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
     shared = [group, *batch]
-    free = [i for i in range(w.ndim) if i not in (*contract, *shared)]
+    free = free_axes(w.ndim, contract, shared)
     pair = _contracted_first(part, contract, free)
     if pair is None:  # `_ragged_supports` has let only such parts pass
         raise AssertionError("ragged product of a part that is not split by its axes")
-    first = jnp.squeeze(complete(pair[0], [*shared, *contract], w.shape), free)
-    second = jnp.squeeze(complete(pair[1], [*shared, *free], w.shape), contract)
-    first = _ordered(first, [*shared, *contract], free).astype(w.dtype)
-    second = _ordered(second, [*shared, *free], contract).astype(w.dtype)
+    first = _matrix(pair[0], [*shared, *contract], w.shape).astype(w.dtype)
+    second = _matrix(pair[1], [*shared, *free], w.shape).astype(w.dtype)
     n = len(batch)
     behind = tuple(range(1 + n, first.ndim - 1))
     batches = tuple(range(1, 1 + n))
     h = _grouped(eqn, x, first, sizes, (x_contract, behind), (x_batch, batches), ragged)
-    x_free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
-    rows = n + x_free.index(ragged)
+    rows = n + free_axes(x.ndim, x_contract, x_batch).index(ragged)
     last = ((h.ndim - 1,), (second.ndim - 1,))
     h = part.scaling * h
     return _grouped(

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ._adapted import Adapted, base_of, materialize
+from ._adapted import materialize
 from ._analyze import Program, Step
 from ._carry import CARRY
 from ._compat import equation_scope, is_literal, rebind
@@ -50,8 +50,5 @@ def _evaluate(eqn: Any, step: Step, values: list[Any], backward: str) -> Sequenc
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":
-            return [
-                add_rows(value) if isinstance(value, Adapted) else base_of(value)
-                for value in CARRY[name].run(eqn, values)
-            ]
+            return list(map(add_rows, CARRY[name].run(eqn, values)))
         return rebind(eqn, [materialize(value) for value in values])

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._axes import free_axes
 from ._compat import manual_axes, vary
 from ._sharding import dot_sharding, explicit_sharding
 
@@ -42,10 +43,6 @@ class KernelDims:
     scaling: float
     params: tuple[tuple[str, Any], ...]
 
-    def free(self, ndim: int) -> Axes:
-        """Returns the axes of the kernel that are neither contracted nor batch axes."""
-        return tuple(i for i in range(ndim) if i not in self.contract + self.batch)
-
     @property
     def precision(self) -> Any:
         """The precision of the base product, used for the low-rank ones too."""
@@ -59,10 +56,6 @@ class GroupDims:
     contract: Axes
     batch: Axes
     kernels: tuple[KernelDims, ...]
-
-    def free(self, ndim: int) -> Axes:
-        """Returns the axes of `x` that are neither contracted nor batch axes."""
-        return tuple(i for i in range(ndim) if i not in self.contract + self.batch)
 
 
 class Operands(NamedTuple):
@@ -182,8 +175,7 @@ def _expand(
     dims: GroupDims, one: KernelDims, h: jax.Array, b: jax.Array, y: jax.Array
 ) -> jax.Array:
     """Returns `y + s·h·b`, in the dtype and layout of `y`."""
-    n_batch = len(dims.batch)
-    batch = range(n_batch)
+    batch = tuple(range(len(dims.batch)))
     h = h * jnp.asarray(one.scaling, h.dtype)
     b = b.astype(h.dtype)
     lhs, rhs = (b, h) if one.first else (h, b)
@@ -191,7 +183,7 @@ def _expand(
     delta = lax.dot_general(
         lhs,
         rhs,
-        (contract, (tuple(batch), tuple(batch))),
+        (contract, (batch, batch)),
         precision=one.precision,
         preferred_element_type=y.dtype,
         out_sharding=explicit_sharding(y),
@@ -304,7 +296,9 @@ class _Layout(NamedTuple):
     def of(
         cls, dims: GroupDims, one: KernelDims, x: jax.Array, w: jax.Array
     ) -> "_Layout":
-        n, x_free, w_free = len(dims.batch), dims.free(x.ndim), one.free(w.ndim)
+        n = len(dims.batch)
+        x_free = free_axes(x.ndim, dims.contract, dims.batch)
+        w_free = free_axes(w.ndim, one.contract, one.batch)
         first, second = (w_free, x_free) if one.first else (x_free, w_free)
         left = tuple(range(n, n + len(first)))
         right = tuple(range(n + len(first), n + len(first) + len(second)))

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from ._errors import AdapterError
 from ._factors import LoraFactors
 from ._paths import FlatParams, nearest
@@ -23,7 +21,7 @@ def check_adapter(params: FlatParams, adapter: Mapping[str, Any]) -> None:
             "an adapter is a dict from path to `LoraFactors` or array, got "
             f"{type(adapter).__name__}"
         )
-    leaves = dict(zip(params.paths, params.leaves, strict=True))
+    leaves = params.by_path()
     problems = [_problem(path, entry, leaves) for path, entry in adapter.items()]
     found = [problem for problem in problems if problem]
     if found:
@@ -40,8 +38,8 @@ def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
     if not isinstance(entry, LoraFactors):
         if not is_array(entry):
             return f"{path!r} holds a {type(entry).__name__}, not factors or an array"
-        given = tuple(np.shape(entry)) if not hasattr(entry, "shape") else entry.shape
-        if tuple(given) != shape:
+        if tuple(entry.shape) != shape:
+            given = tuple(entry.shape)
             return f"{path!r} {shape} is trained whole by an array of shape {given}"
         return None
     return _factor_problem(path, entry, shape)

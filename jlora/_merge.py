@@ -41,7 +41,7 @@ def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
     """
     flat = FlatParams.of(params)
     check_adapter(flat, adapter)
-    leaves = dict(zip(flat.paths, flat.leaves, strict=True))
+    leaves = flat.by_path()
     return flat.replace({p: _merged(leaves[p], entry) for p, entry in adapter.items()})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ class FlatParams:
         leaves, treedef = jax.tree.flatten(params)
         return cls(tuple(paths), tuple(leaves), treedef)
 
+    def by_path(self) -> dict[str, Any]:
+        """Returns the leaves by path."""
+        return dict(zip(self.paths, self.leaves, strict=True))
+
     def replace(self, new: dict[str, Any]) -> Any:
         """Returns the tree with the leaves at the paths of `new` replaced."""
         pairs = zip(self.paths, self.leaves, strict=True)
@@ -48,8 +53,8 @@ class FlatParams:
 
 
 def _reject_duplicates(paths: Sequence[str]) -> None:
-    twice = sorted({path for path in paths if paths.count(path) > 1})
-    if len(set(paths)) != len(paths):
+    twice = sorted(path for path, times in Counter(paths).items() if times > 1)
+    if twice:
         raise ValueError(
             f"several leaves of params share the path(s) {twice}; jlora needs one path "
             "per leaf. Do any keys of the tree contain '/'?"

@@ -83,7 +83,7 @@ def resolve(
     """
     matches = [_match(config, params.paths) for config in configs]
     wanted = set().union(*matches)
-    leaves = dict(zip(params.paths, params.leaves, strict=True))
+    leaves = params.by_path()
     kernels = _discover(traced, leaves, wanted) if traced else _guess(leaves, wanted)
     targets, unusable = [], []
     for path in params.paths:
@@ -131,14 +131,18 @@ def _discover(
     """Learns the roles of the axes from the operations of the program."""
     views: list[View | None] = [None] * len(traced.inputs)
     for path in wanted & set(traced.positions):
-        if jnp.issubdtype(leaves[path].dtype, jnp.floating) and leaves[path].shape:
+        if _is_floating(leaves[path]) and leaves[path].shape:
             views[traced.positions[path]] = View.whole(path, leaves[path].shape)
     votes, log = discover(traced.jaxpr, views)
     return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
 
 
+def _is_floating(leaf: Any) -> bool:
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
-    if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not _is_floating(leaf):
         kind = leaf.dtype if is_array(leaf) else type(leaf).__name__
         return _Kernel(None, f"is {kind}, not floating")
     axes = settle(votes, leaf.shape)
@@ -158,7 +162,7 @@ def _guess(leaves: Mapping[str, Any], wanted: set[str]) -> dict[str, _Kernel]:
 
 
 def _named(path: str, leaf: Any) -> _Kernel:
-    if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not _is_floating(leaf):
         return _Kernel(None, "is not a floating array")
     *module, name = path.split("/")
     ndim = len(leaf.shape)
@@ -186,7 +190,7 @@ def _target(
     shape = tuple(getattr(leaf, "shape", ()))
     known = kernels[path]
     if config.full:
-        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if _is_floating(leaf):
             return Target(path, shape, leaf.dtype, None, config)
         return Unusable(path, shape, known.reason)
     if known.axes is None:
@@ -279,7 +283,7 @@ def _nothing(config: LoraConfig, matched: set[str], usable: set[str]) -> str:
         return (
             f"{config} decides for no leaf: an earlier config takes each of "
             f"{sorted(matched & usable)[:5]}. Of the configs that match, the first "
-            "decides; put the narrower one first"
+            "that can use a leaf decides; put the narrower one first"
         )
     return f"{config} matches no kernel that the function uses in a product"
 

@@ -24,22 +24,24 @@ class Traced:
     Attributes:
         jaxpr: the closed jaxpr over the arrays of all arguments, in tree order.
         inputs: those arrays (abstract or concrete).
-        params: the params tree, flattened.
-        positions: for each leaf of params, its place among `inputs`, or None.
+        positions: the place among `inputs` of each array of the params, by path.
         rebuild: turns the outputs of the jaxpr into what the function returns.
     """
 
     jaxpr: Any
     inputs: list[Any]
-    params: FlatParams
     positions: dict[str, int]
     rebuild: Callable[[Sequence[Any]], Any]
 
 
 def trace(
-    fn: Callable[..., Any], argnum: int, args: Sequence[Any], kwargs: dict[str, Any]
+    fn: Callable[..., Any],
+    argnum: int,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    params: FlatParams,
 ) -> Traced:
-    """Traces `fn(*args, **kwargs)` abstractly, `args[argnum]` being the params tree."""
+    """Traces `fn(*args, **kwargs)` abstractly; `params` is `args[argnum]` flattened."""
     leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     results: dict[str, Any] = {}
@@ -63,7 +65,6 @@ def trace(
         out = [next(arrays) if traced else leaf for traced, leaf in pairs]
         return results["treedef"].unflatten(out)
 
-    params = FlatParams.of(args[argnum])
     start = len(jax.tree.leaves(tuple(args[:argnum])))
     order = {leaf: place for place, leaf in enumerate(where)}
     positions = {
@@ -71,4 +72,4 @@ def trace(
         for i, path in enumerate(params.paths)
         if start + i in order
     }
-    return Traced(jaxpr, inputs, params, positions, rebuild)
+    return Traced(jaxpr, inputs, positions, rebuild)

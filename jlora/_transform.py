@@ -59,11 +59,7 @@ class Lora:
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
         """
-        params, traced = self._trace(args, kwargs)
-        targets, unusable = resolve(params, self.configs, traced)
-        if traced is not None:
-            targets = with_uses(targets, traced, self.materialize)
-        return make_plan(params, targets, unusable)
+        return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
 
     def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> Adapter:
         """Returns a new adapter: `a` from the initialiser, `b` zero, so that ΔW = 0.
@@ -78,9 +74,8 @@ class Lora:
             A dict from path to `LoraFactors`, or to an array for a leaf that is trained
             whole.
         """
-        plan = self.plan(*args, **kwargs)
         params = FlatParams.of(self._params_of(args))
-        leaves = dict(zip(params.paths, params.leaves, strict=True))
+        plan, leaves = self._plan(params, args, kwargs), params.by_path()
         return {t.path: _new_entry(key, t, leaves[t.path]) for t in plan.targets}
 
     def apply(
@@ -104,8 +99,9 @@ class Lora:
                 rule.
         """
         call = [*args[: self.argnum], params, *args[self.argnum :]]
-        check_adapter(FlatParams.of(params), adapter)
-        traced = trace(self.fn, self.argnum, call, kwargs)
+        flat = FlatParams.of(params)
+        check_adapter(flat, adapter)
+        traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
         program, _ = program_of(traced, axes, self.materialize)
         inputs = list(traced.inputs)
@@ -123,18 +119,26 @@ class Lora:
             )
         return args[self.argnum]
 
+    def _plan(
+        self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Plan:
+        traced = self._trace(params, args, kwargs)
+        targets, unusable = resolve(params, self.configs, traced)
+        if traced is not None:
+            targets = with_uses(targets, traced, self.materialize)
+        return make_plan(params, targets, unusable)
+
     def _trace(
-        self, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[FlatParams, Traced | None]:
+        self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Traced | None:
         """Traces the call; with the params alone, only if `fn` takes them alone."""
-        params = FlatParams.of(self._params_of(args))
         alone = len(args) == 1 and not kwargs
         try:
-            return params, trace(self.fn, self.argnum, args, kwargs)
+            return trace(self.fn, self.argnum, args, kwargs, params)
         except TypeError:
             if not alone:
                 raise
-            return params, None
+            return None
 
 
 def lora(

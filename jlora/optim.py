@@ -329,7 +329,7 @@ def delta_norms(
     """
     flat = FlatParams.of(params)
     check_adapter(flat, adapter)
-    kernels = dict(zip(flat.paths, flat.leaves, strict=True))
+    kernels = flat.by_path()
     pairs = tuple((kernels[path], entry) for path, entry in adapter.items())
     return _log(name, adapter, _ratios(pairs))
 
