@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 Shape = tuple[int, ...]
+# The role of each axis of a value; None for an axis that no factor has.
+Roles = Sequence[str | None]
 
 
 @dataclasses.dataclass(frozen=True)

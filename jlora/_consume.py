@@ -16,13 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete, part_delta
-from ._axes import contract_rank, free_axes
+from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind
 from ._linear import GroupDims, KernelDims, Operands, low_rank_product
 from ._sharding import explicit_sharding
-
-# The role of each axis of a value; None for an axis that no factor has.
-Roles = Sequence[str | None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
-from ._axes import KernelAxes
-from ._carry import CARRY, scale_varies_along
-from ._consume import CONSUME, Roles
+from ._axes import KernelAxes, Roles
+from ._carry import CARRY
+from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 
 
@@ -64,33 +64,21 @@ class Decision(Analysis):
     def _carried(self, eqn: Any, views: list[Views]) -> list[Views] | None:
         rule = CARRY.get(eqn.primitive.name)
         where = [i for i, group in enumerate(views) if group]
-        if rule is None or (len(where) != 1 and not rule.together):
-            return None
-        if rule.operands is not None and not set(where) <= set(rule.operands):
+        if rule is None or not rule.takes(where):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         for operand in where:
             maps = rule.axes(eqn, operand)
-            if maps is None or not self._scales(eqn, views[operand], operand):
+            if maps is None:
                 return None
             for view in views[operand]:
+                if not rule.supports(eqn, operand, self._roles(view) or []):
+                    return None
                 for output, axis_map in zip(outputs, maps, strict=True):
                     output.extend([] if axis_map is None else [view.moved(axis_map)])
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         return [tuple(output) for output in outputs]
-
-    def _scales(self, eqn: Any, views: Views, operand: int) -> bool:
-        """Whether a scale varies along axes that one factor has alone."""
-        if eqn.primitive.name not in ("mul", "div"):
-            return True
-        varies = scale_varies_along(eqn, operand)
-        for view in views:
-            roles = self._roles(view) or []
-            along = {roles[i] for i in varies} - {"batch"}
-            if len(along) > 1 or None in along:
-                return False
-        return True
 
     def _is_lookup(self, eqn: Any, views: list[Views]) -> bool:
         """Whether the rows that are taken have lost one side of the kernel."""

@@ -78,7 +78,7 @@ class Discovery(Analysis):
 
     def _carry(self, eqn: Any, operand: int, view: View) -> list[Views] | None:
         rule = CARRY.get(eqn.primitive.name)
-        if rule is None or (rule.operands is not None and operand not in rule.operands):
+        if rule is None or not rule.takes([operand]):
             return None
         maps = rule.axes(eqn, operand)
         if maps is None:

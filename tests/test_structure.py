@@ -23,7 +23,7 @@ ORDER = """
 _axes _compat _errors _init _paths
 _config _factors _sharding _trace
 _adapted _linear _match
-_gather _merge
+_gather _merge _moves _norms
 _consume _carry
 _analyze _control_flow
 _discover _decide

@@ -1,0 +1,260 @@
+"""Halves of the carry rules that move, cut and join the axes of a value.
+
+An `…_axes` function says where the axes of each output come from; its twin does the
+same to one aligned factor, `(eqn, factor, shape of the value, other operands)`, or,
+where parts are cut or joined, to the whole value, `(eqn, operands)`. `_carry.py` enters
+them in its table.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._adapted import Adapted, Part, base_of, complete
+from ._compat import rebind
+
+# For each axis of a value, the axes of another value that it comes from.
+AxisMap = list[frozenset[int]]
+Shape = tuple[int, ...]
+
+
+def present(factor: jax.Array, axis: int, shape: Shape) -> bool:
+    """Returns whether an aligned factor has an axis of a value of `shape`."""
+    return factor.shape[axis] == shape[axis]
+
+
+def identity(ndim: int) -> AxisMap:
+    """Each axis comes from itself."""
+    return [frozenset([i]) for i in range(ndim)]
+
+
+def same_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """Each output has the axes of the operand."""
+    return [identity(eqn.invars[operand].aval.ndim) for _ in eqn.outvars]
+
+
+# --- transpose, reshape, and axes of size one ---
+
+
+def transpose_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """The axes of the operand, permuted."""
+    return [[frozenset([i]) for i in eqn.params["permutation"]]]
+
+
+def transpose(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Permutes a factor; its rank stays last."""
+    return jnp.transpose(factor, (*eqn.params["permutation"], len(shape)))
+
+
+def squeeze_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """The axes of the operand that are kept."""
+    ndim = eqn.invars[0].aval.ndim
+    dropped = {d % ndim for d in eqn.params["dimensions"]}
+    return [[frozenset([i]) for i in range(ndim) if i not in dropped]]
+
+
+def squeeze(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Drops the same axes; a factor has size one there too."""
+    return jnp.squeeze(factor, [d % len(shape) for d in eqn.params["dimensions"]])
+
+
+def broadcast_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """Old axes come from themselves, new ones from nowhere."""
+    dims = eqn.params["broadcast_dimensions"]
+    ndim = len(eqn.params["shape"])
+    return [[frozenset([dims.index(i)] if i in dims else []) for i in range(ndim)]]
+
+
+def broadcast(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Gives a factor the new axes, of size one: it is the same along them."""
+    dims = eqn.params["broadcast_dimensions"]
+    new = [1] * len(eqn.params["shape"])
+    for axis, target in enumerate(dims):
+        new[target] = factor.shape[axis]
+    return factor.reshape(*new, factor.shape[-1])
+
+
+def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Matches the axes of a reshape in the smallest groups of equal size.
+
+    Axes of size one form groups of their own.
+
+    >>> reshape_groups((4, 6), (4, 2, 3))
+    [([0], [0]), ([1], [1, 2])]
+    """
+    groups = [([i], []) for i, n in enumerate(old) if n == 1]
+    groups += [([], [j]) for j, n in enumerate(new) if n == 1]
+    left = [i for i, n in enumerate(old) if n != 1]
+    right = [j for j, n in enumerate(new) if n != 1]
+    while left:
+        took, gave = [left.pop(0)], [right.pop(0)]
+        while (m := math.prod(old[i] for i in took)) != (
+            n := math.prod(new[j] for j in gave)
+        ):
+            (took if m < n else gave).append((left if m < n else right).pop(0))
+        groups.append((took, gave))
+    return groups
+
+
+def reshape_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
+    """Each axis comes from all the axes of its group."""
+    old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    if eqn.params.get("dimensions") is not None or 0 in old:
+        return None
+    origins: AxisMap = [frozenset()] * len(new)
+    for took, gave in reshape_groups(old, new):
+        for j in gave:
+            origins[j] = frozenset(took)
+    return [origins]
+
+
+def reshape(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Reshapes a factor group by group, where it has the axes of the group."""
+    new = eqn.params["new_sizes"]
+    sizes = [1] * len(new)
+    for took, gave in reshape_groups(shape, new):
+        if all(factor.shape[i] == 1 for i in took):
+            continue
+        factor = complete(factor, took, shape)
+        for j in gave:
+            sizes[j] = new[j]
+    return factor.reshape(*sizes, factor.shape[-1])
+
+
+# --- pieces of a value ---
+
+
+def slice_(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Cuts a factor along the axes it has."""
+    params = eqn.params
+    strides = params["strides"] or (1,) * len(shape)
+    starts, limits, steps = [], [], []
+    for axis, n in enumerate(factor.shape[:-1]):
+        here = present(factor, axis, shape)
+        starts.append(params["start_indices"][axis] if here else 0)
+        limits.append(params["limit_indices"][axis] if here else n)
+        steps.append(strides[axis] if here else 1)
+    rank = factor.shape[-1]
+    return lax.slice(factor, (*starts, 0), (*limits, rank), (*steps, 1))
+
+
+def dynamic_slice(eqn: Any, factor: jax.Array, shape: Shape, starts: list) -> jax.Array:
+    """Cuts a factor along the axes it has, at the same places."""
+    sizes, where = [], []
+    for axis, size in enumerate(eqn.params["slice_sizes"]):
+        here = present(factor, axis, shape)
+        sizes.append(size if here else 1)
+        where.append(starts[axis] if here else jnp.zeros_like(starts[axis]))
+    zero = jnp.zeros_like(starts[0])
+    return lax.dynamic_slice(factor, [*where, zero], [*sizes, factor.shape[-1]])
+
+
+def split(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Splits the factors that have the axis; all pieces share the others."""
+    (value,) = operands
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    bases = rebind(eqn, [value.base])
+
+    def pieces(factor: jax.Array) -> Sequence[jax.Array]:
+        if not present(factor, axis, value.base.shape):
+            return [factor] * len(bases)
+        return lax.split(factor, sizes, axis=axis)
+
+    halves = [(pieces(p.a), pieces(p.b), p.scaling) for p in value.parts]
+    return [
+        Adapted(base, tuple(Part(a[i], b[i], s) for a, b, s in halves))
+        for i, base in enumerate(bases)
+    ]
+
+
+def unstack_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """The axes of the operand without the one that is taken apart."""
+    ndim, axis = eqn.invars[0].aval.ndim, eqn.params["axis"]
+    kept = [frozenset([i]) for i in range(ndim) if i != axis]
+    return [kept for _ in eqn.outvars]
+
+
+def unstack(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Takes the factors that have the axis apart; all entries share the others."""
+    (value,) = operands
+    axis, bases = eqn.params["axis"], rebind(eqn, [value.base])
+
+    def entry(factor: jax.Array, i: int) -> jax.Array:
+        here = present(factor, axis, value.base.shape)
+        return lax.index_in_dim(factor, i if here else 0, axis, keepdims=False)
+
+    return [
+        Adapted(base, tuple(p.each(lambda f, i=i: entry(f, i)) for p in value.parts))
+        for i, base in enumerate(bases)
+    ]
+
+
+# --- pads and concatenations ---
+
+
+def _hold(part: Part, axis: int, shape: Shape) -> Part:
+    """Returns the part with `axis` present in at least one factor."""
+    if any(present(f, axis, shape) for f in (part.a, part.b)):
+        return part
+    return dataclasses.replace(part, a=complete(part.a, [axis], shape))
+
+
+def _pad_part(part: Part, config: Sequence[tuple], shape: Shape) -> Part:
+    """Pads both factors with zeros where they have the padded axis."""
+    for axis, amounts in enumerate(config):
+        if any(amounts):
+            part = _hold(part, axis, shape)
+
+    def pad(factor: jax.Array) -> jax.Array:
+    """Pads the parts with zeros: nothing is added where the base is padded."""
+        here = [present(factor, axis, shape) for axis in range(len(shape))]
+        amounts = [c if h else (0, 0, 0) for c, h in zip(config, here, strict=True)]
+        zero = jnp.zeros((), factor.dtype)
+        return lax.pad(factor, zero, [*amounts, (0, 0, 0)])
+
+    return part.each(pad)
+
+
+def pad(eqn: Any, operands: list[Any]) -> list[Any]:
+    value, fill = operands
+    (base,) = rebind(eqn, [value.base, fill])
+    config, shape = eqn.params["padding_config"], value.base.shape
+    return [Adapted(base, tuple(_pad_part(p, config, shape) for p in value.parts))]
+
+
+def concatenate(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Joins the parts of all operands along an axis."""
+    (base,) = rebind(eqn, [base_of(v) for v in operands])
+    return [_joined(base, operands, eqn.params["dimension"])]
+
+
+def _joined(base: jax.Array, operands: Sequence[Any], axis: int) -> Adapted:
+    """Pads the parts of each operand with zeros to their place in the whole."""
+    parts, offset, total = [], 0, base.shape[axis]
+    for value in operands:
+        shape = base_of(value).shape
+        if isinstance(value, Adapted):
+            config = [(0, 0, 0)] * base.ndim
+            config[axis] = (offset, total - offset - shape[axis], 0)
+            parts += [_pad_part(part, config, shape) for part in value.parts]
+        offset += shape[axis]
+    return Adapted(base, tuple(parts))
+
+
+def stack_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """The axes of the operand, and a new one from nowhere."""
+    axes = identity(eqn.invars[operand].aval.ndim)
+    return [[*axes[: eqn.params["axis"]], frozenset(), *axes[eqn.params["axis"] :]]]
+
+
+def stack(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Joins the parts of all operands along a new axis."""
+    axis = eqn.params["axis"]
+    (base,) = rebind(eqn, [base_of(v) for v in operands])
+    add_axis = lambda array: jnp.expand_dims(array, axis)
+    return [_joined(base, [jax.tree.map(add_axis, v) for v in operands], axis)]
