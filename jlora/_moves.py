@@ -211,7 +211,6 @@ def _pad_part(part: Part, config: Sequence[tuple], shape: Shape) -> Part:
             part = _hold(part, axis, shape)
 
     def pad(factor: jax.Array) -> jax.Array:
-    """Pads the parts with zeros: nothing is added where the base is padded."""
         here = [present(factor, axis, shape) for axis in range(len(shape))]
         amounts = [c if h else (0, 0, 0) for c, h in zip(config, here, strict=True)]
         zero = jnp.zeros((), factor.dtype)
@@ -221,6 +220,7 @@ def _pad_part(part: Part, config: Sequence[tuple], shape: Shape) -> Part:
 
 
 def pad(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Pads the parts with zeros: nothing is added where the base is padded."""
     value, fill = operands
     (base,) = rebind(eqn, [value.base, fill])
     config, shape = eqn.params["padding_config"], value.base.shape
