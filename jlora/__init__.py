@@ -14,7 +14,10 @@ from ._errors import TargetError as TargetError
 from ._factors import Adapter as Adapter
 from ._factors import LoraFactors as LoraFactors
 from ._factors import delta as delta
+from ._memory import Memory as Memory
 from ._merge import merge as merge
+from ._placement import shardings as shardings
+from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan
 from ._targets import Target as Target
 from ._targets import Unusable as Unusable

@@ -22,8 +22,8 @@ each_module = pytest.mark.parametrize("name", TREES)
 ORDER = """
 _axes _compat _errors _init _paths
 _config _factors _sharding _trace
-_adapted _linear _match
-_gather _merge _moves _norms
+_adapted _layout _linear _match
+_gather _merge _moves _norms _placement
 _consume _carry
 _analyze _control_flow
 _discover _decide
