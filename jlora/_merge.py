@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ._factors import LoraFactors, PyTree, delta
 from ._match import check_adapter
@@ -48,9 +48,11 @@ def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
 def _merged(kernel: Any, entry: LoraFactors | jax.Array) -> Any:
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return kernel  # abstract params stay abstract
+    traced = any(isinstance(v, Tracer) for v in jax.tree.leaves((kernel, entry)))
     if isinstance(kernel, np.ndarray):
-        return np.asarray(_sum(jnp.asarray(kernel), entry), kernel.dtype)
-    if isinstance(kernel, jax.core.Tracer):
+        total = _sum(jnp.asarray(kernel), entry)
+        return total if traced else np.asarray(total, kernel.dtype)
+    if isinstance(kernel, Tracer):
         return _sum(kernel, entry)
     if len(kernel.sharding.device_set) == 1:
         return jax.jit(_sum)(kernel, entry)  # stays where it is, committed or not

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
+from ._axes import KernelAxes, Shape
 from ._factors import LoraFactors, PyTree
 from ._layout import AnyMesh, Layout, Rules, names_of_entry, unboxed
 from ._paths import is_box
@@ -141,14 +142,21 @@ def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
     kernel = layout.sharding(path, axes.ndim)
     if replicate:
         kernel = _replicated(kernel)
-    a = _fitting(kernel, (*axes.batch, *axes.in_, None), _shape(entry.a))
-    b = _fitting(kernel, (*axes.batch, None, *axes.out), _shape(entry.b))
+    a, b = factor_shardings(kernel, axes, _shape(entry.a), _shape(entry.b))
     return dataclasses.replace(entry, a=a, b=b)
 
 
-def _fitting(
-    kernel: Sharding, axes: Sequence[int | None], shape: tuple[int, ...]
-) -> Sharding:
+def factor_shardings(
+    kernel: Sharding, axes: KernelAxes, a: Shape, b: Shape
+) -> tuple[Sharding, Sharding]:
+    """Returns the shardings of factors of the shapes `a` and `b`, from the kernel's."""
+    return (
+        _fitting(kernel, (*axes.batch, *axes.in_, None), a),
+        _fitting(kernel, (*axes.batch, None, *axes.out), b),
+    )
+
+
+def _fitting(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Sharding:
     """Returns the sharding of a factor whose axes are these axes of the kernel."""
     if not isinstance(kernel, NamedSharding):
         return kernel
@@ -175,5 +183,5 @@ def _replicated(like: Sharding) -> Sharding:
     return NamedSharding(like.mesh, PartitionSpec())
 
 
-def _shape(leaf: Any) -> tuple[int, ...]:
+def _shape(leaf: Any) -> Shape:
     return tuple(jnp.shape(unboxed(leaf)))

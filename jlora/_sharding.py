@@ -17,6 +17,15 @@ def explicit_sharding(array: jax.Array) -> NamedSharding | None:
     return None if explicit_mesh(array) is None else jax.typeof(array).sharding
 
 
+def set_sharding(array: Any) -> NamedSharding | None:
+    """Returns the Explicit sharding of `array` if its mesh is set, else None.
+
+    Only then can arrays be made with that sharding.
+    """
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    return explicit_sharding(array) if is_set else None
+
+
 def spec_of(array: jax.Array) -> tuple[Any, ...]:
     """Returns the partition spec of `array`, one entry per axis."""
     sharding = getattr(jax.typeof(array), "sharding", None)
