@@ -15,7 +15,9 @@ from ._init import INITIALIZERS, key_of
 from ._interpret import run
 from ._match import check_adapter
 from ._paths import FlatParams
+from ._placement import factor_shardings
 from ._plan import Plan, make_plan
+from ._sharding import set_sharding
 from ._targets import Target, program_of, resolve, with_uses
 from ._trace import Traced, trace
 
@@ -210,11 +212,15 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.A
                 "pass the params as arrays, or call `init` under `jax.eval_shape`"
             )
         return jnp.asarray(leaf, config.dtype)
-    a_shape, b_shape = axes.factor_shapes(target.shape, config.rank)
+    shapes = axes.factor_shapes(target.shape, config.rank)
+    # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
+    kernel = set_sharding(leaf)
+    places: Any = factor_shardings(kernel, axes, *shapes) if kernel else (None, None)
     fan_in, _ = axes.fans(target.shape)
-    make = INITIALIZERS[config.init]
-    a = make(key_of(key, target.path), a_shape, fan_in, config.dtype)
-    return LoraFactors(a, jnp.zeros(b_shape, config.dtype), axes, config.scaling)
+    make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
+    a = make(own_key, shapes[0], fan_in, config.dtype, places[0])
+    b = jnp.zeros(shapes[1], config.dtype, out_sharding=places[1])
+    return LoraFactors(a, b, axes, config.scaling)
 
 
 def _with_entry(leaf: Any, entry: Any) -> Any:
