@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 CORPUS_SHA256 = "25bff2ce4bf3515b7021586f70785c495cd4986cce7cc9413fa7d1192fbd02a8"
 LEFT_OUT = ("coding", "tech_support")  # long answers, not chat
-ROWS, TOKENS_PER_ROW, TARGETS_PER_ROW = 4, 128, 64  # of a batch
+ROWS, LENGTH = 4, 128  # of a batch; half of a row are targets at most
 IGNORED = -1  # a target that no reply contains
 
 
@@ -56,12 +56,12 @@ def load_conversations() -> list[list[str]]:
 
 
 def load_examples(
-    tokenizer: Tokenizer, seed: int
+    tokenizer: Tokenizer, seed: int, length: int = LENGTH
 ) -> tuple[list[Example], list[Example]]:
     """Returns the examples to train on and the examples held out."""
     stop_token(tokenizer)
     train, held_out = split(load_conversations(), seed)
-    return encode(tokenizer, train), encode(tokenizer, held_out)
+    return encode(tokenizer, train, length), encode(tokenizer, held_out, length)
 
 
 def split(
@@ -106,36 +106,41 @@ def stop_token(tokenizer: Tokenizer) -> int:
     return token
 
 
-def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Example]:
+def encode(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], length: int = LENGTH
+) -> list[Example]:
     """Returns the pairs as tokens, without those too long for a row."""
     examples = []
     for pair in pairs:
         prompt = tokenizer.encode(chat_prompt(pair.prompt)).ids
         reply = tokenizer.encode(f"{pair.reply}<|im_end|>").ids
-        if len(prompt + reply) <= TOKENS_PER_ROW and len(reply) <= TARGETS_PER_ROW:
+        if len(prompt + reply) <= length and len(reply) <= length // 2:
             examples.append(Example(prompt + reply, len(prompt)))
     return examples
 
 
 def training_batches(
-    examples: Sequence[Example], seed: int, rows: int = ROWS
+    examples: Sequence[Example], seed: int, rows: int = ROWS, length: int = LENGTH
 ) -> Iterator[Batch]:
     """Yields batches for ever, each epoch in another order."""
     order = random.Random(seed)
     while True:
-        packed = _pack(order.sample(examples, len(examples)))
+        packed = _pack(order.sample(examples, len(examples)), length)
         order.shuffle(packed)  # first fit leaves the emptiest rows last
         for i in range(0, max(len(packed) - rows, 0) + 1, rows):
-            yield _as_batch(packed[i : i + rows], rows)
+            yield _as_batch(packed[i : i + rows], rows, length)
 
 
-def all_batches(examples: Sequence[Example], rows: int = ROWS) -> list[Batch]:
+def all_batches(
+    examples: Sequence[Example], rows: int = ROWS, length: int = LENGTH
+) -> list[Batch]:
     """Returns every example once; the last batch may end in empty rows."""
-    packed = _pack(examples)
-    return [_as_batch(packed[i : i + rows], rows) for i in range(0, len(packed), rows)]
+    packed = _pack(examples, length)
+    starts = range(0, len(packed), rows)
+    return [_as_batch(packed[i : i + rows], rows, length) for i in starts]
 
 
-def _pack(examples: Sequence[Example]) -> list[list[Example]]:
+def _pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
     """Returns rows of examples, each example in the first row with room for it."""
     rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # tokens and targets left in each row
@@ -145,19 +150,19 @@ def _pack(examples: Sequence[Example]) -> list[list[Example]]:
         i = next(fits, len(rows))
         if i == len(rows):
             rows.append([])
-            room.append((TOKENS_PER_ROW, TARGETS_PER_ROW))
+            room.append((length, length // 2))
         rows[i].append(example)
         room[i] = (room[i][0] - needs[0], room[i][1] - needs[1])
     return rows
 
 
-def _as_batch(packed: Sequence[Sequence[Example]], rows: int) -> Batch:
+def _as_batch(packed: Sequence[Sequence[Example]], rows: int, length: int) -> Batch:
     """Returns the arrays of up to `rows` rows, filled up with empty ones."""
     batch = Batch(
-        tokens=np.zeros((rows, TOKENS_PER_ROW), np.int32),
-        segments=np.zeros((rows, TOKENS_PER_ROW), np.int32),
-        at=np.zeros((rows, TARGETS_PER_ROW), np.int32),
-        targets=np.full((rows, TARGETS_PER_ROW), IGNORED, np.int32),
+        tokens=np.zeros((rows, length), np.int32),
+        segments=np.zeros((rows, length), np.int32),
+        at=np.zeros((rows, length // 2), np.int32),
+        targets=np.full((rows, length // 2), IGNORED, np.int32),
     )
     for row, examples in enumerate(packed):
         begin, done = 0, 0

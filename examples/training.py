@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from chat_data import IGNORED, Batch, Example, all_batches
 from pretrained import Pretrained
+from progress import progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def make_loss(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -85,14 +85,3 @@ def fit(
             speed = (batch.segments > 0).sum() / (time.perf_counter() - began)
             bar.update(task, advance=1, loss=value, speed=speed)
     return adapter
-
-
-def progress_bar(console: Console) -> Progress:
-    """Returns a progress bar with the loss and the speed."""
-    return Progress(
-        TextColumn("{task.description} {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        console=console,
-    )

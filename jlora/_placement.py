@@ -65,7 +65,7 @@ def shardings(
         >>> abstract = jax.eval_shape(lora.init, jax.random.key(0), params, x)
         >>> placed = jlora.shardings({"w": P(None, "model")}, abstract, mesh=mesh)
         >>> tuple(placed["w"].a.spec), tuple(placed["w"].b.spec)
-        ((None, None), (None, 'model'))
+        ((), (None, 'model'))
         >>> init = jax.jit(lora.init, out_shardings=placed)
         >>> adapter = init(jax.random.key(0), params, x)
     """
@@ -166,6 +166,10 @@ def _fitting(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Shar
         entry if size % _parts(kernel.mesh, entry) == 0 else None
         for entry, size in zip(entries, shape, strict=True)
     ]
+    # Without Nones at the end, as XLA names the shardings of results: to jit the two
+    # names would be two layouts.
+    while fits and fits[-1] is None:
+        fits.pop()
     return NamedSharding(kernel.mesh, PartitionSpec(*fits))
 
 

@@ -74,7 +74,9 @@ class Lora:
 
         Returns:
             A dict from path to `LoraFactors`, or to an array for a leaf that is trained
-            whole.
+            whole. On an Explicit mesh that is set, factors are sharded like their
+            kernels; on an Auto mesh, under `jax.jit` with the `out_shardings` that
+            `jlora.shardings` gives, each is made where it lives.
         """
         params = FlatParams.of(self._params_of(args))
         plan, leaves = self._plan(params, args, kwargs), params.by_path()

@@ -45,6 +45,13 @@ def specs(tree: Any) -> Any:
     return {keystr(p, simple=True, separator="/"): tuple(s.spec) for p, s in flat}
 
 
+def short(spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A spec without the Nones at its end, as XLA names the shardings of results."""
+    while spec and spec[-1] is None:
+        spec = spec[:-1]
+    return spec
+
+
 # kernel's shape, roles of its axes, its spec; then the specs of a and b
 LAYOUTS = {
     "columns": ((6, 8), ((), (0,), (1,)), P("fsdp", "tensor"),
@@ -82,7 +89,7 @@ def test_factors_follow_their_kernel(name: str, kind: AxisType) -> None:
     placed = jlora.shardings(
         {"w": spec}, {"w": factors(shape, *roles)}, mesh=mesh_of(kind)
     )
-    assert specs(placed) == {"w/a": a, "w/b": b}
+    assert specs(placed) == {"w/a": short(a), "w/b": short(b)}
     assert placed["w"].a.mesh == mesh_of(kind)
 
 
@@ -100,9 +107,9 @@ def test_placed_factors_are_as_jit_takes_them(name: str) -> None:
 SHAPES = {"w": (6, 8), "v": (8, 6)}
 SPECS = {"w": P("fsdp", "tensor"), "v": P("tensor", "fsdp")}
 WANTED = {
-    "w/a": ("fsdp", None),
+    "w/a": ("fsdp",),
     "w/b": (None, "tensor"),
-    "v/a": ("tensor", None),
+    "v/a": ("tensor",),
     "v/b": (None, "fsdp"),
 }
 RULES = (("embed", "fsdp"), ("mlp", "tensor"), ("nowhere", None))
@@ -187,7 +194,7 @@ def test_a_mesh_without_devices_will_do() -> None:
 def test_one_spec_stands_for_a_subtree(top: Any) -> None:
     adapter = {"layer/w": factors((6, 8), (), (0,), (1,))}
     placed = jlora.shardings(top, adapter, mesh=mesh_of())
-    assert specs(placed) == {"layer/w/a": ("fsdp", None), "layer/w/b": (None, None)}
+    assert specs(placed) == {"layer/w/a": ("fsdp",), "layer/w/b": ()}
 
 
 @pytest.mark.parametrize("nothing", [None, np.zeros((6, 8), np.float32)])
@@ -195,7 +202,7 @@ def test_what_says_nothing_is_replicated_on_the_mesh_of_the_others(nothing) -> N
     adapter = {**adapter_of(), "u": factors((6, 8), (), (0,), (1,))}
     params = {"u": nothing, "w": _array("w", mesh_of()), "v": _array("v", mesh_of())}
     placed = jlora.shardings(params, adapter)
-    assert specs(placed) == {**WANTED, "u/a": (None, None), "u/b": (None, None)}
+    assert specs(placed) == {**WANTED, "u/a": (), "u/b": ()}
 
 
 def test_replicated_factors_and_leaves_that_are_trained_whole() -> None:
@@ -226,8 +233,8 @@ def test_names_without_a_rule_and_mesh_axes_that_are_taken() -> None:
     flax = nn.logical_to_mesh_axes(("embed", "mlp", "unheard_of"), rules)
     assert tuple(flax) == (("data", "fsdp"), "tensor", None)
     assert specs(placed) == {
-        "w/a": (("data", "fsdp"), "tensor", None),
-        "w/b": (("data", "fsdp"), None, None),
+        "w/a": (("data", "fsdp"), "tensor"),
+        "w/b": (("data", "fsdp"),),
     }
 
 
@@ -321,7 +328,7 @@ def test_boxed_factors_and_their_state() -> None:
     adapter, tx = variables["lora"], optax.adam(1e-3)
     placed = jlora.shardings(variables, adapter, mesh=mesh_of(), rules=RULES)
     assert specs(placed) == {
-        "params/kernel/a": ("fsdp", None),
+        "params/kernel/a": ("fsdp",),
         "params/kernel/b": (None, "tensor"),
     }
     make = lambda key: model.init(key, jnp.ones((4, 6)))["lora"]

@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _errors _init _paths
+_axes _compat _errors _init _memory _paths
 _config _factors _sharding _trace
 _adapted _layout _linear _match
 _gather _merge _moves _norms _placement
@@ -28,6 +28,7 @@ _consume _carry
 _analyze _control_flow
 _discover _decide
 _interpret _targets
+_measure
 _plan
 _transform
 """.split()

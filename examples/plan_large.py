@@ -1,0 +1,159 @@
+"""Plans LoRA for GPT-3 175B and Llama-70B, and says what training them would hold.
+
+    python examples/plan_large.py
+    python examples/plan_large.py --model llama70b --mesh fsdp=16,tensor=8 --rank 16
+
+The params are shapes without values and the mesh has no devices, so that this runs
+anywhere in seconds: nothing of the models is allocated. For GPT-3 it prints the numbers
+of section 4.2 of the LoRA paper: query and value projections at rank 4 are 18.9 million
+values of 175 billion, ten thousand times fewer, and their checkpoint has tens of
+megabytes instead of 350 GB. The base is in bfloat16 and the factors are in float32;
+Adam's moments have the dtypes of what is trained, as `optax.adam` keeps them.
+
+References:
+    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models
+    <https://arxiv.org/abs/2106.09685>, 2021, sections 4.2 and 7.1.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import meshes
+import optax
+from gpt3 import GPT3, GPT3Config
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr, tree_map_with_path
+from llama import Llama, LlamaConfig
+from placement import ROWS, leaf_spec
+
+import jlora
+
+HALF = jnp.bfloat16
+LLAMA_70B = LlamaConfig(
+    vocab=128256,
+    hidden=8192,
+    mlp=28672,
+    layers=80,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    rope_base=500_000.0,
+    tied=False,
+    dtype=HALF,
+)
+MODELS: dict[str, nn.Module] = {
+    "gpt3": GPT3(GPT3Config(dtype=HALF)),
+    "llama70b": Llama(LLAMA_70B),
+}
+TITLES = {"gpt3": "GPT-3 175B", "llama70b": "Llama-70B"}
+LENGTH = 2048
+
+
+def abstract_params(model: nn.Module) -> Any:
+    """Returns the variables of a model in bfloat16: shapes, and no values."""
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    wide = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, HALF), wide)
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """Returns a mesh of no devices, with Auto axes."""
+    auto = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
+
+
+def param_specs(params: Any, mesh: AbstractMesh) -> Any:
+    """Returns the spec of each leaf: matrices in parts, biases and norms whole."""
+
+    def spec(path: Any, leaf: Any) -> P:
+        name = keystr(path, simple=True, separator="/")
+        matrix = name.endswith(("kernel", "embedding"))
+        return leaf_spec(name, leaf.shape, mesh) if matrix else P()
+
+    return tree_map_with_path(spec, params)
+
+
+def plan_of(model: nn.Module, params: Any, *, rank: int) -> jlora.Plan:
+    """Returns the plan of query and value projections at a rank."""
+    config = jlora.LoraConfig("(q|v)_proj/kernel", rank=rank)
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    return jlora.lora(model.apply, config).plan(params, tokens)
+
+
+def memory_of(plan: jlora.Plan, params: Any, mesh: AbstractMesh) -> jlora.Memory:
+    """Returns what a step of Adam holds on each device, with a row of a batch on it."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    place = NamedSharding(mesh, ROWS)
+    return plan.memory(
+        optimizer=optax.adam(1e-4),
+        mesh=mesh,
+        batch=jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=place),
+        shardings=param_specs(params, mesh),
+    )
+
+
+def totals(plan: jlora.Plan, whole: jlora.Memory) -> str:
+    """Returns what is saved, from the memory of one device that holds everything."""
+    size = lambda held: f"{held / 1e9:,.1f} GB"
+    added = whole.optimizer + whole.gradients + whole.factors
+    full = (whole.full_optimizer or 0) + whole.full_gradients
+    half = f"{2 * plan.trainable / 1e6:.1f} MB"
+    return (
+        f"Adam on all params holds {size(whole.base + full)} beside activations, "
+        f"{size(full)} of it gradients and moments.\n"
+        f"Adam on the adapter holds {size(whole.base + added)}, {size(added)} of it "
+        "factors, gradients and moments.\n"
+        f"In half precision the adapter is a checkpoint of {half} beside one of "
+        f"{size(whole.full_checkpoint)}."
+    )
+
+
+PAPER = (
+    "The LoRA paper (section 4.2, rank 4) has 1.2 TB and 350 GB, and checkpoints of "
+    "350 GB and 35 MB."
+)
+
+
+def show(name: str, sizes: dict[str, int], rank: int) -> None:
+    """Prints the plan of a model, its memory on a mesh, and what is saved in all."""
+    params = abstract_params(MODELS[name])
+    plan = plan_of(MODELS[name], params, rank=rank)
+    one = abstract_mesh(dict.fromkeys(sizes, 1))
+    print(f"{TITLES[name]}, queries and values at rank {rank}\n\n{plan}\n")
+    print(
+        f"Adam on {meshes.describe(sizes)}, a row of {LENGTH} tokens on each device\n"
+    )
+    print(memory_of(plan, params, abstract_mesh(sizes)), end="\n\n")
+    print(totals(plan, memory_of(plan, params, one)))
+    if name == "gpt3":
+        print(PAPER)
+    print()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plans the models that the command line names."""
+    parser = argparse.ArgumentParser(
+        description="Plan LoRA for models of 70 and 175 billion values, unallocated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", choices=(*MODELS, "both"), default="both", help="which model")
+    add(
+        "--mesh",
+        type=meshes.parse_sizes,
+        default="fsdp=64",
+        help="sizes of the mesh axes data, fsdp and tensor; no device is needed",
+    )
+    add("--rank", type=int, default=4, help="rank of the factors")
+    args = parser.parse_args(argv)
+    for name in MODELS if args.model == "both" else (args.model,):
+        show(name, args.mesh, args.rank)
+
+
+if __name__ == "__main__":
+    main()

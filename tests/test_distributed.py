@@ -1,0 +1,108 @@
+"""Several processes train as one does: examples/train_sharded.py on two of them.
+
+The processes are real ones. They meet at a port of the loopback interface and sum over
+their host devices with gloo, as the machines of a pod do with what they have.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_sharded.py"
+TINY = ["--random-init", "tiny", "--length", "32", "--mesh", "data=2,fsdp=2,tensor=2"]
+DEADLINE = 240  # seconds; a tenth of it is usual
+
+
+def train(out: Path, *options: str, processes: int) -> list[str]:
+    """Runs the script on eight devices of some processes; returns what they print."""
+    ours = [*TINY, "--devices", str(8 // processes), "--out", str(out), *options]
+    groups = [ours]
+    if processes > 1:
+        who = ["--coordinator", f"127.0.0.1:{free_port()}"]
+        who += ["--num-processes", str(processes), "--process-id"]
+        groups = [[*ours, *who, str(i)] for i in range(processes)]
+    return finish([start(group, out / f"log{i}") for i, group in enumerate(groups)])
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(options: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """Starts one process; it writes to a file, since a full pipe would stop it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as file:
+        child = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *options],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**kept, "PYTHONPATH": str(ROOT)},
+        )
+    return child, log
+
+
+def finish(started: Sequence[tuple[subprocess.Popen[bytes], Path]]) -> list[str]:
+    """Waits until all are done or one has failed; then none is left running."""
+    end = time.monotonic() + DEADLINE
+    children = [child for child, _ in started]
+    try:
+        while any(child.poll() is None for child in children):
+            if any(child.poll() for child in children) or time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        codes = [child.poll() for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    logs = [log.read_text(errors="replace") for _, log in started]
+    shown = "".join(f"\n--- process {i}\n{log}" for i, log in enumerate(logs))
+    assert codes == [0] * len(codes), f"exit codes {codes} (None: killed){shown}"
+    return logs
+
+
+def history(out: Path) -> Any:
+    """What a run has written of its losses."""
+    return json.loads((out / "losses.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * DEADLINE)
+def test_two_processes_train_and_resume_as_one_does(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, "--steps", "24", processes=1)
+    wanted = history(one)
+
+    logs = train(two, "--steps", "20", processes=2)
+    found = history(two)
+    np.testing.assert_allclose(found["losses"], wanted["losses"][:20], rtol=1e-5)
+    np.testing.assert_allclose(found["evals"], wanted["evals"][:3], rtol=1e-5)
+    assert found["losses"][-1] < found["losses"][0] - 0.5
+    assert "2 processes" in logs[0]
+    assert "training" not in logs[1]  # one of them speaks
+
+    logs = train(two, "--steps", "24", "--resume", processes=2)
+    assert "resumed after 20 steps" in logs[0]
+    np.testing.assert_allclose(history(two)["losses"], wanted["losses"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_stops_the_other_and_both_are_shown(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)process 0.*querry.*process 1"):
+        train(tmp_path, "--target", "querry", processes=2)
