@@ -292,8 +292,8 @@ def test_checkpoints_are_kept_for_a_resumed_run_alone(tmp_path: Path) -> None:
                 saving.save(checkpoints, 5, trained, history)
 
 
-@pytest.mark.parametrize("words", [["--mesh", "fsdp=8"], ["--replicate"]])
-def test_losses_do_not_depend_on_the_placement(
+@pytest.mark.parametrize("words", [["--mesh", "fsdp=8"], ["--replicate"], ["--remat"]])
+def test_losses_depend_neither_on_the_placement_nor_on_remat(
     words: list[str], straight: Any, tmp_path: Path
 ) -> None:
     found = run(tmp_path, "--steps", "6", "--eval-every", "3", *words)
