@@ -32,18 +32,13 @@ import pretrained
 from tiny_llama import (
     CONFIG,
     SPECIAL,
+    TALKS,
     random_weights,
     write_folder,
     write_gguf,
 )
 
 import jlora
-
-TALKS = [
-    [f"{opening} number {i}?", f"reply {i}", f"and {i} again"]
-    for i in range(20)
-    for opening in ("hello", "bye")
-]
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,11 @@ import pretrained
 import training
 from tiny_llama import (
     CONFIG,
+    TALKS,
     pairs_from_halves,
     random_weights,
     write_gguf,
 )
-
-TALKS = [
-    [f"{opening} number {i}?", f"reply {i}", f"and {i} again"]
-    for i in range(20)
-    for opening in ("hello", "bye")
-]
 
 
 @pytest.fixture(scope="module")

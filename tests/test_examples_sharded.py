@@ -33,14 +33,9 @@ import saving
 import sources
 import train_sharded
 from llama import Llama, LlamaConfig
-from tiny_llama import random_weights, write_gguf
+from tiny_llama import TALKS, random_weights, write_gguf
 
 TINY = ["--random-init", "tiny", "--length", "16"]
-TALKS = [
-    [f"{opening} number {i}?", f"reply {i}", f"and {i} again"]
-    for i in range(20)
-    for opening in ("hello", "bye")
-]
 
 
 def mesh_of(**sizes: int) -> AbstractMesh:

@@ -10,6 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doors import (
+    ALPHA,
+    CONV,
+    DENSE,
+    JOIN,
+    RANK,
+    SPLIT,
+    STACKED,
+    config,
+    values,
+    with_random_b,
+)
 from flax.core import DenyList, FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, PartitionSpec
@@ -17,17 +29,6 @@ from oracle import assert_close, random_like, weighted_sum
 
 import jlora
 import jlora.linen
-
-RANK, ALPHA = 2, 3.0
-DENSE = "ir,ro->io"
-CONV = "hwir,ro->hwio"
-SPLIT = "ir,rhd->ihd"
-JOIN = "hdr,ro->hdo"
-STACKED = "lir,lro->lio"
-
-
-def config(target: str | None = None, **settings: Any) -> jlora.LoraConfig:
-    return jlora.LoraConfig(target, rank=RANK, alpha=ALPHA, **settings)
 
 
 class ConvNet(nn.Module):
@@ -85,10 +86,6 @@ class AutoEncoder(nn.Module):
 
 def boxed(box: Callable[..., Any] = lambda init, names: init) -> Decoder:
     return Decoder(lambda names: box(nn.initializers.lecun_normal(), names))
-
-
-def values(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,13 +171,6 @@ CASES = [
     ),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def with_random_b(adapter: Any, seed: int = 1) -> Any:
-    """The adapter with factors that are not zero; boxes and axes stay."""
-    rng = np.random.default_rng(seed)
-    fill = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(fill, adapter)
 
 
 @cache

@@ -9,23 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doors import (
+    ALPHA,
+    CONV,
+    DENSE,
+    JOIN,
+    RANK,
+    SPLIT,
+    STACKED,
+    config,
+    values,
+    with_random_b,
+)
 from flax import nnx
 from oracle import assert_close, random_like, weighted_sum
 
 import jlora
 import jlora.nnx
 
-RANK, ALPHA, WIDTH = 2, 3.0, 6
-DENSE = "ir,ro->io"
-CONV = "hwir,ro->hwio"
-SPLIT = "ir,rhd->ihd"
-JOIN = "hdr,ro->hdo"
-STACKED = "lir,lro->lio"
+WIDTH = 6
 TABLE = "vr,rd->vd"
-
-
-def config(target: str | None = None, **settings: Any) -> jlora.LoraConfig:
-    return jlora.LoraConfig(target, rank=RANK, alpha=ALPHA, **settings)
 
 
 class ConvNet(nnx.Module):
@@ -118,10 +121,6 @@ def cached_attention(rngs: nnx.Rngs) -> nnx.Module:
     return model
 
 
-def values(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-
-
 @dataclass(frozen=True, eq=False)
 class Case:
     """A model, a call of it, and the einsum of each kernel's delta."""
@@ -176,13 +175,6 @@ CASES = [
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY_NAME = {case.name: case for case in CASES}
-
-
-def with_random_b(adapter: Any) -> Any:
-    """The adapter with factors that are not zero."""
-    rng = np.random.default_rng(1)
-    fill = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(fill, adapter)
 
 
 @cache

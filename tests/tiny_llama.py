@@ -32,6 +32,13 @@ CONFIG = llama.LlamaConfig(
     norm_eps=2.0**-16,  # exact in float32, which is what GGUF stores
 )
 
+# What the corpus looks like: conversations of a question and two replies.
+TALKS = [
+    [f"{opening} number {i}?", f"reply {i}", f"and {i} again"]
+    for i in range(20)
+    for opening in ("hello", "bye")
+]
+
 
 def random_weights() -> dict[str, np.ndarray]:
     """The weights of a tiny Llama under their Hugging Face names."""

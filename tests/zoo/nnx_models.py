@@ -10,8 +10,6 @@ from flax import nnx
 from .case import (
     CONV2D,
     DENSE,
-    JOIN,
-    SPLIT,
     TABLE,
     Axes,
     Built,
@@ -23,18 +21,20 @@ from .case import (
     tokens,
     under,
 )
-from .linen_text import rope
+from .linen_text import (
+    ATTENTION,
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    TIME,
+    VOCAB,
+    WIDTH,
+    rope,
+)
 
-BATCH, TIME, VOCAB, WIDTH, HIDDEN = 4, 6, 23, 14, 17
-HEADS, KV_HEADS, HEAD_DIM = 15, 5, 8
-LAYERS = 3
-
-ATTENTION = {
-    "query/kernel": SPLIT,
-    "key/kernel": SPLIT,
-    "value/kernel": SPLIT,
-    "out/kernel": JOIN,
-}
 BLOCK = {**under("attention", ATTENTION), "up/kernel": DENSE, "down/kernel": DENSE}
 
 
