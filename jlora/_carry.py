@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from . import _moves as moves
 from ._adapted import Adapted, Part, base_of
-from ._axes import Roles
+from ._axes import Roles, Shape
 from ._compat import rebind
 from ._gather import gather_axes, gather_rows
-from ._moves import AxisMap, Shape, identity, present, same_axes
+from ._moves import AxisMap, identity, present, same_axes
 from ._sharding import factor_spec
 
 

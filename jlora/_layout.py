@@ -11,6 +11,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._factors import PyTree
 from ._paths import is_box
+from ._sharding import names_of_entry
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
@@ -86,13 +87,6 @@ class Layout:
 
 
 _SAYS = (Sharding, PartitionSpec, jax.ShapeDtypeStruct)
-
-
-def names_of_entry(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that one entry of a spec names: none, one or several."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def unboxed(node: Any) -> Any:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete
+from ._axes import Shape
 from ._compat import rebind
 
 # For each axis of a value, the axes of another value that it comes from.
 AxisMap = list[frozenset[int]]
-Shape = tuple[int, ...]
 
 
 def present(factor: jax.Array, axis: int, shape: Shape) -> bool:

@@ -26,6 +26,13 @@ def set_sharding(array: Any) -> NamedSharding | None:
     return explicit_sharding(array) if is_set else None
 
 
+def names_of_entry(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a spec names: none, one or several."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def spec_of(array: jax.Array) -> tuple[Any, ...]:
     """Returns the partition spec of `array`, one entry per axis."""
     sharding = getattr(jax.typeof(array), "sharding", None)
@@ -72,9 +79,7 @@ def _once(entries: list[Any]) -> list[Any]:
     seen: set[str] = set()
     kept: list[Any] = []
     for entry in entries:
-        names = (
-            () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
-        )
+        names = names_of_entry(entry)
         kept.append(None if seen.intersection(names) else entry)
         seen.update(names)
     return kept

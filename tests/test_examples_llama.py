@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,10 +68,8 @@ def test_loading_unrolled_is_loading_scanned_and_unstacking(
     tiny: pretrained.Pretrained, tiny_path: Path
 ) -> None:
     unrolled = pretrained.load(str(tiny_path), scan=False)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        unrolled.variables["params"],
-        llama.unstack_blocks(tiny.variables["params"]),
+    chex.assert_trees_all_equal(
+        unrolled.variables["params"], llama.unstack_blocks(tiny.variables["params"])
     )
 
 
