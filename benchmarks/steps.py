@@ -1,0 +1,131 @@
+"""The training steps that are compared, over the plain models of `models.py`.
+
+Each is `step(trained, state, params, batch) -> (trained, state, params, batch)`: what a
+user would jit, AdamW included, with what is trained and its state donated. All low-rank
+steps start from the same factors, with `b` not zero.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from models import Layer, Linears, Params, plain
+from timing import Contender
+
+import jlora
+
+RANK, ALPHA = 16, 32.0
+SCALING = ALPHA / RANK
+OPTIMIZER = optax.adamw(1e-4)
+
+
+def adapter_of(lora: Any, params: Params, batch: jax.Array) -> jlora.Adapter:
+    """Returns an adapter whose every factor has random values."""
+    adapter = lora.init(jax.random.key(2), params, batch)
+    leaves, treedef = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    draw = lambda key, leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape)
+    return treedef.unflatten(list(map(draw, keys, leaves)))
+
+
+def lora_of(model: Any, rank: int = RANK, **options: Any) -> jlora.Lora:
+    """Returns the model's loss with every linear of its layers adapted."""
+    target = f"layers/(.*/)?({'|'.join(model.kernels)})"
+    config = jlora.LoraConfig(target, rank=rank, alpha=rank * SCALING)
+    return jlora.lora(model.loss, config, **options)
+
+
+def as_layers(adapter: jlora.Adapter, params: Params) -> Params:
+    """Returns the params with `NAME_a` and `NAME_b` beside each adapted kernel."""
+    layers = params["layers"]
+    stacked = isinstance(layers, Mapping)
+    new = dict(layers) if stacked else [dict(layer) for layer in layers]
+    for path, factors in adapter.items():
+        *place, name = path.split("/")[1:]
+        layer = new if stacked else new[int(place[0])]
+        layer[f"{name}_a"], layer[f"{name}_b"] = factors.a, factors.b
+    return {**params, "layers": new}
+
+
+def factored(x: jax.Array, layer: Layer, names: Sequence[str]) -> list[jax.Array]:
+    """`x·W + (s·x·a)·b`, the backward left to JAX: what everybody writes by hand."""
+    outputs = []
+    for name in names:
+        a, b = layer[f"{name}_a"].astype(x.dtype), layer[f"{name}_b"].astype(x.dtype)
+        outputs.append(x @ layer[name] + (SCALING * (x @ a)) @ b)
+    return outputs
+
+
+def merged(x: jax.Array, layer: Layer, names: Sequence[str]) -> list[jax.Array]:
+    """`x·(W + s·a·b)` under autodiff: the kernel is formed at each step."""
+    outputs = []
+    for name in names:
+        kernel = layer[name]
+        delta = SCALING * (layer[f"{name}_a"] @ layer[f"{name}_b"])
+        outputs.append(x @ (kernel + delta.astype(kernel.dtype)))
+    return outputs
+
+
+def trained_step(loss: Callable[..., jax.Array]) -> Callable[..., tuple[Any, ...]]:
+    """Returns the AdamW step of `loss(trained, params, batch)`."""
+
+    def step(trained: Any, state: Any, params: Params, batch: Any) -> tuple[Any, ...]:
+        _, gradients = jax.value_and_grad(loss)(trained, params, batch)
+        updates, state = OPTIMIZER.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state, params, batch
+
+    return step
+
+
+def frozen_step(model: Any) -> Callable[..., tuple[Any, ...]]:
+    """Returns the limit: forward, and backward to the inputs of the first layer."""
+
+    def step(out: Any, params: Params, batch: jax.Array) -> tuple[Any, ...]:
+        inputs = model.embed(params, batch)
+        loss = lambda inputs: model.loss(params, batch, inputs)
+        return jax.value_and_grad(loss)(inputs), params, batch
+
+    return step
+
+
+def low_rank_losses(model: Any) -> dict[str, Callable[..., jax.Array]]:
+    """Returns the losses over an adapter: jlora's and those written by hand."""
+    lora = lora_of(model)
+
+    def by_hand(linears: Linears) -> Callable[..., jax.Array]:
+        return lambda adapter, params, batch: model.loss(
+            as_layers(adapter, params), batch, linears=linears
+        )
+
+    return {
+        "jlora": lambda adapter, params, batch: lora.apply(params, adapter, batch),
+        "factored, autodiff": by_hand(factored),
+        "merged at apply": by_hand(merged),
+    }
+
+
+def compiled(step: Callable[..., Any], state: Sequence[Any], donated: int) -> Any:
+    """Returns a step compiled for its state, of which the first few are donated."""
+    jitted = jax.jit(step, donate_argnums=tuple(range(donated)))
+    return jitted.lower(*state).compile()
+
+
+def contenders(model: Any, params: Params, batch: jax.Array) -> dict[str, Contender]:
+    """Returns the steps that need no other library, compiled."""
+    first = jax.jit(frozen_step(model))(0.0, params, batch)
+    made = {"frozen limit": (frozen_step(model), first, 1)}
+    adapter = adapter_of(lora_of(model), params, batch)
+    for name, loss in low_rank_losses(model).items():
+        own = jax.tree.map(jnp.copy, adapter)
+        state = (own, OPTIMIZER.init(own), params, batch)
+        made[name] = (trained_step(loss), state, 2)
+    own = jax.tree.map(jnp.copy, params)
+    full = lambda trained, _, batch: model.loss(trained, batch, linears=plain)
+    state = (own, OPTIMIZER.init(own), None, batch)
+    made["full fine-tuning"] = (trained_step(full), state, 2)
+    return {
+        name: Contender(name, compiled(step, state, donated), state)
+        for name, (step, state, donated) in made.items()
+    }
