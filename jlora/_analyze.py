@@ -21,8 +21,11 @@ from typing import Any, Literal
 from ._axes import KernelAxes
 from ._compat import is_literal, is_var, open_jaxpr, source_line
 from ._gather import row_layout
+from ._group import Form
 
-Action = Literal["plain", "dead", "carry", "consume", "lookup", "enter", "materialize"]
+Action = Literal[
+    "plain", "dead", "carry", "consume", "product", "lookup", "enter", "materialize"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +78,25 @@ Views = tuple[View, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One place where a kernel is consumed, or has to be materialized."""
+    """One place where a kernel is consumed, or has to be materialized.
+
+    Attributes:
+        path: the kernel.
+        kind: what consumes it, as the plan prints it.
+        source: the line of the model.
+        factored: whether the factors stay apart.
+        primitive: the name of the operation.
+        form: how a product is computed, see `_forms`; None for other operations.
+        siblings: the number of products in its group, itself included.
+    """
 
     path: str
     kind: str
     source: str
     factored: bool
     primitive: str
+    form: Form | None = None
+    siblings: int = 1
 
 
 @dataclasses.dataclass
@@ -94,30 +109,33 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The action for one equation.
+    """The action for one equation, or for a group of products.
 
     Attributes:
         action: what to do with it.
+        eqns: the equations.
         programs: the programs of its sub-jaxprs, if any.
         wanted: which of its outputs are used, if it has sub-jaxprs.
+        kernels: which operand of each product is the kernel.
+        form: how products are computed.
     """
 
     action: Action
     programs: tuple["Program", ...] = ()
     wanted: tuple[bool, ...] = ()
+    eqns: tuple[Any, ...] = ()
+    kernels: tuple[int, ...] = ()
+    form: Form = "separate"
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jaxpr with one step per equation and the views of its outputs."""
+    """A jaxpr with the steps that evaluate it and the views of its outputs."""
 
     jaxpr: Any
     consts: tuple[Any, ...]
     steps: tuple[Step, ...]
     out_views: tuple[Views, ...]
-
-
-PLAIN, DEAD = Step("plain"), Step("dead")
 
 
 class Analysis(abc.ABC):
@@ -154,15 +172,18 @@ class Analysis(abc.ABC):
         live, needed = _liveness(jaxpr)
         for eqn, alive in zip(jaxpr.eqns, live, strict=True):
             views = [read(v) for v in eqn.invars]
-            if not alive or not any(views):
-                steps.append(PLAIN if alive else DEAD)
-                continue
-            wanted = tuple(v in needed for v in eqn.outvars)
-            step, outputs = self._equation(eqn, views, wanted)
-            steps.append(step)
+            step, outputs = Step("plain" if alive else "dead"), [()] * len(eqn.outvars)
+            if alive and any(views):
+                wanted = tuple(v in needed for v in eqn.outvars)
+                step, outputs = self._equation(eqn, views, wanted)
+            steps.append(dataclasses.replace(step, eqns=(eqn,)))
             env.update(zip(eqn.outvars, outputs, strict=True))
         outs = tuple(read(v) for v in jaxpr.outvars)
-        return Program(jaxpr, tuple(consts), tuple(steps), outs)
+        return Program(jaxpr, tuple(consts), tuple(self.arranged(steps)), outs)
+
+    def arranged(self, steps: list[Step]) -> list[Step]:
+        """Returns the steps in the order of evaluation."""
+        return steps
 
     def _equation(
         self, eqn: Any, views: list[Views], wanted: tuple[bool, ...]

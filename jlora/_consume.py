@@ -7,18 +7,17 @@ evaluates it.
 """
 
 import dataclasses
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, base_of, complete, part_delta
+from ._adapted import Adapted, Part, base_of, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind
-from ._linear import GroupDims, KernelDims, Operands, low_rank_product
+from ._products import contracted_first, dot_roles, factor_matrix
 from ._sharding import explicit_sharding
 
 
@@ -32,163 +31,18 @@ class ConsumeRule:
         roles: `(eqn, operand) -> roles` of the operand's axes, or None where the
             equation says nothing about them.
         supports: `(eqn, operand, roles of the value) -> bool`.
-        run: `(eqn, operands, backward) -> [output]`.
+        run: `(eqn, operands) -> [output]`.
     """
 
     kind: str
     operands: tuple[int, ...]
     roles: Callable[[Any, int], list[str] | None]
     supports: Callable[[Any, int, Roles], bool]
-    run: Callable[[Any, list[Any], str], list[Any]]
+    run: Callable[[Any, list[Any]], list[Any]]
 
 
-def _adapted_operand(operands: list[Any]) -> int:
-    return next(i for i, v in enumerate(operands) if isinstance(v, Adapted))
-
-
-# --- dot_general ---
-
-
-def _dot_dims(eqn: Any, operand: int) -> tuple[tuple, tuple, tuple, tuple]:
-    """Returns the contracting and batch axes of the kernel and of the other operand."""
-    contract, batch = eqn.params["dimension_numbers"]
-    other = 1 - operand
-    return contract[operand], batch[operand], contract[other], batch[other]
-
-
-def _dot_roles(eqn: Any, operand: int) -> list[str] | None:
-    contract, batch, _, _ = _dot_dims(eqn, operand)
-    ndim = eqn.invars[operand].aval.ndim
-    roles = ["out"] * ndim
-    for axes, role in ((contract, "in"), (batch, "batch")):
-        for axis in axes:
-            roles[axis] = role
-    return roles if "in" in roles and "out" in roles else None
-
-
-def _dot_general(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
-    index = _adapted_operand(operands)
-    value, x = operands[index], operands[1 - index]
-    contract, batch, x_contract, x_batch = _dot_dims(eqn, index)
-    matrices = _as_matrices(value, contract, batch)
-    if matrices is None:
-        return [_dot_general_any(eqn, operands, index)]
-    a, b, scaling = matrices
-    params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
-    one = KernelDims(
-        contract, batch, index == 0, scaling, tuple(sorted(params.items()))
-    )
-    dims = GroupDims(x_contract, x_batch, (one,))
-    arrays = Operands(x, (value.base,), (a,), (b,))
-    return low_rank_product(dims, arrays, backward=backward)
-
-
-def _as_matrices(
-    value: Adapted, contract: Sequence[int], batch: Sequence[int]
-) -> tuple[jax.Array, jax.Array, float] | None:
-    """Returns `a: (*batch, *contract, r)`, `b: (*batch, *free, r)` and the scaling.
-
-    A transposed use (a tied head) swaps the two factors. None if the parts do not fall
-    into a contracted and a free factor. Several parts are one, with the ranks joined.
-    """
-    shape = value.base.shape
-    free = free_axes(len(shape), contract, batch)
-    pairs = []
-    for part in value.parts:
-        pair = _contracted_first(part, contract, free)
-        if pair is None:
-            return None
-        pairs.append(pair)
-    scalings = {part.scaling for part in value.parts}
-    common = scalings.pop() if len(scalings) == 1 else None
-    a_list, b_list = [], []
-    for part, (first, second) in zip(value.parts, pairs, strict=True):
-        a_list.append(_matrix(first, [*batch, *contract], shape))
-        b = _matrix(second, [*batch, *free], shape)
-        b_list.append(b if common is not None else part.scaling * b)
-    a = jnp.concatenate(a_list, axis=-1)
-    b = jnp.concatenate(b_list, axis=-1)
-    return a, b, 1.0 if common is None else common
-
-
-def _contracted_first(
-    part: Part, contract: Sequence[int], free: Sequence[int]
-) -> tuple[jax.Array, jax.Array] | None:
-    """Returns the factor without free axes and the one without contracted axes."""
-    for first, second in ((part.a, part.b), (part.b, part.a)):
-        lacks_free = all(first.shape[i] == 1 for i in free)
-        if lacks_free and all(second.shape[i] == 1 for i in contract):
-            return first, second
-    return None
-
-
-def _matrix(
-    factor: jax.Array, axes: Sequence[int], shape: tuple[int, ...]
-) -> jax.Array:
-    """Returns a factor with just `axes`, in that order and whole, and the rank."""
-    factor = jnp.squeeze(complete(factor, axes, shape), free_axes(len(shape), axes))
-    kept = sorted(axes)
-    return jnp.transpose(factor, (*map(kept.index, axes), len(kept)))
-
-
-def _dot_general_any(eqn: Any, operands: list[Any], index: int) -> jax.Array:
-    """A product that contracts part of each group: two einsums, left to autodiff."""
-    value, x = operands[index], operands[1 - index]
-    (y,) = rebind(eqn, [base_of(v) for v in operands])
-    contract, batch, x_contract, x_batch = _dot_dims(eqn, index)
-    letters = iter(string.ascii_lowercase)
-    w_labels = [next(letters) for _ in range(value.base.ndim)]
-    x_labels = [next(letters) for _ in range(x.ndim)]
-    for i, j in zip((*contract, *batch), (*x_contract, *x_batch), strict=True):
-        x_labels[j] = w_labels[i]
-    labels = (w_labels, x_labels) if index == 0 else (x_labels, w_labels)
-    lhs_batch = [w_labels[i] for i in batch]
-    summed = {w_labels[i] for i in contract}
-    free = [
-        c for side in labels for c in side if c not in summed and c not in lhs_batch
-    ]
-    out_labels = [*lhs_batch, *free]
-    for part in value.parts:
-        y = y + _einsum_part(part, x, w_labels, x_labels, out_labels, y)
-    return y
-
-
-def _einsum_part(
-    part: Part,
-    x: jax.Array,
-    w_labels: list[str],
-    x_labels: list[str],
-    out_labels: list[str],
-    y: jax.Array,
-) -> jax.Array:
-    """Returns `s·(x·a)·b` for any labels, each product over what it can sum."""
-
-    def labelled(factor: jax.Array) -> tuple[jax.Array, list[str]]:
-        absent = [i for i, n in enumerate(factor.shape[:-1]) if n == 1]
-        kept = [c for i, c in enumerate(w_labels) if i not in absent]
-        return jnp.squeeze(factor, absent).astype(y.dtype), [*kept, "R"]
-
-    sides = [labelled(part.a), labelled(part.b)]
-    # The factor that shares most labels with x goes first, so that h is small.
-    sides.sort(key=lambda side: -len(set(side[1]) & set(x_labels)))
-    (first, first_labels), (second, second_labels) = sides
-    later = {*out_labels, *second_labels}
-    h_labels = [c for c in dict.fromkeys([*x_labels, *first_labels]) if c in later]
-    h = _einsum(x, x_labels, first, first_labels, h_labels)
-    have = {*h_labels, *second_labels}
-    short = [c for c in out_labels if c in have]
-    result = _einsum(h, h_labels, second, second_labels, short)
-    result = jnp.expand_dims(
-        result, [i for i, c in enumerate(out_labels) if c not in have]
-    )
-    return jnp.broadcast_to((part.scaling * result).astype(y.dtype), y.shape)
-
-
-def _einsum(
-    x: jax.Array, xs: list[str], w: jax.Array, ws: list[str], out: list[str]
-) -> jax.Array:
-    expression = f"{''.join(xs)},{''.join(ws)}->{''.join(out)}"
-    return jnp.einsum(expression, x, w)
+def _evaluated_in_groups(eqn: Any, operands: list[Any]) -> list[Any]:
+    raise AssertionError("products are evaluated by `_products.run_products`")
 
 
 # --- convolution ---
@@ -218,8 +72,7 @@ def _conv_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     return is_depthwise(eqn) or (single and roles[out_feature] not in others)
 
 
-def _conv(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
-    del backward
+def _conv(eqn: Any, operands: list[Any]) -> list[Any]:
     x, value = operands
     (y,) = rebind(eqn, [x, value.base])
     for part in value.parts:
@@ -241,8 +94,8 @@ def _conv_part(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
     first, second = part.a, part.b
     if any(second.shape[i] != 1 for i in others) or first.shape[out_axis] != 1:
         first, second = second, first
-    first = _matrix(first, others, w.shape).astype(w.dtype)
-    second = _matrix(second, [out_axis], w.shape)
+    first = factor_matrix(first, others, w.shape).astype(w.dtype)
+    second = factor_matrix(second, [out_axis], w.shape)
     repeats = [1] * w.ndim
     repeats[out_axis] = groups
     kernel = jnp.tile(jnp.moveaxis(first, -1, out_axis), repeats)
@@ -308,8 +161,7 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     return all(w == r for w, r in pairs) or all(swapped[w] == r for w, r in pairs)
 
 
-def _ragged_dot(eqn: Any, operands: list[Any], backward: str) -> list[Any]:
-    del backward
+def _ragged_dot(eqn: Any, operands: list[Any]) -> list[Any]:
     x, value, sizes, *_ = operands
     (y,) = rebind(eqn, [base_of(v) for v in operands])
     for part in value.parts:
@@ -326,11 +178,11 @@ def _ragged_part(
     (group,), (ragged,) = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
     shared = [group, *batch]
     free = free_axes(w.ndim, contract, shared)
-    pair = _contracted_first(part, contract, free)
+    pair = contracted_first(part, contract, free)
     if pair is None:  # `_ragged_supports` has let only such parts pass
         raise AssertionError("ragged product of a part that is not split by its axes")
-    first = _matrix(pair[0], [*shared, *contract], w.shape).astype(w.dtype)
-    second = _matrix(pair[1], [*shared, *free], w.shape).astype(w.dtype)
+    first = factor_matrix(pair[0], [*shared, *contract], w.shape).astype(w.dtype)
+    second = factor_matrix(pair[1], [*shared, *free], w.shape).astype(w.dtype)
     n = len(batch)
     behind = tuple(range(1 + n, first.ndim - 1))
     batches = tuple(range(1, 1 + n))
@@ -386,9 +238,9 @@ CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
         "dot_general",
         (0, 1),
-        _dot_roles,
+        dot_roles,
         lambda eqn, operand, roles: True,
-        _dot_general,
+        _evaluated_in_groups,
     ),
     "conv_general_dilated": ConsumeRule(
         "conv", (1,), _conv_roles, _conv_supports, _conv

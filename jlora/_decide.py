@@ -1,5 +1,6 @@
 """The second pass: how each equation is evaluated, once the roles are settled."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,10 @@ from ._axes import KernelAxes, Roles
 from ._carry import CARRY
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
+from ._forms import Contraction, choose
+from ._group import GroupDims
+from ._products import group_dims
+from ._siblings import arrange
 
 
 class Decision(Analysis):
@@ -16,19 +21,31 @@ class Decision(Analysis):
 
     Args:
         axes: the settled roles by path.
+        contraction: as `jlora.lora` takes it.
     """
 
-    def __init__(self, axes: Mapping[str, KernelAxes]) -> None:
+    def __init__(
+        self, axes: Mapping[str, KernelAxes], contraction: Contraction
+    ) -> None:
         super().__init__(CONTROL_FLOW)
         self.axes = axes
+        self.contraction: Contraction = contraction
+        # Of each product: the operand that is a kernel, and its entries in the log.
+        self._products: dict[int, tuple[int, range]] = {}
 
     def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""
         nothing: list[Views] = [()] * len(eqn.outvars)
         kinds = self._consumed(eqn, views)
         if kinds:
+            before = len(self.log.uses)
             self._used(eqn, views, kinds)
-            return Step("consume"), nothing
+            if eqn.primitive.name != "dot_general":
+                return Step("consume"), nothing
+            operand = next(i for i, group in enumerate(views) if group)
+            logged = range(before, len(self.log.uses))
+            self._products[id(eqn)] = (operand, logged)
+            return Step("product"), nothing
         outputs = self._carried(eqn, views)
         if outputs is None:
             self.materialized(eqn, views)
@@ -37,6 +54,40 @@ class Decision(Analysis):
             self._used(eqn, views, itertools.repeat("lookup"))
             return Step("lookup"), nothing
         return Step("carry"), outputs
+
+    def arranged(self, steps: list[Step]) -> list[Step]:
+        """Puts products that share an operand into one step, and chooses its form."""
+        eqns = [step.eqns[0] for step in steps]
+        kernels = {
+            i: self._products[id(eqn)][0]
+            for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
+            if step.action == "product"
+        }
+        movable = lambda i: (
+            steps[i].action in ("plain", "carry") and not eqns[i].effects
+        )
+        units = arrange(eqns, kernels, movable)
+        return [
+            self._group([eqns[i] for i in unit]) if unit[0] in kernels else steps[i]
+            for unit in units
+            for i in unit[:1]
+        ]
+
+    def _group(self, eqns: list[Any]) -> Step:
+        operands = [self._products[id(eqn)][0] for eqn in eqns]
+        dims: GroupDims = group_dims(eqns[0], operands[0])
+        for eqn, operand in zip(eqns[1:], operands[1:], strict=True):
+            dims = dims.with_kernels(group_dims(eqn, operand).kernels)
+        x = eqns[0].invars[1 - operands[0]].aval
+        pairs = zip(eqns, operands, strict=True)
+        kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
+        form = choose(self.contraction, dims, x, kernels)
+        for eqn in eqns:
+            for i in self._products[id(eqn)][1]:
+                use = self.log.uses[i]
+                use = dataclasses.replace(use, form=form, siblings=len(eqns))
+                self.log.uses[i] = use
+        return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
 
     def _used(self, eqn: Any, views: Sequence[Views], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)
@@ -103,8 +154,11 @@ def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
 
 
 def decide(
-    jaxpr: Any, views: Sequence[View | None], axes: Mapping[str, KernelAxes]
+    jaxpr: Any,
+    views: Sequence[View | None],
+    axes: Mapping[str, KernelAxes],
+    contraction: Contraction,
 ) -> tuple[Program, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it."""
-    decision = Decision(axes)
+    decision = Decision(axes, contraction)
     return decision.whole(jaxpr, views), decision.log

@@ -1,7 +1,8 @@
 """The evaluation pass: the loop over equations, following the analysis."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,15 +13,16 @@ from ._carry import CARRY
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import CONSUME, add_rows
 from ._control_flow import CONTROL_FLOW
+from ._products import run_products
 
 
-def run(program: Program, values: Sequence[Any], *, backward: str) -> list[Any]:
+def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
     """Evaluates a program on plain and adapted values.
 
     Args:
         program: the jaxpr with the step of each equation.
         values: one array, or `Adapted`, per input of the jaxpr.
-        backward: "custom" or "autodiff", see `_linear.low_rank_product`.
+        derive: "custom" or "autodiff", see `_linear.low_rank_product`.
 
     Returns:
         The outputs, of which those with views are `Adapted`.
@@ -28,25 +30,40 @@ def run(program: Program, values: Sequence[Any], *, backward: str) -> list[Any]:
     env = dict(zip(program.jaxpr.invars, values, strict=True))
     env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
     read = lambda v: v.val if is_literal(v) else env[v]
-    for eqn, step in zip(program.jaxpr.eqns, program.steps, strict=True):
+    for step in program.steps:
         if step.action == "dead":
             continue
-        with equation_scope(eqn):
-            outputs = _evaluate(eqn, step, [read(v) for v in eqn.invars], backward)
-        env.update(zip(eqn.outvars, outputs, strict=True))
+        with equation_scope(step.eqns[0]):
+            if step.action == "product":
+                outputs = _products(step, read, derive)
+            else:
+                outputs = _evaluate(step, read, derive)
+        outvars = itertools.chain.from_iterable(eqn.outvars for eqn in step.eqns)
+        env.update(zip(outvars, outputs, strict=True))
     return [read(v) for v in program.jaxpr.outvars]
 
 
-def _evaluate(eqn: Any, step: Step, values: list[Any], backward: str) -> Sequence[Any]:
+def _products(step: Step, read: Callable[[Any], Any], derive: str) -> list[Any]:
+    """Siblings are evaluated where the first stands, with its other operand."""
+    x = read(step.eqns[0].invars[1 - step.kernels[0]])
+    pairs = zip(step.eqns, step.kernels, strict=True)
+    kernels = [read(eqn.invars[i]) for eqn, i in pairs]
+    with jax.named_scope("jlora"):
+        return run_products(step.eqns, step.kernels, x, kernels, step.form, derive)
+
+
+def _evaluate(step: Step, read: Callable[[Any], Any], derive: str) -> Sequence[Any]:
+    (eqn,) = step.eqns
+    values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name
     if step.action == "plain":
         return rebind(eqn, values)
     if step.action == "enter":
-        deeper = functools.partial(run, backward=backward)
+        deeper = functools.partial(run, derive=derive)
         return CONTROL_FLOW[name].run(eqn, step, values, deeper)
     with jax.named_scope("jlora"):
         if step.action == "consume":
-            return CONSUME[name].run(eqn, values, backward)
+            return CONSUME[name].run(eqn, values)
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":

@@ -14,6 +14,7 @@ from ._config import LoraConfig
 from ._decide import decide
 from ._discover import Vote, discover, settle
 from ._errors import MaterializationError, TargetError
+from ._forms import Contraction
 from ._paths import FlatParams, matching, nearest
 from ._trace import Traced, is_array
 
@@ -302,11 +303,14 @@ def _rank_problem(target: Target) -> str | None:
 
 
 def with_uses(
-    targets: Sequence[Target], traced: Traced, materialize: str
+    targets: Sequence[Target],
+    traced: Traced,
+    materialize: str,
+    contraction: Contraction,
 ) -> list[Target]:
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
-    _, log = program_of(traced, axes, materialize)
+    _, log = program_of(traced, axes, materialize, contraction)
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -315,7 +319,10 @@ def with_uses(
 
 
 def program_of(
-    traced: Traced, axes: Mapping[str, KernelAxes], materialize: str
+    traced: Traced,
+    axes: Mapping[str, KernelAxes],
+    materialize: str,
+    contraction: Contraction,
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
@@ -329,7 +336,7 @@ def program_of(
         place = traced.positions[path]
         shapes[path] = tuple(traced.inputs[place].shape)
         views[place] = View.whole(path, shapes[path])
-    program, log = decide(traced.jaxpr, views, axes)
+    program, log = decide(traced.jaxpr, views, axes, contraction)
     if log.obstacles and materialize == "error":
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log

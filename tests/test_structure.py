@@ -22,10 +22,13 @@ each_module = pytest.mark.parametrize("name", TREES)
 ORDER = """
 _axes _compat _errors _init _memory _paths
 _config _factors _sharding _trace
-_adapted _layout _linear _match
+_adapted _group _layout _match
+_forms
+_linear
+_products
 _gather _merge _moves _norms _placement
 _consume _carry
-_analyze _control_flow
+_analyze _control_flow _siblings
 _discover _decide
 _interpret _targets
 _measure

@@ -1,0 +1,293 @@
+"""Three ways to compute a group of adapted products, and the choice between them.
+
+* separate: `x·W + s·(x·a)·b`, products apart. Works for any axes and any sharding.
+* extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes
+  the delta in. It copies `x` and `W`, which pays on GPUs when tokens outnumber
+  features, and it needs arrays that are whole: a sharded axis cannot be appended to.
+* merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
+  forms, so that the gradient of a kernel is not formed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._group import (
+    Form,
+    GroupDims,
+    KernelDims,
+    Layout,
+    Operands,
+    base_product,
+    compute_dtype,
+    dot,
+    per_kernel,
+)
+from ._sharding import explicit_sharding
+
+Contraction = Literal["factored", "merged", "auto"]
+Factors = tuple[jax.Array, jax.Array]
+
+
+class Backward(NamedTuple):
+    """What a form computes backward; `g = s·dy·bᵀ` of all kernels, the rank last."""
+
+    g: jax.Array
+    dx: jax.Array | None
+
+
+def shrink(dims: GroupDims, operands: Operands) -> Factors:
+    """Returns the concatenated `a`, and `h = x·a` with the rank last."""
+    x = operands.x
+    dtype = compute_dtype(x, operands.kernels[0])
+    a = jnp.concatenate([a.astype(dtype) for a in operands.a], axis=-1)
+    n_batch = len(dims.batch)
+    contract = (dims.contract, range(n_batch, a.ndim - 1))
+    batch = (dims.batch, range(n_batch))
+    return a, dot(x, a, contract, batch, dtype, dims.kernels[0].precision)
+
+
+def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
+    """Returns the pieces of a rank-sized value, each times its kernel's scaling."""
+    pieces = zip(dims.kernels, per_kernel(value, ranks), strict=True)
+    return [piece * jnp.asarray(one.scaling, piece.dtype) for one, piece in pieces]
+
+
+def forward(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    """Returns the adapted products, each laid out as its base product."""
+    return _FORMS[form].forward(dims, operands)
+
+
+def backward(
+    form: Form,
+    dims: GroupDims,
+    operands: Operands,
+    a: jax.Array,
+    cotangents: Sequence[jax.Array],
+    wants_x: bool,
+) -> Backward:
+    """Returns `g` and, if it is wanted, the gradient of `x`."""
+    if not wants_x:
+        return Backward(_shrink_cotangents(dims, operands, cotangents), None)
+    g, dx = _FORMS[form].backward(dims, operands, cotangents)
+    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+    if form != "merged":
+        dx = dx + layout.grad_x_of_delta(g, a, operands.x)
+    return Backward(g, dx)
+
+
+def _each(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> list[tuple[KernelDims, Layout, jax.Array, jax.Array, jax.Array]]:
+    rows = zip(dims.kernels, operands.kernels, operands.b, cotangents, strict=True)
+    layout = lambda one, w: Layout.of(dims, one, operands.x, w)
+    return [(one, layout(one, w), w, b, dy) for one, w, b, dy in rows]
+
+
+def _shrink_cotangents(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> jax.Array:
+    """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank."""
+    dtype = compute_dtype(operands.x, operands.kernels[0])
+    parts = []
+    for one, layout, _, b, dy in _each(dims, operands, cotangents):
+        g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
+        parts.append(g * jnp.asarray(one.scaling, dtype))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _sum(parts: Sequence[jax.Array]) -> jax.Array:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+# --- separate ---
+
+
+def _separate(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    _, h = shrink(dims, operands)
+    pieces = scaled(dims, h, operands.ranks)
+    rows = zip(dims.kernels, operands.kernels, operands.b, pieces, strict=True)
+    return [
+        _expand(dims, one, h, b, base_product(dims, one, operands.x, w))
+        for one, w, b, h in rows
+    ]
+
+
+def _expand(
+    dims: GroupDims, one: KernelDims, h: jax.Array, b: jax.Array, y: jax.Array
+) -> jax.Array:
+    """Returns `y + h·b`, in the dtype and layout of `y`."""
+    batch = tuple(range(len(dims.batch)))
+    b = b.astype(h.dtype)
+    lhs, rhs = (b, h) if one.first else (h, b)
+    contract = ((lhs.ndim - 1,), (rhs.ndim - 1,))
+    delta = lax.dot_general(
+        lhs,
+        rhs,
+        (contract, (batch, batch)),
+        precision=one.precision,
+        preferred_element_type=y.dtype,
+        out_sharding=explicit_sharding(y),
+    )
+    return y + delta
+
+
+def _separate_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    g = _shrink_cotangents(dims, operands, cotangents)
+    each = _each(dims, operands, cotangents)
+    return g, _sum([layout.grad_x(dy, w, operands.x) for _, layout, w, _, dy in each])
+
+
+# --- extended ---
+
+
+def _extended(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    x, ranks = operands.x, operands.ranks
+    _, h = shrink(dims, operands)
+    h = jnp.concatenate(scaled(dims, h, ranks), axis=-1)
+    features = math.prod(x.shape[i] for i in dims.contract)
+    x = jnp.concatenate([x.reshape(*h.shape[:-1], features), h], axis=-1)
+    outputs = []
+    for i, (one, w) in enumerate(zip(dims.kernels, operands.kernels, strict=True)):
+        kernel = _extended_kernel(operands, i, features)
+        pairs = (((x.ndim - 1,), (0,)), ((), ()))
+        y = lax.dot_general(x, kernel, pairs, **dict(one.params))
+        free = w.shape[len(one.contract) :]
+        outputs.append(y.reshape(*h.shape[:-1], *free))
+    return outputs
+
+
+def _extended_kernel(operands: Operands, index: int, features: int) -> jax.Array:
+    """Returns `[W; b]: (in + ranks, out)`, with zeros below W for the siblings' b."""
+    w, b = operands.kernels[index], operands.b[index]
+    w = w.reshape(features, -1)
+    b = b.reshape(w.shape[1], -1).T.astype(w.dtype)
+    before, after = sum(operands.ranks[:index]), sum(operands.ranks[index + 1 :])
+    zeros = lambda rows: jnp.zeros((rows, w.shape[1]), w.dtype)
+    return jnp.concatenate([w, zeros(before), b, zeros(after)], axis=0)
+
+
+def _extended_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`Σ dy·[W; b]ᵀ = [Σ dy·Wᵀ, dy·bᵀ]`: one pass over each `dy` for both."""
+    x = operands.x
+    features = math.prod(x.shape[i] for i in dims.contract)
+    lead = x.ndim - len(dims.contract)
+    parts = []
+    for i, (one, _, _, _, dy) in enumerate(_each(dims, operands, cotangents)):
+        kernel = _extended_kernel(operands, i, features)
+        dy = dy.reshape(*dy.shape[:lead], -1)
+        contract = ((lead,), (1,))
+        parts.append(dot(dy, kernel, contract, ((), ()), x.dtype, one.precision))
+    total = _sum(parts)
+    dx, g = total[..., :features].reshape(x.shape), total[..., features:]
+    return jnp.concatenate(scaled(dims, g, operands.ranks), axis=-1), dx
+
+
+# --- merged ---
+
+
+def _merged(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    kernels = _merged_kernels(dims, operands)
+    pairs = zip(dims.kernels, kernels, strict=True)
+    return [base_product(dims, one, operands.x, w) for one, w in pairs]
+
+
+def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    """Returns `W + s·a·b` of each kernel, summed in float32 and rounded once."""
+    batch = tuple(range(len(dims.batch)))
+    kernels = []
+    rows = zip(dims.kernels, operands.kernels, operands.a, operands.b, strict=True)
+    for one, w, a, b in rows:
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        a, b = one.scaling * a.astype(wide), b.astype(wide)
+        contract = ((a.ndim - 1,), (b.ndim - 1,))
+        highest = lax.Precision.HIGHEST
+        delta = dot(a, b, contract, (batch, batch), wide, highest)
+        layout = Layout.of(dims, one, operands.x, w)
+        delta = layout.like_kernel(delta, one.contract)
+        kernels.append((w.astype(wide) + delta).astype(w.dtype))
+    return kernels
+
+
+def _merged_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    kernels = _merged_kernels(dims, operands)
+    merged = operands._replace(kernels=tuple(kernels))
+    return _separate_backward(dims, merged, cotangents)
+
+
+class _Form(NamedTuple):
+    forward: Callable[[GroupDims, Operands], list[jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+_FORMS: dict[Form, _Form] = {
+    "separate": _Form(_separate, _separate_backward),
+    "extended": _Form(_extended, _extended_backward),
+    "merged": _Form(_merged, _merged_backward),
+}
+
+
+# --- the choice ---
+
+
+def choose(
+    contraction: Contraction, dims: GroupDims, x: Any, kernels: Sequence[Any]
+) -> Form:
+    """Returns the form for a group, from shapes, dtypes and backend alone.
+
+    Args:
+        contraction: as `jlora.lora` takes it.
+        dims: the static description of the products.
+        x: the shared operand; shape and dtype are read.
+        kernels: the kernels, likewise.
+    """
+    if contraction == "merged":
+        return "merged"
+    size = lambda array, axes: math.prod(array.shape[i] for i in axes)
+    tokens = x.size // size(x, dims.contract)
+    features = size(x, dims.contract)
+    outputs = [w.size // features for w in kernels]
+    if contraction == "auto" and all(v.dtype == jnp.float32 for v in (x, *kernels)):
+        # Formed twice, forward and backward: 4·r·m·k each against 2·n·r·(m + k).
+        if all(tokens > 2 * features * k / (features + k) for k in outputs):
+            return "merged"
+    if _extensible(dims, x, kernels) and _extended_pays(tokens, features, sum(outputs)):
+        return "extended"
+    return "separate"
+
+
+def _extended_pays(tokens: int, features: int, outputs: int) -> bool:
+    """Whether copies of `x` and `W` cost less than passes over the outputs.
+
+    Moved by the extended form: `x` copied once and each kernel twice, to and fro;
+    saved: the delta written and read forward, and the outputs' cotangents read once.
+    """
+    copies = 2 * tokens * features + 4 * features * outputs
+    return copies < 3 * tokens * outputs
+
+
+def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
+    """Whether rows can be appended: whole arrays, contracted last by first."""
+    if jax.default_backend() != "gpu" or jax.device_count() > 1 or dims.batch:
+        return False
+    n = len(dims.contract)
+    if dims.contract != tuple(range(x.ndim - n, x.ndim)):
+        return False
+    first = tuple(range(n))
+    plain = all(not k.first and k.contract == first for k in dims.kernels)
+    return plain and all(
+        w.dtype == x.dtype and jnp.issubdtype(w.dtype, jnp.inexact) for w in kernels
+    )

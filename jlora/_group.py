@@ -1,0 +1,254 @@
+"""A group of products that share one operand, and the dot products of its gradients.
+
+Several kernels that contract the same value ("siblings": query, key and value) are one
+group, so that `x` is read once for all their skinny products, forward and backward; a
+single kernel is a group of one.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._axes import free_axes
+from ._sharding import dot_sharding, explicit_sharding
+
+Axes = tuple[int, ...]
+Form = Literal["separate", "extended", "merged"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelDims:
+    """How one kernel enters its `dot_general` with the shared operand `x`.
+
+    Attributes:
+        contract: the kernel's contracting axes, paired with `GroupDims.contract`.
+        batch: the kernel's batch axes, paired with `GroupDims.batch`.
+        first: whether the kernel is the left operand.
+        scaling: the scaling of its delta.
+        params: the other parameters of the equation, as sorted pairs.
+    """
+
+    contract: Axes
+    batch: Axes
+    first: bool
+    scaling: float
+    params: tuple[tuple[str, Any], ...]
+
+    @property
+    def precision(self) -> Any:
+        """The precision of the base product, used for the low-rank ones too."""
+        return dict(self.params)["precision"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupDims:
+    """The axes of the shared operand `x`, and one `KernelDims` per kernel."""
+
+    contract: Axes
+    batch: Axes
+    kernels: tuple[KernelDims, ...]
+
+    def with_kernels(self, more: tuple[KernelDims, ...]) -> "GroupDims":
+        """Returns the group with further kernels."""
+        return dataclasses.replace(self, kernels=self.kernels + more)
+
+
+class Operands(NamedTuple):
+    """The arrays of a group; `a: (*batch, *contract, r)`, `b: (*batch, *free, r)`.
+
+    Both have the rank last, as they travel through the program (see `_axes.align`).
+    """
+
+    x: Any
+    kernels: tuple[Any, ...]
+    a: tuple[Any, ...]
+    b: tuple[Any, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each kernel's factors."""
+        return [a.shape[-1] for a in self.a]
+
+
+def dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    contract: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    dtype: Any,
+    precision: Any,
+) -> jax.Array:
+    """One `dot_general`, with the output sharding that Explicit meshes ask for."""
+    (lc, rc), (lb, rb) = contract, batch
+    dims = ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb)))
+    return lax.dot_general(
+        lhs,
+        rhs,
+        dims,
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=dot_sharding(lhs, rhs, dims),
+    )
+
+
+def base_product(
+    dims: GroupDims, one: KernelDims, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    """The base product, exactly as the program wrote it."""
+    pairs = ((dims.contract, one.contract), (dims.batch, one.batch))
+    if one.first:
+        (xc, wc), (xb, wb) = pairs
+        return lax.dot_general(w, x, ((wc, xc), (wb, xb)), **dict(one.params))
+    return lax.dot_general(x, w, pairs, **dict(one.params))
+
+
+def compute_dtype(x: jax.Array, kernel: jax.Array) -> Any:
+    """The dtype of the skinny products: that of the operands, if it is floating."""
+    floating = [v.dtype for v in (x, kernel) if jnp.issubdtype(v.dtype, jnp.inexact)]
+    return jnp.result_type(*floating) if floating else jnp.float32
+
+
+def per_kernel(value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
+    """Splits a rank-sized value along its last axis, one piece per kernel."""
+    if len(ranks) == 1:
+        return [value]
+    return list(lax.split(value, ranks, axis=value.ndim - 1))
+
+
+def as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
+    """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
+    gradient = gradient.astype(primal.dtype)
+    sharding = explicit_sharding(primal)
+    return gradient if sharding is None else jax.sharding.reshard(gradient, sharding)
+
+
+class Layout(NamedTuple):
+    """The axes of `x`, of one kernel and of `dy`, for the gradient products.
+
+    The base product is laid out `(batch, free of left, free of right)`.
+    """
+
+    n_batch: int
+    x_batch: Axes
+    x_contract: Axes
+    x_free: Axes
+    w_batch: Axes
+    w_contract: Axes
+    w_free: Axes
+    dy_x: Axes
+    dy_w: Axes
+    precision: Any
+
+    @classmethod
+    def of(
+        cls, dims: GroupDims, one: KernelDims, x: jax.Array, w: jax.Array
+    ) -> "Layout":
+        """Returns the layout of one kernel of a group."""
+        n = len(dims.batch)
+        x_free = free_axes(x.ndim, dims.contract, dims.batch)
+        w_free = free_axes(w.ndim, one.contract, one.batch)
+        first, second = (w_free, x_free) if one.first else (x_free, w_free)
+        left = tuple(range(n, n + len(first)))
+        right = tuple(range(n + len(first), n + len(first) + len(second)))
+        dy_x, dy_w = (right, left) if one.first else (left, right)
+        return cls(
+            n,
+            dims.batch,
+            dims.contract,
+            x_free,
+            one.batch,
+            one.contract,
+            w_free,
+            dy_x,
+            dy_w,
+            one.precision,
+        )
+
+    @property
+    def batch(self) -> Axes:
+        """The batch axes of factors, of rank-sized values and of `dy`."""
+        return tuple(range(self.n_batch))
+
+    def shrink_cotangent(self, dy: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+        """`dy·bᵀ: (batch, free of x, r)`."""
+        free_of_b = range(self.n_batch, b.ndim - 1)
+        contract = (self.dy_w, free_of_b)
+        return dot(dy, b, contract, (self.batch, self.batch), dtype, self.precision)
+
+    def grad_b(self, h: jax.Array, dy: jax.Array, b: jax.Array) -> jax.Array:
+        """`dyᵀ·h: (batch, free of the kernel, r)`, accumulated in float32."""
+        h_rows = range(self.n_batch, h.ndim - 1)
+        batch = (self.batch, self.batch)
+        return as_type_of(
+            _rank_last(h, dy, (h_rows, self.dy_x), batch, b.dtype, self.precision), b
+        )
+
+    def grad_a(self, x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
+        """`xᵀ·g: (batch, contract, r)`, accumulated in float32."""
+        g_rows = range(self.n_batch, g.ndim - 1)
+        batch = (self.batch, self.x_batch)
+        da = _rank_last(g, x, (g_rows, self.x_free), batch, dtype, self.precision)
+        # The contracting axes come out in the order of x; a has them in pairs' order.
+        order = [sorted(self.x_contract).index(i) for i in self.x_contract]
+        n = self.n_batch
+        return jnp.transpose(da, (*self.batch, *(n + i for i in order), da.ndim - 1))
+
+    def grad_x(self, dy: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
+        """`dy·Wᵀ` in the layout of `x`."""
+        contract, batch = (self.dy_w, self.w_free), (self.batch, self.w_batch)
+        dx = dot(dy, w, contract, batch, x.dtype, self.precision)
+        ascending = sorted(range(len(self.w_contract)), key=self.w_contract.__getitem__)
+        return self._like_x(dx, [self.x_contract[i] for i in ascending], x)
+
+    def grad_x_of_delta(self, g: jax.Array, a: jax.Array, x: jax.Array) -> jax.Array:
+        """`g·aᵀ` in the layout of `x`."""
+        contract = ((g.ndim - 1,), (a.ndim - 1,))
+        dx = dot(g, a, contract, (self.batch, self.batch), x.dtype, self.precision)
+        return self._like_x(dx, list(self.x_contract), x)
+
+    def _like_x(self, dx: jax.Array, contract: list[int], x: jax.Array) -> jax.Array:
+        """Lays `(batch, free, contract)` out as `x`."""
+        order = [*self.x_batch, *self.x_free, *contract]
+        dx = jnp.transpose(dx, [order.index(i) for i in range(x.ndim)])
+        return as_type_of(dx, x)
+
+    def like_kernel(self, value: jax.Array, contract: Sequence[int]) -> jax.Array:
+        """Lays `(batch, contract, free)` out as the kernel, given the order of axes."""
+        order = [*self.w_batch, *contract, *self.w_free]
+        return jnp.transpose(value, [order.index(i) for i in range(value.ndim)])
+
+    def grad_kernel(self, x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array:
+        """`xᵀ·dy` in the layout of the kernel."""
+        contract, batch = (self.x_free, self.dy_x), (self.x_batch, self.batch)
+        dw = dot(x, dy, contract, batch, w.dtype, self.precision)
+        ascending = sorted(range(len(self.x_contract)), key=self.x_contract.__getitem__)
+        contracted = [self.w_contract[i] for i in ascending]
+        return as_type_of(self.like_kernel(dw, contracted), w)
+
+
+def _rank_last(
+    skinny: jax.Array,
+    wide: jax.Array,
+    contract: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    dtype: Any,
+    precision: Any,
+) -> jax.Array:
+    """The gradient of a factor, `(batch, free of wide, r)`, in float32 at least."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    if jax.default_backend() != "cpu":
+        pairs = (contract[1], contract[0]), (batch[1], batch[0])
+        return dot(wide, skinny, *pairs, dtype, precision)
+    # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a
+    # 32-bit result: "Unsupported element type for DotThunk::Execute" (jax 0.12).
+    skinny, wide = skinny.astype(dtype), wide.astype(dtype)
+    # It is two to four times as fast with the rank first, as long as it does not fold
+    # the transpose of the small result into the product: hence the barrier.
+    product = lax.optimization_barrier(
+        dot(skinny, wide, contract, batch, dtype, precision)
+    )
+    return jnp.moveaxis(product, len(batch[0]), -1)
