@@ -88,6 +88,7 @@ class Use:
         primitive: the name of the operation.
         form: how a product is computed, see `_forms`; None for other operations.
         siblings: the number of products in its group, itself included.
+        factor_flops: what its factors add to a step, for each unit of rank.
     """
 
     path: str
@@ -97,6 +98,7 @@ class Use:
     primitive: str
     form: Form | None = None
     siblings: int = 1
+    factor_flops: int = 0
 
 
 @dataclasses.dataclass
@@ -149,6 +151,7 @@ class Analysis(abc.ABC):
         self.control_flow = control_flow
         self.log = Log()
         self.loop_depth = 0
+        self.trips = 1
         self._lines: list[str] = []
 
     @abc.abstractmethod

@@ -105,9 +105,12 @@ def _analyze_scan(
     xs = views[n_consts + n_carry :]
     analysis.materialized(eqn, carry, " carry")
     rows = [tuple(view.without_leading() for view in whole) for whole in xs]
+    before = analysis.trips
     analysis.loop_depth += 1
+    analysis.trips *= eqn.params["length"]
     program = analysis.program(eqn.params["jaxpr"], [*consts, *[()] * n_carry, *rows])
     analysis.loop_depth -= 1
+    analysis.trips = before
     # The carry is looked at by the next step, whether its last value is used or not.
     wanted = (*[True] * n_carry, *wanted[n_carry:])
     _note_outputs(analysis, eqn, program, wanted)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,11 +83,21 @@ class Decision(Analysis):
         pairs = zip(eqns, operands, strict=True)
         kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
         form = choose(self.contraction, dims, x, kernels)
-        for eqn in eqns:
+        features = math.prod(x.shape[i] for i in dims.contract)
+        rows = self.trips * x.size // max(features, 1)
+        for eqn, one, kernel in zip(eqns, dims.kernels, kernels, strict=True):
+            shared = math.prod(kernel.shape[i] for i in one.batch)
+            outputs = kernel.size // max(features * shared, 1)
+            flops = 6 * rows * (features + outputs)
+            if form == "merged":  # of six products two are replaced by the kernel's
+                flops = 4 * rows * (features + outputs) + 4 * self.trips * kernel.size
             for i in self._products[id(eqn)][1]:
-                use = self.log.uses[i]
-                use = dataclasses.replace(use, form=form, siblings=len(eqns))
-                self.log.uses[i] = use
+                self.log.uses[i] = dataclasses.replace(
+                    self.log.uses[i],
+                    form=form,
+                    siblings=len(eqns),
+                    factor_flops=flops,
+                )
         return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
 
     def _used(self, eqn: Any, views: Sequence[Views], kinds: Any) -> None:

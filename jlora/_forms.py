@@ -257,8 +257,8 @@ def choose(
     if contraction == "merged":
         return "merged"
     size = lambda array, axes: math.prod(array.shape[i] for i in axes)
-    tokens = x.size // size(x, dims.contract)
-    features = size(x, dims.contract)
+    features = max(size(x, dims.contract), 1)
+    tokens = x.size // features
     outputs = [w.size // features for w in kernels]
     if contraction == "auto" and all(v.dtype == jnp.float32 for v in (x, *kernels)):
         # Formed twice, forward and backward: 4·r·m·k each against 2·n·r·(m + k).
@@ -281,7 +281,7 @@ def _extended_pays(tokens: int, features: int, outputs: int) -> bool:
 
 def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
     """Whether rows can be appended: whole arrays, contracted last by first."""
-    if jax.default_backend() != "gpu" or jax.device_count() > 1 or dims.batch:
+    if not _on_one_gpu() or dims.batch:
         return False
     n = len(dims.contract)
     if dims.contract != tuple(range(x.ndim - n, x.ndim)):
@@ -291,3 +291,8 @@ def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
     return plain and all(
         w.dtype == x.dtype and jnp.issubdtype(w.dtype, jnp.inexact) for w in kernels
     )
+
+
+def _on_one_gpu() -> bool:
+    """With several devices nothing says, while tracing, which axes are sharded."""
+    return jax.default_backend() == "gpu" and jax.device_count() == 1

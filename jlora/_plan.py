@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from ._factors import PyTree
+from ._flops import Flops, step_flops
 from ._layout import AnyMesh
 from ._measure import measure
-from ._memory import Memory
+from ._memory import Memory, human
 from ._paths import FlatParams
 from ._targets import Target, Unusable
-from ._trace import is_array
+from ._trace import Traced, is_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Plan:
         unusable: leaves that a pattern matched and that are no targets, each with the
             reason.
         total: the number of values in the params.
+        flops: what a step costs; None for a plan from the params alone.
         params: the params as shapes, dtypes and shardings; in no comparison.
 
     Printing a plan gives a table; in a notebook it is shown as HTML.
@@ -36,6 +39,7 @@ class Plan:
     targets: tuple[Target, ...]
     unusable: tuple[Unusable, ...]
     total: int
+    flops: Flops | None = None
     params: PyTree = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
@@ -52,6 +56,22 @@ class Plan:
         """Returns the line of totals."""
         share = 100 * self.trainable / max(self.total, 1)
         return f"trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+
+    def cost(self) -> str:
+        """Returns the line of a step's FLOPs and bytes beside full fine-tuning's."""
+        own = sum(t.trainable * t.config.dtype.itemsize for t in self.targets)
+        floating = [
+            leaf
+            for leaf in jax.tree.leaves(self.params)
+            if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        full = sum(leaf.size * leaf.dtype.itemsize for leaf in floating)
+        gradients = f"gradients {human(own)} instead of {human(full)}"
+        if self.flops is None:
+            return gradients
+        return (
+            f"a step: {self.flops.ratio:.3f} of full fine-tuning's FLOPs, {gradients}"
+        )
 
     def memory(
         self,
@@ -120,7 +140,7 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [_line(row, widths) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(self.summary())
+        lines += [self.summary(), self.cost()]
         if self.unusable:
             lines.append(f"matched and left out: {len(self.unusable)}")
             lines += [f"  {u.path} {u.shape}: {u.reason}" for u in self.unusable]
@@ -139,23 +159,46 @@ class Plan:
         )
         title = f"<p>matched and left out</p><ul>{left}</ul>" if left else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"{table}<p><b>{html.escape(self.summary())}</b></p>{title}"
+        totals = f"<b>{html.escape(self.summary())}</b><br>{html.escape(self.cost())}"
+        return f"{table}<p>{totals}</p>{title}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [_row(target, max(self.trainable, 1)) for target in self.targets]
 
 
-_HEAD = ("path", "shape", "axes", "uses", "rank", "scaling", "trainable", "share")
+_HEAD = (
+    "path",
+    "shape",
+    "axes",
+    "uses",
+    "product",
+    "rank",
+    "scaling",
+    "trainable",
+    "share",
+)
+_LEFT = 5  # the columns that are aligned to the left
 
 
 def make_plan(
-    params: FlatParams, targets: Sequence[Target], unusable: Sequence[Unusable]
+    params: FlatParams,
+    targets: Sequence[Target],
+    unusable: Sequence[Unusable],
+    traced: Traced | None,
 ) -> Plan:
     """Returns the plan of a resolved config."""
     arrays = [leaf for leaf in params.leaves if is_array(leaf)]
     total = sum(math.prod(leaf.shape) for leaf in arrays)
     abstract = params.treedef.unflatten(map(_abstract, params.leaves))
-    return Plan(tuple(targets), tuple(unusable), total, abstract)
+    flops = None if traced is None else _flops(targets, traced)
+    return Plan(tuple(targets), tuple(unusable), total, flops, abstract)
+
+
+def _flops(targets: Sequence[Target], traced: Traced) -> Flops:
+    places = set(traced.positions.values())
+    is_param = [i in places for i in range(len(traced.inputs))]
+    factors = sum((t.rank or 0) * use.factor_flops for t in targets for use in t.uses)
+    return step_flops(traced.jaxpr, is_param, factors)
 
 
 def _abstract(leaf: Any) -> Any:
@@ -173,6 +216,7 @@ def _row(target: Target, trainable: int) -> tuple[str, ...]:
         "×".join(map(str, target.shape)) or "scalar",
         _axes(target),
         _uses(target),
+        _products(target),
         "full" if target.rank is None else str(target.rank),
         "" if target.scaling is None else f"{target.scaling:g}",
         f"{target.trainable:,}",
@@ -206,7 +250,17 @@ def _uses(target: Target) -> str:
     return ", ".join(told)
 
 
+def _products(target: Target) -> str:
+    """Names the form of each product, and how many share its operand."""
+    told = []
+    for use in target.uses:
+        if use.form is not None:
+            told.append(use.form + (f" ×{use.siblings}" if use.siblings > 1 else ""))
+    return ", ".join(dict.fromkeys(told))
+
+
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:4], widths, strict=False)]
-    right = [cell.rjust(w) for cell, w in zip(cells[4:], widths[4:], strict=True)]
-    return "  ".join([*left, *right]).rstrip()
+    padded = []
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        padded.append(cell.ljust(width) if i < _LEFT else cell.rjust(width))
+    return "  ".join(padded).rstrip()

@@ -133,7 +133,7 @@ class Lora:
         targets, unusable = resolve(params, self.configs, traced)
         if traced is not None:
             targets = with_uses(targets, traced, self.materialize, self.contraction)
-        return make_plan(params, targets, unusable)
+        return make_plan(params, targets, unusable, traced)
 
     def _trace(
         self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]

@@ -21,7 +21,7 @@ each_module = pytest.mark.parametrize("name", TREES)
 # A module imports only from those above it.
 ORDER = """
 _axes _compat _errors _init _memory _paths
-_config _factors _sharding _trace
+_config _factors _flops _sharding _trace
 _adapted _group _layout _match
 _forms
 _linear
