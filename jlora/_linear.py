@@ -58,8 +58,12 @@ def _one_kernel_for_all(
         factors = (mapped_operands.a, mapped_operands.b, mapped_operands.kernels)
         inner: Form = "separate" if any(jax.tree.leaves(factors)) else form
         axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(batched))
-        each = lambda *args: _one_kernel_for_all(run, inner, *args)
-        out = jax.vmap(each, in_axes=axes, axis_size=size)(*args)
+
+        def deeper(form: Form, *args: Any) -> Any:
+            each = functools.partial(run, form)
+            return jax.vmap(each, in_axes=axes, axis_size=size)(*args)
+
+        out = _one_kernel_for_all(deeper, inner, *args)
         return out, jax.tree.map(lambda _: True, out)
 
     return mapped(operands, *rest)

@@ -1,0 +1,411 @@
+"""The forms of the low-rank product, the groups, and what each costs.
+
+The reference is the materialized kernel; costs are read from the jaxpr and from XLA's
+own count.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import adapt, check_gradients, check_values, make_case, randomized
+from jax import lax
+from jaxpr_checks import materialized as formed
+from oracle import assert_close, random_like, reference, relative_error
+from uses import USES
+
+import jlora
+from jlora import _forms
+from jlora._flops import step_flops
+
+Tree = Any
+BY_NAME = {use.name: use for use in USES}
+NAMES = (
+    "matmul_many_axes",
+    "matmul_left",
+    "matmul_vector",
+    "dense_general_two_in_two_out",
+    "dense_general_batch_in_the_middle",
+    "einsum_out_between_in",
+    "siblings",
+    "chain",
+    "twice_there_and_back",
+    "scan_stack",
+    "tied",
+)
+each_use = pytest.mark.parametrize("name", NAMES)
+F32 = jnp.float32
+N, D, K, R = 96, 40, 56, 4
+
+
+@pytest.fixture
+def extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chooses the extended form wherever it is possible, as on one GPU."""
+    monkeypatch.setattr(_forms, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(_forms, "_extended_pays", lambda tokens, features: True)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, inner ones too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def products(fn: Callable[..., Any], *args: Any) -> Counter[tuple[int, ...]]:
+    """The shapes of the results of all matrix products of a program."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    names = (e for e in equations(jaxpr) if e.primitive.name == "dot_general")
+    return Counter(eqn.outvars[0].aval.shape for eqn in names)
+
+
+def forms(lora: jlora.Lora, *args: Any) -> dict[str, set[tuple[Any, int]]]:
+    """The form and the size of the group of each use, by path."""
+    targets = lora.plan(*args).targets
+    return {t.path: {(u.form, u.siblings) for u in t.uses} for t in targets}
+
+
+# --- every form equals the materialized kernel ---
+
+
+@each_use
+def test_extended(name: str, getkey: Any, extended: None) -> None:
+    case = make_case(BY_NAME[name], getkey)
+    check_values(case, case.lora.apply, reference(case.use))
+    check_gradients(case, case.lora.apply, reference(case.use))
+
+
+@each_use
+def test_merged(name: str, getkey: Any) -> None:
+    case = make_case(BY_NAME[name], getkey, contraction="merged")
+    check_values(case, case.lora.apply, reference(case.use))
+    check_gradients(case, case.lora.apply, reference(case.use), jaxpr=False)
+
+
+@pytest.mark.parametrize("name", ["siblings", "dense_general_two_in_two_out"])
+def test_extended_in_bfloat16(name: str, getkey: Any, extended: None) -> None:
+    half = {"x_dtype": jnp.bfloat16, "w_dtype": jnp.bfloat16}
+    case = make_case(BY_NAME[name], getkey, **half)
+    check_gradients(case, case.lora.apply, reference(case.use))
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit])
+def test_extended_inside_of(wrap: Any, getkey: Any, extended: None) -> None:
+    use = BY_NAME["siblings"]
+    case = make_case(use, getkey, fn=wrap(use.model))
+    check_gradients(case, case.lora.apply, reference(use))
+
+
+def test_extended_is_used_where_it_fits(getkey: Any, extended: None) -> None:
+    q, left = BY_NAME["siblings"], BY_NAME["matmul_left"]
+    found = {}
+    for use in (q, left):
+        params, inputs = use.make_params(getkey(), F32), use.make_inputs(getkey(), F32)
+        found |= forms(adapt(use, use.model), *use.arguments(params, inputs))
+    assert all(found[f"layer/{p}"] == {("extended", 3)} for p in "qkv")
+    assert found["layer/w"] == {("separate", 1)}
+
+
+def test_by_default_nothing_is_extended_on_cpus_or_merged(getkey: Any) -> None:
+    use = BY_NAME["siblings"]
+    params, inputs = use.make_params(getkey(), F32), use.make_inputs(getkey(), F32)
+    found = forms(adapt(use, use.model), *use.arguments(params, inputs))
+    assert set().union(*found.values()) == {("separate", 3)}
+
+
+@pytest.mark.parametrize("tokens", [64, 8192])
+@pytest.mark.parametrize("features", [512, 8192])
+def test_extended_pays_for_many_tokens(tokens: int, features: int) -> None:
+    assert _forms._extended_pays(tokens, features) == (tokens > features)
+
+
+# --- contraction ---
+
+
+@pytest.mark.parametrize(
+    "dtype, rows, form",
+    [
+        (jnp.float32, 4 * D, "merged"),  # more than 2·D·K/(D + K) rows
+        (jnp.float32, 4, "separate"),
+        (jnp.bfloat16, 4 * D, "separate"),
+    ],
+)
+def test_auto(dtype: Any, rows: int, form: str) -> None:
+    params = {"w": jnp.ones((D, K), dtype)}
+    config = jlora.LoraConfig("w", rank=R)
+    lora = jlora.lora(lambda p, x: x @ p["w"], config, contraction="auto")
+    assert forms(lora, params, jnp.ones((rows, D), dtype)) == {"w": {(form, 1)}}
+
+
+def test_merging_in_bfloat16_loses_what_factors_keep() -> None:
+    params = {"w": jnp.ones((D, K), jnp.bfloat16)}
+    x = jnp.ones((8, D), jnp.bfloat16)
+    config = jlora.LoraConfig("w", rank=1, alpha=1.0)
+    apply = {}
+    for contraction in ("factored", "merged"):
+        lora = jlora.lora(lambda p, x: x @ p["w"], config, contraction=contraction)
+        adapter = lora.init(jax.random.key(0), params, x)
+        # ΔW = 2⁻⁹ everywhere: half of what bfloat16 resolves at 1, rounded to even.
+        a, b = jnp.ones((D, 1)), jnp.full((1, K), 2.0**-9)
+        adapter = {"w": dataclasses.replace(adapter["w"], a=a, b=b)}
+        apply[contraction] = lora.apply(params, adapter, 128 * x)
+    plain = 128 * x @ params["w"]
+    assert bool((apply["merged"] == plain).all())
+    assert not bool((apply["factored"] == plain).any())
+
+
+def test_unknown_contraction() -> None:
+    with pytest.raises(ValueError, match=r"contraction=.*'factored', 'merged', 'auto'"):
+        jlora.lora(lambda p: p, jlora.LoraConfig(), contraction="best")  # type: ignore
+
+
+# --- siblings ---
+
+
+def adapted(fn: Any, params: Tree, *args: Any, **settings: Any) -> Tree:
+    """A function with all its kernels adapted, and an adapter with b ≠ 0."""
+    config = jlora.LoraConfig(rank=R, alpha=3.0)
+    lora = jlora.lora(fn, config, **settings)
+    adapter = lora.init(jax.random.key(0), params, *args)
+    return lora, randomized(adapter, jax.random.key(1))
+
+
+def attention_like(dtype: Any = jnp.float32) -> tuple[Tree, jax.Array]:
+    """Kernels of pairwise distinct sizes that read one value."""
+    params = {
+        n: jnp.zeros((D, k), dtype) for n, k in zip("qkv", (56, 24, 72), strict=True)
+    }
+    return random_like(params, 1), random_like(jnp.zeros((N, D), dtype), 2)
+
+
+def test_siblings_cost_one_product_less_each() -> None:
+    params, x = attention_like()
+    fn = lambda p, x: [x @ p[n] for n in "qkv"]
+    lora, adapter = adapted(fn, params, x)
+    forward = products(lora.apply, params, adapter, x)
+    # Three bases, three expansions of h, and one h for all.
+    assert forward == Counter({(N, 56): 2, (N, 24): 2, (N, 72): 2, (N, 3 * R): 1})
+    total = lambda adapter, x: sum(map(jnp.sum, lora.apply(params, adapter, x)))
+    both = products(jax.grad(total, (0, 1)), adapter, x)
+    # Backward: h again, dx of each and of the delta, g of each, one da, db of each.
+    backward = {(N, 3 * R): 1, (N, D): 4, (N, R): 3, (3 * R, D): 1}
+    backward |= {(R, 56): 1, (R, 24): 1, (R, 72): 1}
+    assert both - forward == Counter(backward)
+
+
+def test_one_kernel_costs_nine_products() -> None:
+    x, params = jnp.ones((N, D)), {"w": jnp.ones((D, K))}
+    lora, adapter = adapted(lambda p, x: x @ p["w"], params, x)
+    assert products(lora.apply, params, adapter, x).total() == 3
+    total = lambda adapter, x: jnp.sum(lora.apply(params, adapter, x))
+    assert products(jax.grad(total, (0, 1)), adapter, x).total() == 3 + 6
+    assert products(jax.grad(total), adapter, x).total() == 3 + 4  # no dx
+
+
+def test_extended_costs_two_products_forward(extended: None) -> None:
+    params, x = attention_like()
+    fn = lambda p, x: [x @ p[n] for n in "qkv"]
+    lora, adapter = adapted(fn, params, x)
+    forward = products(lora.apply, params, adapter, x)
+    assert forward == Counter({(N, 56): 1, (N, 24): 1, (N, 72): 1, (N, 3 * R): 1})
+
+
+def test_inputs_that_are_cast_apart_are_siblings() -> None:
+    params, x = attention_like(jnp.bfloat16)
+    fn = lambda p, x: [x.astype(jnp.bfloat16) @ p[n] for n in "qkv"]
+    x = x.astype(jnp.float32)
+    lora, adapter = adapted(fn, params, x)
+    assert all(found == {("separate", 3)} for found in forms(lora, params, x).values())
+    expected = fn(jlora.merge(params, adapter), x)
+    assert_close(lora.apply(params, adapter, x), expected, 2e-2)
+
+
+def test_a_kernel_that_is_prepared_later_is_a_sibling() -> None:
+    params, x = attention_like()
+
+    def fn(p: Tree, x: jax.Array) -> Any:
+        q = jnp.tanh(x @ p["q"])
+        return q, x @ (2.0 * p["k"]), q.sum()
+
+    lora, adapter = adapted(fn, {n: params[n] for n in "qk"}, x)
+    assert forms(lora, params, x)["k"] == {("separate", 2)}
+    expected = fn(jlora.merge(params, adapter), x)
+    assert_close(lora.apply(params, adapter, x), expected, 1e-5)
+
+
+def test_a_kernel_that_needs_the_first_product_is_none() -> None:
+    params, x = attention_like()
+
+    def fn(p: Tree, x: jax.Array) -> Any:
+        q = x @ p["q"]
+        return q, x @ (jnp.mean(q) * p["k"])
+
+    lora, adapter = adapted(fn, {n: params[n] for n in "qk"}, x)
+    assert forms(lora, params, x)["k"] == {("separate", 1)}
+    expected = fn(jlora.merge(params, adapter), x)
+    assert_close(lora.apply(params, adapter, x), expected, 1e-5)
+
+
+def test_siblings_of_other_dtype_rank_and_scaling() -> None:
+    params, x = attention_like()
+    configs = [
+        jlora.LoraConfig("q", rank=2, alpha=3.0),
+        jlora.LoraConfig("k", rank=5, alpha=2.0),
+        jlora.LoraConfig("v", rank=3, alpha=4.0, dtype=jnp.bfloat16),
+    ]
+    fn = lambda p, x: [jnp.tanh(x @ p[n]) for n in "qkv"]
+    lora = jlora.lora(fn, configs)
+    adapter = randomized(lora.init(jax.random.key(0), params, x), jax.random.key(1))
+    expected = fn(jlora.merge(params, adapter), x)
+    assert_close(lora.apply(params, adapter, x), expected, 1e-5)
+
+
+# --- many adapters on one base ---
+
+
+@pytest.mark.parametrize("form", ["separate", "extended", "merged"])
+def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
+    if form == "extended":
+        request.getfixturevalue("extended")
+    settings = {"contraction": "merged"} if form == "merged" else {}
+    params, x = attention_like()
+    fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
+    lora, adapter = adapted(fn, params, x, **settings)
+    many = 5
+    adapters = random_like(jax.tree.map(lambda v: jnp.stack([v] * many), adapter), 7)
+    xs = random_like(jnp.zeros((many, N, D)), 8)
+    step = jax.vmap(jax.value_and_grad(lora.apply, 1), (None, 0, 0))
+    jaxpr = jax.make_jaxpr(step)(params, adapters, xs)
+    copies = {(many, *shape) for n in "qkv" for shape in [params[n].shape]}
+    copies |= {(many, D + 3 * R, params[n].shape[1]) for n in "qkv"}
+    seen = {v.aval.shape for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars}
+    assert not seen & copies
+    values, gradients = step(params, adapters, xs)
+    for i in range(many):
+        one = jax.tree.map(lambda v, i=i: v[i], adapters)
+        value, gradient = jax.value_and_grad(
+            lambda a, i=i: fn(jlora.merge(params, a), xs[i])
+        )(one)
+        assert relative_error(values[i], value) < 1e-4
+        own = jax.tree.map(lambda v, i=i: v[i], gradients)
+        assert_close(own, gradient, 1e-4)
+
+
+@pytest.mark.parametrize("form", ["extended", "merged"])
+def test_vmap_over_inputs_keeps_the_form(form: str, request: Any) -> None:
+    if form == "extended":
+        request.getfixturevalue("extended")
+    settings = {"contraction": "merged"} if form == "merged" else {}
+    params, x = attention_like()
+    fn = lambda p, x: [x @ p[n] for n in "qkv"]
+    lora, adapter = adapted(fn, params, x, **settings)
+    xs = jnp.stack([x, 2 * x])
+    mapped = jax.vmap(lora.apply, (None, None, 0))
+    # As many products as without vmap: the rows of all inputs are rows of one product.
+    shapes = products(mapped, params, adapter, xs)
+    assert shapes.total() == products(lora.apply, params, adapter, x).total()
+    one = fn(jlora.merge(params, adapter), x)
+    assert_close(mapped(params, adapter, xs)[0][1], 2 * one[0], 1e-5)
+    # Mapped over adapters outside, it turns to the separate form.
+    twice = jax.vmap(mapped, (None, 0, None))
+    adapters = jax.tree.map(lambda v: jnp.stack([v] * 5), adapter)
+    seen = products(twice, params, adapters, xs)
+    assert (5, D, 56) not in seen and (5, D + 3 * R, 56) not in seen
+    assert_close(twice(params, adapters, xs)[0][3, 1], 2 * one[0], 1e-5)
+
+
+# --- FLOPs ---
+
+
+def xla_flops(fn: Any, *args: Any) -> float:
+    """XLA's own count."""
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+def test_flops_of_a_linear_are_those_of_the_theory() -> None:
+    n, m, k, r = 512, 384, 640, 16
+    w, x = jnp.ones((m, k)), jnp.ones((n, m))
+    lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig("w", rank=r))
+    adapter = lora.init(jax.random.key(0), {"w": w}, x)
+
+    def both(adapter: Tree, params: Tree, x: jax.Array, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda a, x: lora.apply(params, a, x), adapter, x)
+        return y, vjp(dy)
+
+    counted = xla_flops(both, adapter, {"w": w}, x, jnp.ones((n, k)))
+    expected = 4 * n * m * k + 6 * n * r * (m + k)
+    np.testing.assert_allclose(counted, expected, rtol=0.01)
+
+
+def decoder_like(scanned: bool) -> Any:
+    """Layers of two kernels with a product of activations between them."""
+
+    def layer(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
+        h = jnp.tanh(x @ w["v"])
+        return x + (jax.nn.softmax(h @ h.T) @ h) @ w["w"], None
+
+    def model(params: Tree, x: jax.Array) -> jax.Array:
+        if scanned:
+            x, _ = lax.scan(layer, x, params["layers"])
+        else:
+            for i in range(3):
+                x, _ = layer(x, jax.tree.map(lambda v, i=i: v[i], params["layers"]))
+        return jnp.sum(jnp.tanh(x @ params["head"]))
+
+    return model
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_the_plan_counts_what_xla_counts(scanned: bool) -> None:
+    shapes = {"layers": {"v": (3, 64, 96), "w": (3, 96, 64)}, "head": (64, 80)}
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda v: isinstance(v, tuple))
+    x = jnp.ones((128, 64))
+    lora = jlora.lora(decoder_like(scanned), jlora.LoraConfig("v|w", rank=4))
+    flops = lora.plan(params, x).flops
+    plain = decoder_like(False)  # XLA counts the body of a loop once
+    full = xla_flops(jax.value_and_grad(plain, (0, 1)), params, x)
+    frozen = xla_flops(jax.value_and_grad(plain, 1), params, x)
+    np.testing.assert_allclose(flops.full, full, rtol=0.06)
+    factors = 6 * 3 * 2 * 128 * 4 * (64 + 96)
+    np.testing.assert_allclose(flops.step - factors, frozen, rtol=0.06)
+    assert re.search(
+        rf"a step: {flops.ratio:.3f} of full fine-tuning's FLOPs, gradients 15.4 kB "
+        r"instead of 168 kB",
+        str(lora.plan(params, x)),
+    )
+
+
+def test_flops_of_control_flow() -> None:
+    w, x = jnp.ones((5, 5)), jnp.ones((3, 5))
+    one = 2 * 3 * 5 * 5
+
+    def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        x = lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x @ w @ w, x)
+        x = lax.fori_loop(0, x.shape[0], lambda i, x: x @ w, x)  # a scan of 3
+        x = lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ w, x)
+        h, _ = lax.scan(lambda h, _: (h @ w, None), jnp.zeros_like(x), length=2)
+        return jax.checkpoint(lambda x: jnp.tanh(x @ w))(x) + h
+
+    jaxpr = jax.make_jaxpr(fn)(w, x)
+    counted = step_flops(jaxpr, [True, False], factors=1)
+    assert counted.full == 3 * one * (2 + 3 + 1 + 2 + 1)
+    assert counted.step == 2 * one * (2 + 3 + 1 + 2 + 1) + 1
+
+
+def test_backward_forms_no_kernel() -> None:
+    params, x = attention_like()
+    fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
+    lora, adapter = adapted(fn, params, x)
+    jaxpr = jax.make_jaxpr(jax.grad(lora.apply, (1, 2)))(params, adapter, x)
+    assert not list(formed(jaxpr, range(3), [w.shape for w in params.values()]))
