@@ -5,6 +5,7 @@ user would jit, AdamW included, with what is trained and its state donated. All 
 steps start from the same factors, with `b` not zero.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,25 +108,49 @@ def low_rank_losses(model: Any) -> dict[str, Callable[..., jax.Array]]:
 
 
 def compiled(step: Callable[..., Any], state: Sequence[Any], donated: int) -> Any:
-    """Returns a step compiled for its state, of which the first few are donated."""
-    jitted = jax.jit(step, donate_argnums=tuple(range(donated)))
+    """Returns a step compiled for its state, of which the first few are donated.
+
+    Only these are returned: an executable copies what it hands through, so that each
+    run would write the frozen params once more.
+    """
+    changed = lambda *state: step(*state)[:donated]
+    jitted = jax.jit(changed, donate_argnums=tuple(range(donated)))
     return jitted.lower(*state).compile()
 
 
 def contenders(model: Any, params: Params, batch: jax.Array) -> dict[str, Contender]:
     """Returns the steps that need no other library, compiled."""
-    first = jax.jit(frozen_step(model))(0.0, params, batch)
-    made = {"frozen limit": (frozen_step(model), first, 1)}
-    adapter = adapter_of(lora_of(model), params, batch)
-    for name, loss in low_rank_losses(model).items():
-        own = jax.tree.map(jnp.copy, adapter)
-        state = (own, OPTIMIZER.init(own), params, batch)
-        made[name] = (trained_step(loss), state, 2)
-    own = jax.tree.map(jnp.copy, params)
-    full = lambda trained, _, batch: model.loss(trained, batch, linears=plain)
-    state = (own, OPTIMIZER.init(own), None, batch)
-    made["full fine-tuning"] = (trained_step(full), state, 2)
-    return {
-        name: Contender(name, compiled(step, state, donated), state)
-        for name, (step, state, donated) in made.items()
-    }
+    return {name: make() for name, make in makers(model, params, batch).items()}
+
+
+def makers(
+    model: Any, params: Params, batch: jax.Array
+) -> dict[str, Callable[[], Contender]]:
+    """Returns what makes each contender: of a large model, not all fit at once."""
+
+    def frozen() -> Contender:
+        step = frozen_step(model)
+        state = (jax.jit(step)(0.0, params, batch)[0], params, batch)
+        return Contender("frozen limit", compiled(step, state, 1), state)
+
+    def full() -> Contender:
+        own = jax.tree.map(jnp.copy, params)
+        loss = lambda trained, _, batch: model.loss(trained, batch, linears=plain)
+        return contender("full fine-tuning", loss, own, None, batch)
+
+    def low_rank(name: str) -> Contender:
+        adapter = adapter_of(lora_of(model), params, batch)
+        return contender(name, losses[name], adapter, params, batch)
+
+    losses = low_rank_losses(model)
+    made = {"frozen limit": frozen}
+    made |= {name: functools.partial(low_rank, name) for name in losses}
+    return made | {"full fine-tuning": full}
+
+
+def contender(
+    name: str, loss: Callable[..., jax.Array], trained: Any, params: Any, batch: Any
+) -> Contender:
+    """Returns the AdamW step of `loss(trained, params, batch)`, compiled."""
+    state = (trained, OPTIMIZER.init(trained), params, batch)
+    return Contender(name, compiled(trained_step(loss), state, 2), state)

@@ -25,6 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 class Contender:
     """A step that is timed: `step(*state) -> state`, its state carried from run to run.
 
+    A step may return only the first parts of its state: the others stay as they are.
+
     Attributes:
         name: as tables print it.
         step: a compiled function; it may donate its state.
@@ -37,7 +39,8 @@ class Contender:
 
     def run(self) -> None:
         """Runs one step to its end."""
-        self.state = jax.block_until_ready(self.step(*self.state))
+        new = jax.block_until_ready(self.step(*self.state))
+        self.state = (*new, *self.state[len(new) :])
 
 
 def interleave(
@@ -76,9 +79,9 @@ def machine() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    cpu = device.platform == "cpu"
+    cpu, cores = device.platform == "cpu", len(os.sched_getaffinity(0))
     return {
-        "device": f"{len(os.sched_getaffinity(0))} CPU cores" if cpu else device.device_kind,
+        "device": f"{cores} CPU cores" if cpu else device.device_kind,
         "platform": device.platform,
         "python": platform.python_version(),
         "versions": versions,
@@ -90,9 +93,8 @@ def machine() -> dict[str, Any]:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table with padded columns."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    line = lambda cells: "| " + " | ".join(
-        c.ljust(w) for c, w in zip(cells, widths, strict=True)
-    ) + " |"
+    pad = lambda cells: [c.ljust(w) for c, w in zip(cells, widths, strict=True)]
+    line = lambda cells: "| " + " | ".join(pad(cells)) + " |"
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([line(head), rule, *map(line, rows)])
 

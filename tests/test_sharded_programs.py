@@ -161,9 +161,9 @@ class Problem:
 
     def allowed(self) -> int:
         """The most values that a collective of the adapter may move."""
-        factors = max(leaf.size for leaf in jax.tree.leaves(self.adapter))
-        # A factor, or x·a; those of up to three siblings travel together.
-        return 3 * max(factors, BATCH * TIME * RANK)
+        factor = max(leaf.size for leaf in jax.tree.leaves(self.adapter))
+        # The factors of three siblings, and their x·a, travel together.
+        return max(factor, 3 * HIDDEN * RANK, 3 * BATCH * TIME * RANK)
 
 
 def stacked() -> tuple[Any, Any, Any]:

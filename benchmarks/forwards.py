@@ -1,0 +1,148 @@
+"""Forward passes of the decoder: a prompt, and one more token with a cache.
+
+Each is `fn(params, ...)` over the plain model, so that `jlora.lora` adapts it and the
+base is timed by the same function.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from models import Decoder, Layer, Params, plain, rms_norm
+from steps import RANK, SCALING
+
+import jlora
+
+Forward = Callable[..., Any]
+SIZES = ("d", "ffn", "layers", "heads", "kv_heads", "vocab")
+
+
+def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser with the flags that the scripts share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--out", type=Path, help="the folder of the results")
+    for size in SIZES:
+        made.add_argument(f"--{size.replace('_', '-')}", type=int)
+    return made
+
+
+def decoder(flags: argparse.Namespace, **more: Any) -> Decoder:
+    """Returns the decoder of the machine, with the sizes that the flags name."""
+    sizes: dict[str, Any] = {}
+    if jax.default_backend() != "cpu":
+        sizes = {"d": 2048, "ffn": 5632, "layers": 16, "heads": 16, "kv_heads": 16}
+        sizes |= {"vocab": 32000, "dtype": jnp.bfloat16, "remat": True}
+    named = {size: getattr(flags, size) for size in SIZES}
+    sizes |= {size: value for size, value in named.items() if value is not None}
+    return Decoder(**sizes, **more)
+
+
+def prefill(model: Decoder) -> Forward:
+    """Returns `fn(params, tokens) -> logits` of the token after each prompt.
+
+    `tokens: (batch, seq + 1)` as `model.data` draws them, `logits: (batch, vocab)`.
+    """
+
+    def fn(params: Params, tokens: jax.Array) -> jax.Array:
+        body = lambda x, layer: (model.layer(x, layer, plain), None)
+        x, _ = lax.scan(body, model.embed(params, tokens), params["layers"])
+        return rms_norm(x[:, -1], params["norm"]) @ params["head"]
+
+    return fn
+
+
+def empty_cache(model: Decoder, length: int) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values, (layers, batch, length, kv_heads, head size) each."""
+    shape = (model.layers, model.batch, length, model.kv_heads, model.d // model.heads)
+    return jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)
+
+
+def decode(model: Decoder) -> Forward:
+    """Returns `fn(params, tokens, cache, position) -> (tokens, cache)`, greedy.
+
+    `tokens: (batch,)` stand at `position: ()`; the cache is read up to there.
+    """
+
+    def fn(params: Params, tokens: jax.Array, cache: Any, position: jax.Array) -> Any:
+        def body(x: jax.Array, each: Any) -> tuple[jax.Array, Any]:
+            layer, keys, values = each
+            return decode_layer(model, x, layer, (keys, values), position)
+
+        x = params["embedding"][tokens][:, None]
+        x, cache = lax.scan(body, x, (params["layers"], *cache))
+        logits = rms_norm(x[:, 0], params["norm"]) @ params["head"]
+        return jnp.argmax(logits, axis=-1).astype(tokens.dtype), cache
+
+    return fn
+
+
+def decode_layer(
+    model: Decoder, x: jax.Array, layer: Layer, cache: Any, position: jax.Array
+) -> tuple[jax.Array, Any]:
+    """`Decoder.layer` for one token: `x: (batch, 1, d)`, one layer's part of the cache.
+
+    Returns:
+        The outputs and the cache with this token in it.
+    """
+    h = rms_norm(x, layer["norm_1"])
+    q, k, v = plain(h, layer, ("q", "k", "v"))
+    heads = lambda y, n: y.reshape(*y.shape[:-1], n, model.d // model.heads)
+    new = rotate_at(heads(k, model.kv_heads), position), heads(v, model.kv_heads)
+    put = lambda old, one: lax.dynamic_update_slice_in_dim(old, one, position, axis=1)
+    keys, values = map(put, cache, new)
+    q = rotate_at(heads(q, model.heads), position)
+    lengths = jnp.full(len(x), position + 1, jnp.int32)
+    mixed = jax.nn.dot_product_attention(
+        q, keys, values, key_value_seq_lengths=lengths
+    ).reshape(x.shape)
+    x = x + plain(mixed, layer, ("o",))[0]
+    h = rms_norm(x, layer["norm_2"])
+    gate, up = plain(h, layer, ("gate", "up"))
+    x = x + plain(jax.nn.silu(gate) * up, layer, ("down",))[0]
+    return x, (keys, values)
+
+
+def rotate_at(x: jax.Array, position: jax.Array) -> jax.Array:
+    """`models.rotate` of one token, (batch, 1, heads, dim), at its position."""
+    half = x.shape[-1] // 2
+    angles = position * 1e4 ** (-jnp.arange(half) / half)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def lora_of(model: Decoder, fn: Forward) -> jlora.Lora:
+    """Returns a forward pass with every linear of its layers adapted.
+
+    The factors are in the dtype of the base, as a server would hold them.
+    """
+    config = jlora.LoraConfig(
+        f"layers/({'|'.join(model.kernels)})",
+        rank=RANK,
+        alpha=RANK * SCALING,
+        dtype=model.dtype,
+    )
+    return jlora.lora(fn, config)
+
+
+def adapter_of(
+    lora: jlora.Lora, params: Params, tokens: jax.Array, seed: int = 0
+) -> jlora.Adapter:
+    """Returns an adapter whose every factor has random values of the right size."""
+    keys = jax.random.split(jax.random.key(seed))
+    adapter = lora.init(keys[0], params, tokens)
+    leaves, treedef = jax.tree.flatten(adapter)
+    each = jax.random.split(keys[1], len(leaves))
+    draw = lambda k, leaf: leaf + 0.01 * jax.random.normal(k, leaf.shape, leaf.dtype)
+    return treedef.unflatten(list(map(draw, each, leaves)))
+
+
+def ratio_line(name: str, value: float, target: str | None = None) -> str:
+    """Returns the line that a ratio is printed as."""
+    line = f"ratio {name}: {value:.{3 if value < 2 else 2}f}"
+    return line if target is None else f"{line} (target {target})"
