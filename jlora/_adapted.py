@@ -75,4 +75,4 @@ def complete(
     sizes = list(factor.shape)
     for axis in axes:
         sizes[axis] = shape[axis]
-    return jnp.broadcast_to(factor, sizes)
+    return factor if factor.shape == tuple(sizes) else jnp.broadcast_to(factor, sizes)

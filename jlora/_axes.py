@@ -81,7 +81,8 @@ def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.
     moves the kernel's axes moves those of both factors in the same way.
     """
     n_batch = len(axes.batch)
-    b = jnp.moveaxis(b, n_batch, -1)
+    axes_of_b = (*range(n_batch), *range(n_batch + 1, b.ndim), n_batch)
+    b = jax.lax.transpose(b, axes_of_b)
     return (
         _expand(a, axes.batch + axes.in_, axes.ndim),
         _expand(b, axes.batch + axes.out, axes.ndim),
@@ -91,8 +92,8 @@ def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.
 def _expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
     """Moves the leading axes of `factor` to the positions `axes` of `ndim` axes."""
     order = sorted(range(len(axes)), key=axes.__getitem__)
-    factor = jnp.transpose(factor, (*order, len(axes)))
-    return jnp.expand_dims(factor, free_axes(ndim, axes))
+    factor = jax.lax.transpose(factor, (*order, len(axes)))
+    return jax.lax.expand_dims(factor, free_axes(ndim, axes))
 
 
 def contract_rank(

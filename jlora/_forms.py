@@ -24,6 +24,7 @@ from ._group import (
     Operands,
     base_product,
     compute_dtype,
+    concatenate,
     dot,
     per_kernel,
 )
@@ -44,7 +45,7 @@ def shrink(dims: GroupDims, operands: Operands) -> Factors:
     """Returns the concatenated `a`, and `h = x·a` with the rank last."""
     x = operands.x
     dtype = compute_dtype(x, operands.kernels[0])
-    a = jnp.concatenate([a.astype(dtype) for a in operands.a], axis=-1)
+    a = concatenate([a.astype(dtype) for a in operands.a])
     n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
     batch = (dims.batch, range(n_batch))
@@ -54,7 +55,7 @@ def shrink(dims: GroupDims, operands: Operands) -> Factors:
 def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
     """Returns the pieces of a rank-sized value, each times its kernel's scaling."""
     pieces = zip(dims.kernels, per_kernel(value, ranks), strict=True)
-    return [piece * jnp.asarray(one.scaling, piece.dtype) for one, piece in pieces]
+    return [one.scaling * piece for one, piece in pieces]
 
 
 def forward(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
@@ -96,8 +97,8 @@ def _shrink_cotangents(
     parts = []
     for one, layout, _, b, dy in _each(dims, operands, cotangents):
         g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
-        parts.append(g * jnp.asarray(one.scaling, dtype))
-    return jnp.concatenate(parts, axis=-1)
+        parts.append(one.scaling * g)
+    return concatenate(parts)
 
 
 def _sum(parts: Sequence[jax.Array]) -> jax.Array:
@@ -153,7 +154,7 @@ def _separate_backward(
 def _extended(dims: GroupDims, operands: Operands) -> list[jax.Array]:
     x, ranks = operands.x, operands.ranks
     _, h = shrink(dims, operands)
-    h = jnp.concatenate(scaled(dims, h, ranks), axis=-1)
+    h = concatenate(scaled(dims, h, ranks))
     features = math.prod(x.shape[i] for i in dims.contract)
     x = jnp.concatenate([x.reshape(*h.shape[:-1], features), h], axis=-1)
     outputs = []
@@ -191,7 +192,7 @@ def _extended_backward(
         parts.append(dot(dy, kernel, contract, ((), ()), x.dtype, one.precision))
     total = _sum(parts)
     dx, g = total[..., :features].reshape(x.shape), total[..., features:]
-    return jnp.concatenate(scaled(dims, g, operands.ranks), axis=-1), dx
+    return concatenate(scaled(dims, g, operands.ranks)), dx
 
 
 # --- merged ---

@@ -119,9 +119,16 @@ def per_kernel(value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
     return list(lax.split(value, ranks, axis=value.ndim - 1))
 
 
+def concatenate(pieces: Sequence[jax.Array]) -> jax.Array:
+    """Joins rank-sized values along their last axis."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return lax.concatenate(pieces, pieces[0].ndim - 1)
+
+
 def as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
     """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
-    gradient = gradient.astype(primal.dtype)
+    gradient = lax.convert_element_type(gradient, primal.dtype)
     sharding = explicit_sharding(primal)
     return gradient if sharding is None else jax.sharding.reshard(gradient, sharding)
 
@@ -195,7 +202,8 @@ class Layout(NamedTuple):
         # The contracting axes come out in the order of x; a has them in pairs' order.
         order = [sorted(self.x_contract).index(i) for i in self.x_contract]
         n = self.n_batch
-        return jnp.transpose(da, (*self.batch, *(n + i for i in order), da.ndim - 1))
+        order = (*self.batch, *(n + i for i in order), da.ndim - 1)
+        return lax.transpose(da, order)
 
     def grad_x(self, dy: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
         """`dy·Wᵀ` in the layout of `x`."""
@@ -213,13 +221,13 @@ class Layout(NamedTuple):
     def _like_x(self, dx: jax.Array, contract: list[int], x: jax.Array) -> jax.Array:
         """Lays `(batch, free, contract)` out as `x`."""
         order = [*self.x_batch, *self.x_free, *contract]
-        dx = jnp.transpose(dx, [order.index(i) for i in range(x.ndim)])
+        dx = lax.transpose(dx, [order.index(i) for i in range(x.ndim)])
         return as_type_of(dx, x)
 
     def like_kernel(self, value: jax.Array, contract: Sequence[int]) -> jax.Array:
         """Lays `(batch, contract, free)` out as the kernel, given the order of axes."""
         order = [*self.w_batch, *contract, *self.w_free]
-        return jnp.transpose(value, [order.index(i) for i in range(value.ndim)])
+        return lax.transpose(value, [order.index(i) for i in range(value.ndim)])
 
     def grad_kernel(self, x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array:
         """`xᵀ·dy` in the layout of the kernel."""

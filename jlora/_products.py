@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._adapted import Adapted, Part, complete
 from ._axes import free_axes
 from ._compat import rebind
-from ._group import Form, GroupDims, KernelDims, Operands
+from ._group import Form, GroupDims, KernelDims, Operands, concatenate
 from ._linear import low_rank_product
 
 
@@ -145,8 +146,7 @@ def _as_matrices(
         a_list.append(factor_matrix(first, [*batch, *contract], shape))
         b = factor_matrix(second, [*batch, *free], shape)
         b_list.append(b if common is not None else part.scaling * b)
-    a = jnp.concatenate(a_list, axis=-1)
-    b = jnp.concatenate(b_list, axis=-1)
+    a, b = concatenate(a_list), concatenate(b_list)
     return a, b, 1.0 if common is None else common
 
 
@@ -165,9 +165,11 @@ def factor_matrix(
     factor: jax.Array, axes: Sequence[int], shape: tuple[int, ...]
 ) -> jax.Array:
     """Returns a factor with just `axes`, in that order and whole, and the rank."""
-    factor = jnp.squeeze(complete(factor, axes, shape), free_axes(len(shape), axes))
+    factor = complete(factor, axes, shape)
+    if absent := free_axes(len(shape), axes):
+        factor = lax.squeeze(factor, absent)
     kept = sorted(axes)
-    return jnp.transpose(factor, (*map(kept.index, axes), len(kept)))
+    return lax.transpose(factor, (*map(kept.index, axes), len(kept)))
 
 
 def _dot_general_any(eqn: Any, index: int, x: jax.Array, value: Adapted) -> jax.Array:
