@@ -28,7 +28,7 @@ from ._group import (
     dot,
     per_kernel,
 )
-from ._sharding import explicit_sharding
+from ._sharding import explicit_sharding, is_whole
 
 Contraction = Literal["factored", "merged", "auto"]
 Factors = tuple[jax.Array, jax.Array]
@@ -258,9 +258,9 @@ def choose(
     if contraction == "merged":
         return "merged"
     size = lambda array, axes: math.prod(array.shape[i] for i in axes)
-    features = max(size(x, dims.contract), 1)
-    tokens = x.size // features
-    outputs = [w.size // features for w in kernels]
+    features, shared = size(x, dims.contract), size(x, dims.batch)
+    tokens = x.size // max(features * shared, 1)
+    outputs = [w.size // max(features * shared, 1) for w in kernels]
     if contraction == "auto" and all(v.dtype == jnp.float32 for v in (x, *kernels)):
         # Formed twice, forward and backward: 4·r·m·k each against 2·n·r·(m + k).
         if all(tokens > 2 * features * k / (features + k) for k in outputs):
@@ -282,7 +282,7 @@ def _extended_pays(tokens: int, features: int) -> bool:
 
 def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
     """Whether rows can be appended: whole arrays, contracted last by first."""
-    if not _on_one_gpu() or dims.batch:
+    if not _on_one_gpu() or dims.batch or not all(map(is_whole, (x, *kernels))):
         return False
     n = len(dims.contract)
     if dims.contract != tuple(range(x.ndim - n, x.ndim)):

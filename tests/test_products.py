@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from case import adapt, check_gradients, check_values, make_case, randomized
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxpr_checks import materialized as formed
 from oracle import assert_close, random_like, reference, relative_error
 from uses import USES
@@ -122,6 +124,25 @@ def test_by_default_nothing_is_extended_on_cpus_or_merged(getkey: Any) -> None:
     params, inputs = use.make_params(getkey(), F32), use.make_inputs(getkey(), F32)
     found = forms(adapt(use, use.model), *use.arguments(params, inputs))
     assert set().union(*found.values()) == {("separate", 3)}
+
+
+@pytest.mark.parametrize("inside", ["explicit", "shard_map"])
+def test_extended_is_not_used_where_types_have_meshes(
+    inside: str, extended: None
+) -> None:
+    params, x = attention_like()
+    fn = lambda p, x: [x @ p[n] for n in "qkv"]
+    kind = AxisType.Explicit if inside == "explicit" else AxisType.Auto
+    with jax.set_mesh(jax.make_mesh((1,), ("d",), axis_types=(kind,))):
+        if inside == "shard_map":
+            specs = P(), P("d")
+            mapped = jax.shard_map(fn, in_specs=specs, out_specs=P("d"))
+        else:
+            mapped, (params, x) = fn, jax.device_put((params, x), P("d"))
+        lora, adapter = adapted(mapped, params, x)
+        assert set().union(*forms(lora, params, x).values()) == {("separate", 3)}
+        expected = fn(jlora.merge(params, adapter), x)
+        assert_close(jax.jit(lora.apply)(params, adapter, x), expected, 1e-5)
 
 
 @pytest.mark.parametrize("tokens", [64, 8192])
