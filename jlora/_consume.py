@@ -1,9 +1,9 @@
 """Rules for the operations that consume an adapted kernel and give a plain value.
 
-A rule has three parts. `roles(eqn, operand)` says which role each axis of the operand
+A rule has two parts. `roles(eqn, operand)` says which role each axis of the operand
 plays in this use: this is where the axes of a kernel are learnt. `supports` says
-whether the use stays factored once the roles of the kernel are settled. `run`
-evaluates it.
+whether the use stays factored once the roles of the kernel are settled. `EVALUATE` has
+what evaluates it; products are evaluated in groups, by `_products.run_products`.
 """
 
 import dataclasses
@@ -31,18 +31,12 @@ class ConsumeRule:
         roles: `(eqn, operand) -> roles` of the operand's axes, or None where the
             equation says nothing about them.
         supports: `(eqn, operand, roles of the value) -> bool`.
-        run: `(eqn, operands) -> [output]`.
     """
 
     kind: str
     operands: tuple[int, ...]
     roles: Callable[[Any, int], list[str] | None]
     supports: Callable[[Any, int, Roles], bool]
-    run: Callable[[Any, list[Any]], list[Any]]
-
-
-def _evaluated_in_groups(eqn: Any, operands: list[Any]) -> list[Any]:
-    raise AssertionError("products are evaluated by `_products.run_products`")
 
 
 # --- convolution ---
@@ -236,16 +230,15 @@ def add_rows(value: Adapted) -> jax.Array:
 
 CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
-        "dot_general",
-        (0, 1),
-        dot_roles,
-        lambda eqn, operand, roles: True,
-        _evaluated_in_groups,
+        "dot_general", (0, 1), dot_roles, lambda eqn, operand, roles: True
     ),
-    "conv_general_dilated": ConsumeRule(
-        "conv", (1,), _conv_roles, _conv_supports, _conv
-    ),
+    "conv_general_dilated": ConsumeRule("conv", (1,), _conv_roles, _conv_supports),
     "ragged_dot_general": ConsumeRule(
-        "ragged_dot", (1,), _ragged_roles, _ragged_supports, _ragged_dot
+        "ragged_dot", (1,), _ragged_roles, _ragged_supports
     ),
+}
+# `(eqn, operands) -> [output]`
+EVALUATE: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
+    "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
 }

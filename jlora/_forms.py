@@ -22,6 +22,7 @@ from ._group import (
     KernelDims,
     Layout,
     Operands,
+    as_laid_out,
     base_product,
     compute_dtype,
     concatenate,
@@ -216,7 +217,7 @@ def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
         highest = lax.Precision.HIGHEST
         delta = dot(a, b, contract, (batch, batch), wide, highest)
         layout = Layout.of(dims, one, operands.x, w)
-        delta = layout.like_kernel(delta, one.contract)
+        delta = as_laid_out(layout.like_kernel(delta, one.contract), w)
         kernels.append((w.astype(wide) + delta).astype(w.dtype))
     return kernels
 

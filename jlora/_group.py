@@ -126,11 +126,15 @@ def concatenate(pieces: Sequence[jax.Array]) -> jax.Array:
     return lax.concatenate(pieces, pieces[0].ndim - 1)
 
 
+def as_laid_out(value: jax.Array, other: jax.Array) -> jax.Array:
+    """Gives a value the sharding of another of its shape, on Explicit meshes."""
+    sharding = explicit_sharding(other)
+    return value if sharding is None else jax.sharding.reshard(value, sharding)
+
+
 def as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
     """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
-    gradient = lax.convert_element_type(gradient, primal.dtype)
-    sharding = explicit_sharding(primal)
-    return gradient if sharding is None else jax.sharding.reshard(gradient, sharding)
+    return as_laid_out(lax.convert_element_type(gradient, primal.dtype), primal)
 
 
 class Layout(NamedTuple):

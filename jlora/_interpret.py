@@ -11,7 +11,7 @@ from ._adapted import materialize
 from ._analyze import Program, Step
 from ._carry import CARRY
 from ._compat import equation_scope, is_literal, rebind
-from ._consume import CONSUME, add_rows
+from ._consume import EVALUATE, add_rows
 from ._control_flow import CONTROL_FLOW
 from ._products import run_products
 
@@ -63,7 +63,7 @@ def _evaluate(step: Step, read: Callable[[Any], Any], derive: str) -> Sequence[A
         return CONTROL_FLOW[name].run(eqn, step, values, deeper)
     with jax.named_scope("jlora"):
         if step.action == "consume":
-            return CONSUME[name].run(eqn, values)
+            return EVALUATE[name](eqn, values)
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":

@@ -151,6 +151,37 @@ def test_extended_pays_for_many_tokens(tokens: int, features: int) -> None:
     assert _forms._extended_pays(tokens, features) == (tokens > features)
 
 
+@pytest.mark.parametrize("replicate", [False, True])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_merged_on_a_mesh(kind: AxisType, replicate: bool) -> None:
+    params, x = attention_like()
+    fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
+    with jax.set_mesh(jax.make_mesh((2, 4), ("rows", "out"), axis_types=(kind,) * 2)):
+        params = jax.device_put(params, P(None, "out"))
+        x = jax.device_put(x, P("rows"))
+        lora, adapter = adapted(fn, params, x, contraction="merged")
+        places = jlora.shardings(params, adapter, replicate=replicate)
+        adapter = jax.device_put(adapter, places)
+        step = jax.jit(jax.value_and_grad(lora.apply, 1))
+        found = step(params, adapter, x)
+    whole = jax.tree.map(np.asarray, (params, adapter, x))
+    expected = jax.value_and_grad(lambda a: fn(jlora.merge(whole[0], a), whole[2]))
+    assert_close(*jax.tree.map(np.asarray, (found, expected(whole[1]))), 1e-4)
+
+
+def test_merged_inside_of_shard_map() -> None:
+    params, x = attention_like()
+    local = lambda p, x: [x @ p[n] for n in "qkv"]
+    with jax.set_mesh(jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))):
+        specs = P(), P("rows")
+        fn = jax.shard_map(local, in_specs=specs, out_specs=P("rows"))
+        lora, adapter = adapted(fn, params, x, contraction="merged")
+        loss = lambda a: sum(map(jnp.sum, map(jnp.tanh, lora.apply(params, a, x))))
+        found = jax.jit(jax.grad(loss))(adapter)
+    plain = lambda a: sum(map(jnp.sum, map(jnp.tanh, local(jlora.merge(params, a), x))))
+    assert_close(found, jax.grad(plain)(adapter), 1e-4)
+
+
 # --- contraction ---
 
 
