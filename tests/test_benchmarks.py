@@ -15,7 +15,7 @@ RUNS = {
     + SMALL,
     "inference": f"--rounds 1 --batch 2 --seq 8 --cache 8 --decode-steps 2 {SMALL}",
     "trace_time": "--layers 1 2 --d 32 --rounds 1 --compile-up-to 1",
-    "plan_scale": "--sizes 1B --modes scanned",
+    "plan_scale": "--sizes 1B 8B --modes scanned",
 }
 
 
