@@ -29,8 +29,14 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
 
 @pytest.fixture(scope="module")
 def fast_compile() -> Iterator[None]:
-    """Compiles with few optimizations: for tests that compile much and run little."""
+    """Compiles with few optimizations: for tests that compile much and run little.
+
+    Programs compiled before, in another module, are forgotten: two operations that a
+    test compares bit for bit must not be compiled in two ways.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
