@@ -252,15 +252,17 @@ def _rank_last(
 ) -> jax.Array:
     """The gradient of a factor, `(batch, free of wide, r)`, in float32 at least."""
     dtype = jnp.promote_types(dtype, jnp.float32)
-    if jax.default_backend() != "cpu":
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a
+        # 32-bit result: "Unsupported element type for DotThunk::Execute" (jax 0.12).
+        skinny, wide = skinny.astype(dtype), wide.astype(dtype)
+    if not on_cpu or batch[0]:  # with batch axes jax 0.10's XLA aborts on what follows
         pairs = (contract[1], contract[0]), (batch[1], batch[0])
         return dot(wide, skinny, *pairs, dtype, precision)
-    # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a
-    # 32-bit result: "Unsupported element type for DotThunk::Execute" (jax 0.12).
-    skinny, wide = skinny.astype(dtype), wide.astype(dtype)
     # It is two to four times as fast with the rank first, as long as it does not fold
     # the transpose of the small result into the product: hence the barrier.
     product = lax.optimization_barrier(
         dot(skinny, wide, contract, batch, dtype, precision)
     )
-    return jnp.moveaxis(product, len(batch[0]), -1)
+    return jnp.moveaxis(product, 0, -1)
