@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import RESULTS, table
+from timing import RESULTS, run_plot, table
 
 PAGE = Path(__file__).parent / "README.md"
 MARKERS = "<!-- results -->", "<!-- end of results -->"
@@ -45,13 +45,12 @@ def page(text: str) -> str:
 
 
 def _section(name: str, result: Json) -> Iterator[str]:
+    path = RESULTS / f"{name}-{result['machine']['platform']}.json"
     yield _machine(result["machine"])
     for run in result.get("runs", ()):
         yield f"{run['label']}, {run['rounds']} rounds"
         yield _times(run["seconds"], run["tokens"])
-        yield _plot(
-            RESULTS / f"{name}-{result['machine']['platform']}-{_file(run)}.png"
-        )
+        yield _plot(run_plot(path, run["label"]))
     for title, seconds in _seconds(result):
         yield title
         yield _times(seconds)
@@ -62,11 +61,7 @@ def _section(name: str, result: Json) -> Iterator[str]:
         yield _records(result["rows"])
     ratios = result.get("ratios", {}).items()
     yield "\n".join(f"* {key}: {ratio:.3f}" for key, ratio in ratios)
-    yield _plot(RESULTS / f"{name}-{result['machine']['platform']}.png")
-
-
-def _file(run: Json) -> str:
-    return run["label"].replace(",", "").replace(" ", "-")
+    yield _plot(path.with_suffix(".png"))
 
 
 def _machine(machine: Json) -> str:

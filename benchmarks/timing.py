@@ -110,6 +110,13 @@ def write(name: str, result: Mapping[str, Any], out: Path | None = None) -> Path
     return path
 
 
+def run_plot(path: Path, label: str) -> Path:
+    """Returns where the plot of one run lies beside its results' JSON."""
+    return path.with_name(
+        f"{path.stem}-{label.replace(', ', '-').replace(' ', '-')}.png"
+    )
+
+
 def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None:
     """Draws horizontal bars to a PNG file."""
     import matplotlib

@@ -34,6 +34,7 @@ from timing import (
     bars,
     interleave,
     machine,
+    run_plot,
     summarize,
     table,
     write,
@@ -213,10 +214,9 @@ def keep(run: Mapping[str, Any], out: Path) -> None:
     earlier = json.loads(path.read_text())["runs"] if path.exists() else []
     others = [each for each in earlier if each["label"] != run["label"]]
     path = write("train_step", {"runs": [*others, run]}, out)
-    label = run["label"].replace(", ", "-").replace(" ", "-")
     values = {name: each["median"] * 1e3 for name, each in run["seconds"].items()}
     title = f"A training step: {run['label']}, {run['machine']['device']}"
-    bars(path.with_name(f"{path.stem}-{label}.png"), title, values, "ms")
+    bars(run_plot(path, run["label"]), title, values, "ms")
 
 
 def main() -> None:
