@@ -9,8 +9,14 @@ from importlib import metadata as _metadata
 from ._axes import KernelAxes as KernelAxes
 from ._config import LoraConfig as LoraConfig
 from ._errors import AdapterError as AdapterError
+from ._errors import BaseMismatchError as BaseMismatchError
+from ._errors import CorruptFileError as CorruptFileError
+from ._errors import FormatVersionError as FormatVersionError
 from ._errors import MaterializationError as MaterializationError
+from ._errors import NonFiniteError as NonFiniteError
 from ._errors import TargetError as TargetError
+from ._errors import UnsafeFormatError as UnsafeFormatError
+from ._errors import UnsupportedFeatureError as UnsupportedFeatureError
 from ._factors import Adapter as Adapter
 from ._factors import LoraFactors as LoraFactors
 from ._factors import delta as delta

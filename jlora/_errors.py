@@ -19,3 +19,27 @@ class MaterializationError(ValueError):
 
 class AdapterError(ValueError):
     """An adapter does not belong to the params it is applied to or merged into."""
+
+
+class CorruptFileError(AdapterError):
+    """A file of an adapter is truncated, altered, or not what its format allows."""
+
+
+class UnsafeFormatError(AdapterError):
+    """A file is of a kind that jlora does not open, such as a pickle or a link."""
+
+
+class UnsupportedFeatureError(AdapterError):
+    """A file asks for something that jlora, or the profile it is saved for, lacks."""
+
+
+class FormatVersionError(AdapterError):
+    """A file was written in a format that is newer than this jlora."""
+
+
+class NonFiniteError(AdapterError):
+    """An adapter holds NaNs or infinities."""
+
+
+class BaseMismatchError(AdapterError):
+    """An adapter was trained beside other params than it is restored for."""

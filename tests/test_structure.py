@@ -20,9 +20,9 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _errors _init _memory _paths
-_config _factors _flops _sharding _trace
-_adapted _group _layout _match
+_axes _compat _errors _fuse _init _memory _paths _patterns
+_config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace _untrusted
+_adapted _families _group _layout _match _peft_configs _torch_layout
 _forms
 _linear
 _products
@@ -33,7 +33,9 @@ _discover _decide
 _interpret _targets
 _measure
 _plan
-_transform
+_base _transform
+_torch_params
+_peft_read _peft_whole _peft_write
 """.split()
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}

@@ -1,0 +1,160 @@
+"""The params that an adapter in a file belongs to, under both names of each leaf."""
+
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ._axes import KernelAxes
+from ._errors import AdapterError
+from ._paths import FlatParams
+from ._plan import Plan
+from ._rules import Binding, Names, bind
+from ._torch_layout import guess_axes
+from ._trace import is_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where a torch module is in the params: a slot of a leaf, at an index."""
+
+    path: str
+    slot: int
+    index: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The leaves of params, the roles of their axes, and their torch names.
+
+    Attributes:
+        params: the flattened params.
+        leaves: arrays or shapes by path.
+        known: the roles of the axes that a plan or an adapter tells.
+        uses: the primitives that consume each kernel, where a plan tells.
+        bindings: what the rules say of each path.
+    """
+
+    params: FlatParams
+    leaves: Mapping[str, Any]
+    known: Mapping[str, KernelAxes]
+    uses: Mapping[str, tuple[str, ...]]
+    bindings: Mapping[str, Binding]
+
+    @classmethod
+    def of(
+        cls,
+        params_or_plan: Any,
+        names: Names,
+        axes: Mapping[str, KernelAxes] | None = None,
+    ) -> "Base":
+        """Returns what is known of a params tree, or of that which a plan was made for.
+
+        Raises:
+            TypeError: if there are no arrays in it.
+        """
+        plan = params_or_plan if isinstance(params_or_plan, Plan) else None
+        flat = FlatParams.of(plan.params if plan else params_or_plan)
+        leaves = {p: leaf for p, leaf in flat.by_path().items() if is_array(leaf)}
+        if not leaves:
+            raise TypeError(
+                "jlora.peft takes the params, as arrays or shapes, or a plan of them; "
+                f"got {type(params_or_plan).__name__} without an array"
+            )
+        targets = plan.targets if plan else ()
+        known = {t.path: t.axes for t in targets if t.axes is not None}
+        uses = {t.path: tuple(use.primitive for use in t.uses) for t in targets}
+        bindings = bind(leaves, names)
+        return cls(flat, leaves, known | dict(axes or {}), uses, bindings)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Returns the shape of a leaf."""
+        return tuple(self.leaves[path].shape)
+
+    def axes(self, path: str, fan_in: int | None = None) -> KernelAxes:
+        """Returns the roles of a kernel's axes.
+
+        Raises:
+            AdapterError: if neither a plan nor the names of Flax tell them.
+        """
+        if path in self.known:
+            return self.known[path]
+        return guess_axes(path, self.shape(path), self.bindings[path], fan_in)
+
+    def is_kernel(self, path: str) -> bool:
+        """Returns whether a leaf may be adapted, as far as is known."""
+        if path in self.known:
+            return True
+        binding, last = self.bindings[path], path.rpartition("/")[2]
+        named = last in ("kernel", "embedding") or "experts" in binding.steps
+        return named and len(self.shape(path)) - binding.n_fields >= 2
+
+    def indices(self, path: str) -> list[tuple[int, ...]]:
+        """Returns every index along the batch axes that the names count."""
+        binding = self.bindings[path]
+        axes = self.known[path].batch if path in self.known else range(binding.n_fields)
+        counted = [self.shape(path)[i] for i in axes][: binding.n_fields]
+        return list(np.ndindex(*counted))
+
+    def fan_out(self, path: str, fan_in: int) -> int:
+        """Returns the number of outputs of a kernel, given that of its inputs."""
+        batch = math.prod(self.shape(path)[i] for i in self.axes(path, fan_in).batch)
+        return math.prod(self.shape(path)) // max(batch * fan_in, 1)
+
+    def value(self, path: str) -> np.ndarray | None:
+        """Returns the values of a leaf on the host, or None if it is abstract."""
+        leaf = self.leaves[path]
+        return None if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+
+    # --- from torch's names ---
+
+    @functools.cached_property
+    def _slots(self) -> tuple[dict[str, list[Home]], list[tuple[Any, str, int]]]:
+        fixed: dict[str, list[Home]] = defaultdict(list)
+        counted = []
+        for path, binding in self.bindings.items():
+            for number, slot in enumerate(binding.slots):
+                name = dataclasses.replace(
+                    slot, template=binding.parameter(slot.template)
+                )
+                if slot.fields:
+                    counted.append((name.pattern(), path, number))
+                else:
+                    fixed[name.template].append(Home(path, number, ()))
+        return fixed, counted
+
+    def homes(self, parameter: str) -> list[Home]:
+        """Returns where a torch parameter is; several if it is fused in torch alone."""
+        fixed, counted = self._slots
+        found = list(fixed.get(parameter, ()))
+        for pattern, path, number in counted:
+            if match := pattern.fullmatch(parameter):
+                found.append(Home(path, number, tuple(map(int, match.groups()))))
+        part = lambda home: self.bindings[home.path].slots[home.slot].part or 0
+        return sorted(found, key=part)
+
+    def names_of(self, path: str) -> Iterator[tuple[Home, str]]:
+        """Yields each place of a leaf, and torch's name of what is there."""
+        binding = self.bindings[path]
+        for index in self.indices(path):
+            for number, slot in enumerate(binding.slots):
+                home = Home(path, number, tuple(index))
+                yield home, binding.parameter(slot.module(index))
+
+
+def check_parts(base: Base, homes: list[Home], module: str) -> None:
+    """Raises unless the places of a module are one whole, or all of its parts."""
+    parts = [base.bindings[home.path].slots[home.slot].part for home in homes]
+    if parts in ([None], list(range(len(parts)))):
+        return
+    named = zip(homes, parts, strict=True)
+    told = ", ".join(f"{home.path!r} ({part})" for home, part in named)
+    raise AdapterError(
+        f"torch's {module!r} is made of {told}: the rules need to name one leaf, or "
+        "the parts 0, 1, … of which each is a leaf"
+    )

@@ -1,0 +1,112 @@
+"""Kernels that one side keeps together and the other apart: q, k and v; gate and up.
+
+Both directions are exact. Together, parts that share `a` have their `b` side by side;
+others have their `a` side by side and a block-diagonal `b`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The factors of one kernel as matrices: `a (in, rank)`, `b (rank, out)`."""
+
+    a: Array
+    b: Array
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The size of the axis that `a` and `b` share."""
+        return self.a.shape[1]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether both are zero, so that the kernel is not adapted at all."""
+        return not (self.a.any() or self.b.any())
+
+    def scaled_to(self, scaling: float) -> "Pair":
+        """Returns the same delta with another scaling; `b` takes the difference."""
+        if scaling == self.scaling:
+            return self
+        b = (self.b.astype(np.float64) * (self.scaling / scaling)).astype(self.b.dtype)
+        return Pair(self.a, b, scaling)
+
+    def padded_to(self, rank: int) -> "Pair":
+        """Returns the same delta with a larger rank; what is added stays zero."""
+        more = rank - self.rank
+        a = np.pad(self.a, ((0, 0), (0, more)))
+        return Pair(a, np.pad(self.b, ((0, more), (0, 0))), self.scaling)
+
+    def trimmed(self) -> "Pair":
+        """Returns the same delta without what `padded_to` adds; a rank is left."""
+        used = self.a.any(axis=0) | self.b.any(axis=1)
+        rank = max(int(np.flatnonzero(used).max(initial=0)) + 1, 1)
+        return Pair(self.a[:, :rank], self.b[:rank], self.scaling)
+
+
+def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
+    """Returns the factors of a kernel made of parts along its output axis.
+
+    Args:
+        parts: the factors of each; None for one that is not adapted.
+        widths: the number of outputs of each.
+
+    Example:
+        >>> one = Pair(np.ones((5, 2)), np.ones((2, 3)), 0.5)
+        >>> two = Pair(np.zeros((5, 1)), np.ones((1, 4)), 0.5)
+        >>> whole = join([one, None, two], [3, 2, 4])
+        >>> whole.a.shape, whole.b.shape
+        ((5, 3), (3, 9))
+    """
+    known = [part for part in parts if part is not None]
+    first = known[0]
+    known = [part.scaled_to(first.scaling) for part in known]
+    shared = all(np.array_equal(part.a, first.a) for part in known)
+    ranks = [first.rank] if shared else [part.rank for part in known]
+    b = np.zeros((sum(ranks), sum(widths)), first.b.dtype)
+    row, remaining = 0, iter(known)
+    for part, end, width in zip(parts, np.cumsum(widths), widths, strict=True):
+        if part is not None:
+            block = next(remaining).b
+            b[row : row + block.shape[0], end - width : end] = block
+            row += 0 if shared else block.shape[0]
+    a = first.a if shared else np.concatenate([part.a for part in known], axis=1)
+    return Pair(a, b, first.scaling)
+
+
+def split(whole: Pair, widths: Sequence[int]) -> list[Pair | None]:
+    """Returns the factors of each part of a kernel: what `join` would make it of.
+
+    None is a part whose `b` is zero beside others that are not.
+    """
+    blocks = np.split(whole.b, np.cumsum(widths)[:-1], axis=1)
+    rows = [block.any(axis=1) for block in blocks]
+    adapted = [row.any() for row in rows]
+    if not any(adapted):
+        return [Pair(whole.a, block, whole.scaling) for block in blocks]
+    if _is_block_diagonal(rows):
+        spans = [_span(row) for row in rows]
+    else:
+        spans = [slice(None)] * len(rows)
+    return [
+        Pair(whole.a[:, span], block[span], whole.scaling) if used else None
+        for span, block, used in zip(spans, blocks, adapted, strict=True)
+    ]
+
+
+def _is_block_diagonal(rows: Sequence[Array]) -> bool:
+    """Whether each row belongs to one block, and those of a block follow each other."""
+    owners = np.stack(rows).sum(axis=0)
+    order = [i for row in rows for i in np.flatnonzero(row)]
+    return bool((owners == 1).all()) and order == sorted(order)
+
+
+def _span(row: Array) -> slice:
+    used = np.flatnonzero(row)
+    return slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)

@@ -1,0 +1,161 @@
+"""Regular expressions from files, matched in bounded time.
+
+Python's own matcher backtracks: a pattern that a stranger chose can keep it busy for
+years. Here a pattern becomes a tree, and matching maps the set of positions where a
+node may begin to the set of positions where it may end, so that no position of the text
+is tried twice for the same node.
+
+References:
+    Thompson, Regular Expression Search Algorithm, Communications of the ACM, 1968.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+Positions = set[int]
+# From the text and the positions where a node begins to those where it ends.
+Node = Callable[[str, Positions], Positions]
+
+_LENGTH = 4000
+_DEPTH = 20
+_NESTED = 2  # repetitions within repetitions: each multiplies the time by the text
+
+_ATOM = re.compile(
+    r"\\[dDwWsS]|\\[^a-zA-Z0-9]|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\\[\](){}*+?|^$]"
+)
+_ANCHOR = re.compile(r"\^|\$|\\[bAZ]")
+_TIMES = re.compile(r"([*+?]|\{\d{1,2}\}|\{\d{0,2},\d{0,2}\})\??")
+_GROUP = re.compile(r"\((?:\?:|\?P<\w+>)?(?!\?)")
+
+
+@functools.lru_cache(maxsize=1024)
+def file_pattern(pattern: str) -> Callable[[str], bool]:
+    """Returns whether a whole text matches a regex from a file, as a function.
+
+    Characters, classes, groups, alternatives, anchors and repetitions are known; what
+    else Python has (references, lookaround, flags) is refused.
+
+    Raises:
+        ValueError: if the pattern is too long or too deep, or is not of that kind.
+
+    Example:
+        >>> chosen = file_pattern(r".*\\.(q|v)_proj")
+        >>> chosen("layers.0.q_proj"), chosen("layers.0.o_proj")
+        (True, False)
+        >>> file_pattern("(a+)+b")("a" * 200)
+        False
+    """
+    if len(pattern) > _LENGTH:
+        raise ValueError(f"the pattern {pattern[:60]!r}… is longer than {_LENGTH}")
+    node, end, _ = _alternatives(pattern, 0, 0)
+    if end < len(pattern):
+        raise _unknown(pattern, end)
+    return lambda text: len(text) in node(text, {0})
+
+
+class _Parsed(NamedTuple):
+    """A node, where its text ends, and how deep repetitions are nested in it."""
+
+    node: Node
+    end: int
+    nested: int
+
+
+def _unknown(pattern: str, at: int) -> ValueError:
+    return ValueError(
+        f"the pattern {pattern[:200]!r} has {pattern[at : at + 20]!r} at {at}, which "
+        "jlora does not match for files: only characters, classes, groups, "
+        "alternatives, anchors and repetitions"
+    )
+
+
+def _alternatives(pattern: str, at: int, depth: int) -> _Parsed:
+    if depth > _DEPTH:
+        raise ValueError(f"the pattern {pattern[:60]!r}… has too many nested groups")
+    branches = [_sequence(pattern, at, depth)]
+    while (at := branches[-1].end) < len(pattern) and pattern[at] == "|":
+        branches.append(_sequence(pattern, at + 1, depth))
+    nodes = [branch.node for branch in branches]
+    either = lambda text, begins: set().union(*(n(text, begins) for n in nodes))
+    return _Parsed(either, at, max(branch.nested for branch in branches))
+
+
+def _sequence(pattern: str, at: int, depth: int) -> _Parsed:
+    items: list[_Parsed] = []
+    while at < len(pattern) and pattern[at] not in "|)":
+        items.append(_repeated(pattern, _item(pattern, at, depth)))
+        at = items[-1].end
+    nodes = [item.node for item in items]
+    whole = lambda text, begins: functools.reduce(
+        lambda p, n: n(text, p), nodes, begins
+    )
+    return _Parsed(whole, at, max((item.nested for item in items), default=0))
+
+
+def _item(pattern: str, at: int, depth: int) -> _Parsed:
+    if found := _GROUP.match(pattern, at):
+        inside = _alternatives(pattern, found.end(), depth + 1)
+        if pattern[inside.end : inside.end + 1] != ")":
+            raise _unknown(pattern, at)
+        return inside._replace(end=inside.end + 1)
+    if found := _ANCHOR.match(pattern, at):
+        return _Parsed(_anchor(found[0]), found.end(), 0)
+    if found := _ATOM.match(pattern, at):
+        return _Parsed(_character(pattern, found[0]), found.end(), 0)
+    raise _unknown(pattern, at)
+
+
+def _character(pattern: str, atom: str) -> Node:
+    try:
+        matches = re.compile(atom).fullmatch
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern[:200]!r}: {error}") from error
+    return lambda text, begins: {
+        i + 1 for i in begins if i < len(text) and matches(text[i])
+    }
+
+
+def _anchor(anchor: str) -> Node:
+    matches = re.compile(anchor).match  # looks around, and takes no character
+    return lambda text, begins: {i for i in begins if matches(text, i)}
+
+
+def _repeated(pattern: str, item: _Parsed) -> _Parsed:
+    found = _TIMES.match(pattern, item.end)
+    if found is None:
+        return item
+    least, most = _times(found[1])
+    nested = item.nested + (most is None or most > 1)
+    if nested > _NESTED:
+        raise ValueError(f"the pattern {pattern[:200]!r} repeats repeated repetitions")
+    return _Parsed(_repetition(item.node, least, most), found.end(), nested)
+
+
+def _times(text: str) -> tuple[int, int | None]:
+    """Returns the least and the greatest number of repetitions.
+
+    >>> _times("+"), _times("{2}"), _times("{,3}")
+    ((1, None), (2, 2), (0, 3))
+    """
+    if text in "*+?":
+        return int(text == "+"), 1 if text == "?" else None
+    least, comma, most = text[1:-1].partition(",")
+    if not comma:
+        return int(least), int(least)
+    return int(least or 0), int(most) if most else None
+
+
+def _repetition(node: Node, least: int, most: int | None) -> Node:
+    def repeat(text: str, begins: Positions) -> Positions:
+        for _ in range(least):
+            begins = node(text, begins)
+        reached, new, times = set(begins), begins, least
+        while new and (most is None or times < most):
+            new = node(text, new) - reached
+            reached |= new
+            times += 1
+        return reached
+
+    return repeat

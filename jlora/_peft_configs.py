@@ -1,0 +1,61 @@
+"""The `LoraConfig`s that would choose the targets of an adapter from a file."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ._config import LoraConfig
+from ._factors import LoraFactors
+from ._paths import matching
+from ._peft_config import PeftConfig
+
+
+def configs_of(
+    entries: Mapping[str, Any], said: PeftConfig, paths: Sequence[str]
+) -> LoraConfig | tuple[LoraConfig, ...]:
+    """Returns one config, or one for each kind of target.
+
+    Args:
+        entries: the adapter.
+        said: what the file's config says.
+        paths: all leaves of the params.
+    """
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for path, entry in entries.items():
+        kinds.setdefault(_kind(entry), []).append(path)
+    configs = [_config(kind, own, said, paths) for kind, own in kinds.items()]
+    return configs[0] if len(configs) == 1 else tuple(configs)
+
+
+def _kind(entry: Any) -> tuple[Any, ...]:
+    if isinstance(entry, LoraFactors):
+        return entry.rank, entry.scaling, str(entry.a.dtype)
+    return (str(entry.dtype),)
+
+
+def _config(
+    kind: tuple[Any, ...], own: Sequence[str], said: PeftConfig, paths: Sequence[str]
+) -> LoraConfig:
+    target = _patterns(own, paths)
+    if len(kind) == 1:
+        return LoraConfig(target, full=True, dtype=kind[0])
+    rank, scaling, dtype = kind
+    known = {said.lora_alpha, *said.alpha_pattern.values()}
+    for rslora in (said.use_rslora, not said.use_rslora):
+        for alpha in (*sorted(known), scaling * (rank**0.5 if rslora else rank)):
+            config = LoraConfig(
+                target, rank=rank, alpha=float(alpha), rslora=rslora, dtype=dtype
+            )
+            if config.scaling == scaling:
+                return config
+    return LoraConfig(target, rank=rank, alpha=scaling * rank, dtype=dtype)
+
+
+def _patterns(own: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
+    """Returns patterns that match these paths and no other, short ones if they can."""
+    tails = dict.fromkeys("/".join(path.split("/")[-2:]) for path in own)
+    short = tuple(re.escape(tail) for tail in tails)
+    chosen = {path for pattern in short for path in matching(pattern, paths)}
+    if chosen == set(own):
+        return short
+    return tuple(f"^{re.escape(path)}$" for path in own)

@@ -1,0 +1,113 @@
+"""The keys of an `adapter_model.safetensors`: which tensor is what of which module."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from ._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
+
+PREFIX = "base_model.model."
+NAME_LIMIT = 512
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_embedding_A"
+    r"|lora_embedding_B)"
+)
+# Tensors of variants that jlora does not read yet, by what is in their names.
+_VARIANTS = {
+    "lora_magnitude_vector": "DoRA's magnitudes",
+    "lora_B.bias": "the bias of `lora_bias`",
+    "token_adapter.trainable_tokens_delta": "rows of `trainable_token_indices`",
+    "lora_E": "AdaLoRA's singular values",
+    "lora_diag": "KaSA's diagonal",
+    "lora_velora_embed": "VeLoRA's projections",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleTensors:
+    """The factors of one module as torch keeps them.
+
+    Attributes:
+        a: `lora_A.weight (rank, in, *window)`, or `lora_embedding_A (rank, rows)`.
+        b: `lora_B.weight (out, rank, 1, …)`, or `lora_embedding_B (features, rank)`.
+        is_table: whether they have the names of an embedding's.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    is_table: bool
+
+
+def sort_keys(
+    tensors: Mapping[str, np.ndarray], where: str
+) -> tuple[dict[str, ModuleTensors], dict[str, np.ndarray]]:
+    """Returns the factors by module, and what is trained whole by name.
+
+    Args:
+        tensors: the tensors by their keys in the file.
+        where: the name of the file, for messages.
+
+    Raises:
+        CorruptFileError: if a name is absurd.
+        UnsupportedFeatureError: if a tensor belongs to a variant that jlora has not.
+        AdapterError: if a factor lacks its partner, or they do not fit each other.
+    """
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    for key, tensor in zip(_names(tensors, where), tensors.values(), strict=True):
+        if found := _FACTOR.fullmatch(key):
+            factors.setdefault(found["module"], {})[found["kind"]] = tensor
+        else:
+            whole[key] = tensor
+    problems = [
+        p for module, kinds in factors.items() if (p := _problem(module, kinds))
+    ]
+    if problems:
+        raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
+    return {module: _tensors(kinds) for module, kinds in factors.items()}, whole
+
+
+def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
+    """Returns the keys without PEFT's prefix, which all or none of them have."""
+    odd = [k[:80] for k in tensors if len(k) > NAME_LIMIT or not k.isprintable()]
+    if odd:
+        raise CorruptFileError(f"{where}: the keys {odd[:3]} are no names of modules")
+    prefixed = [key for key in tensors if key.startswith(PREFIX)]
+    if prefixed and len(prefixed) < len(tensors):
+        others = sorted(set(tensors) - set(prefixed))
+        raise AdapterError(
+            f"{where}: {len(prefixed)} keys begin with {PREFIX!r} and {others[:3]} not"
+        )
+    variants = {
+        what: key for key in tensors for part, what in _VARIANTS.items() if part in key
+    }
+    if variants:
+        told = "; ".join(f"{what} ({key!r})" for what, key in variants.items())
+        raise UnsupportedFeatureError(f"{where} holds what jlora has not: {told}")
+    return [key.removeprefix(PREFIX) for key in tensors]
+
+
+_PAIRS = (
+    ("lora_A.weight", "lora_B.weight"),
+    ("lora_embedding_A", "lora_embedding_B"),
+)
+
+
+def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
+    if tuple(sorted(kinds)) not in _PAIRS:
+        return f"{module!r} has {sorted(kinds)}; it needs both factors, of one kind"
+    a, b = (kinds[kind] for kind in sorted(kinds))
+    conv = a.ndim > 2 and b.shape[2:] == (1,) * (a.ndim - 2)
+    if not (a.ndim == b.ndim and (a.ndim == 2 or conv) and a.size and b.size):
+        return f"{module!r} has factors of the shapes {a.shape} and {b.shape}"
+    if a.dtype != b.dtype:
+        return f"{module!r} has factors of the dtypes {a.dtype} and {b.dtype}"
+    return None
+
+
+def _tensors(kinds: Mapping[str, np.ndarray]) -> ModuleTensors:
+    a, b = (kinds[kind] for kind in sorted(kinds))
+    return ModuleTensors(a, b, "lora_embedding_A" in kinds)

@@ -1,0 +1,342 @@
+"""From the tensors of a PEFT adapter to a jlora adapter."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ._base import Base, Home, check_parts
+from ._errors import AdapterError, UnsupportedFeatureError
+from ._factors import LoraFactors
+from ._fuse import Pair, join, split
+from ._paths import nearest
+from ._peft_config import PeftConfig
+from ._peft_keys import ModuleTensors
+from ._rules import Binding
+from ._torch_layout import (
+    a_matrix,
+    b_matrix,
+    factors_from,
+    rope_order,
+    sizes,
+    unpack,
+)
+
+Index = tuple[int, ...]
+# The factors of a leaf: at each index along its batch axes, those of each slot.
+Pieces = dict[str, dict[Index, dict[int, Pair]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One module's factors, and the name by which patterns and rules know it."""
+
+    name: str
+    tensors: ModuleTensors
+
+
+def read_factors(
+    modules: Mapping[str, ModuleTensors], config: PeftConfig, base: Base, where: str
+) -> dict[str, LoraFactors]:
+    """Returns the factors by path.
+
+    Args:
+        modules: the factors by torch module, from `sort_keys`.
+        config: what the file's config says.
+        base: the params.
+        where: the name of the file, for messages.
+
+    Raises:
+        AdapterError: with everything that does not fit the params or the config.
+    """
+    reader = _Reader(config, base)
+    for found in parameters_of(modules, config, base):
+        reader.collect(lambda found=found: reader.place(found))
+    reader.check_selection()
+    adapter = {}
+    for path in base.leaves:
+        if path in reader.pieces:
+            reader.collect(
+                lambda path=path: adapter.update({path: reader.assemble(path)})
+            )
+    if reader.problems:
+        told = "\n".join(reader.problems[:50])
+        raise AdapterError(f"{where} does not fit the params:\n{told}")
+    return adapter
+
+
+def parameters_of(
+    modules: Mapping[str, ModuleTensors], config: PeftConfig, base: Base
+) -> list[Found]:
+    """Returns the factors by module or, for `target_parameters`, by parameter.
+
+    A module several of whose parameters are adapted is wrapped once for each, in the
+    order in which the module defines them: the last is outermost, and the others are
+    below `base_layer`.
+    """
+    wrapped: dict[str, dict[int, ModuleTensors]] = defaultdict(dict)
+    found = []
+    for module, tensors in modules.items():
+        inner = module
+        while inner.endswith(".base_layer"):
+            inner = inner.removesuffix(".base_layer")
+        if _parameters(inner, config, base):
+            wrapped[inner][(len(module) - len(inner)) // len(".base_layer")] = tensors
+        else:
+            found.append(Found(module, tensors))
+    for module, by_depth in wrapped.items():
+        names = _parameters(module, config, base)
+        if sorted(by_depth) != list(range(len(names))):
+            raise AdapterError(
+                f"{module!r} has factors for {len(by_depth)} parameters; the config "
+                f"names {names}"
+            )
+        order = [by_depth[depth] for depth in range(len(names))][::-1]
+        found += [Found(n, t) for n, t in zip(names, order, strict=True)]
+    return found
+
+
+def _parameters(module: str, config: PeftConfig, base: Base) -> list[str]:
+    """Returns the adapted parameters of a module, in the order of the rules."""
+    if not config.target_parameters:
+        return []
+    names: dict[str, int] = {}
+    for path, binding in base.bindings.items():
+        if "experts" in binding.steps:
+            for _, name in base.names_of(path):
+                if name.rpartition(".")[0] == module and config.selects_parameter(name):
+                    names.setdefault(name, binding.order)
+    return sorted(names, key=names.__getitem__)
+
+
+class _Reader:
+    """Collects the pieces of each leaf, and everything that does not fit."""
+
+    def __init__(self, config: PeftConfig, base: Base) -> None:
+        self.config = config
+        self.base = base
+        self.pieces: Pieces = {}
+        self.seen: set[str] = set()
+        self.problems: list[str] = []
+
+    def collect(self, act: Callable[[], Any]) -> None:
+        """Runs `act`; what it raises about the adapter is kept for one error."""
+        try:
+            act()
+        except UnsupportedFeatureError:
+            raise
+        except AdapterError as error:
+            self.problems.append(str(error))
+
+    # --- a module's factors go to their places ---
+
+    def place(self, found: Found) -> None:
+        """Takes the factors of one module apart into pieces of leaves."""
+        homes = self._homes(found)
+        binding = self.base.bindings[homes[0].path]
+        self.seen.add(found.name)
+        n = self._experts(binding)
+        if n is None:
+            pairs = [((), self._pair(found.name, binding, found.tensors))]
+        else:
+            a, b = found.tensors.a, found.tensors.b
+            if a.shape[0] % n or b.shape[1] % n:
+                raise AdapterError(
+                    f"{found.name!r}: {a.shape} and {b.shape} are no factors of {n} "
+                    "experts"
+                )
+            each = [
+                dataclasses.replace(found.tensors, a=x, b=y) for x, y in unpack(a, b, n)
+            ]
+            pairs = [
+                ((e,), self._pair(found.name, binding, t)) for e, t in enumerate(each)
+            ]
+        for expert, pair in pairs:
+            for home, part in zip(homes, self._parts(homes, pair), strict=True):
+                self._put(home, expert, part)
+
+    def _homes(self, found: Found) -> list[Home]:
+        name = found.name
+        homes = [
+            home
+            for home in self.base.homes(name) or self.base.homes(f"{name}.weight")
+            if "parameter" not in self.base.bindings[home.path].steps
+        ]
+        if not homes:
+            known = [n for p in self.base.bindings for _, n in self.base.names_of(p)]
+            raise AdapterError(
+                f"no leaf of the params is torch's {name!r}; the nearest that rules "
+                f"name: {nearest(name, known)}"
+            )
+        check_parts(self.base, homes, name)
+        for home in homes:
+            table = "embedding" in self.base.bindings[home.path].steps
+            if table != found.tensors.is_table and len(homes) == 1:
+                kinds = ("a kernel", "a table of rows that are looked up")
+                raise AdapterError(
+                    f"{name!r} is {kinds[found.tensors.is_table]} in the file and "
+                    f"{home.path!r} {kinds[table]}"
+                )
+        return homes
+
+    def _experts(self, binding: Binding) -> int | None:
+        """Returns the number of experts that a parameter packs, if it does."""
+        shape = self.base.shape(binding.path)
+        if "experts" not in binding.steps or len(shape) - binding.n_fields < 3:
+            return None
+        if binding.path in self.base.known:
+            batch = self.base.known[binding.path].batch
+            if len(batch) == binding.n_fields:
+                return None
+            return shape[batch[binding.n_fields]]
+        return shape[binding.n_fields]
+
+    def _pair(self, name: str, binding: Binding, tensors: ModuleTensors) -> Pair:
+        a, b = a_matrix(tensors.a), b_matrix(tensors.b)
+        plain = len(self.base.shape(binding.path)) == binding.n_fields + 2
+        if plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
+            a, b = b.T, a.T  # a parameter of two axes has no idea which is the input
+        if a.shape[1] != b.shape[0]:
+            raise AdapterError(
+                f"{name!r} has factors of the ranks {a.shape[1]} and {b.shape[0]}"
+            )
+        said = self.config.rank(name)
+        if a.shape[1] != said:
+            raise AdapterError(
+                f"{name!r} has factors of rank {a.shape[1]}, and the config says {said}"
+            )
+        return Pair(a, b, self.config.scaling(name, said))
+
+    def _parts(self, homes: list[Home], pair: Pair) -> list[Pair | None]:
+        if len(homes) == 1:
+            return [pair]
+        widths = [self.base.fan_out(home.path, pair.a.shape[0]) for home in homes]
+        if sum(widths) != pair.b.shape[1]:
+            told = [f"{h.path} {self.base.shape(h.path)}" for h in homes]
+            raise AdapterError(
+                f"{told} have {widths} outputs, and the module that they are parts of "
+                f"{pair.b.shape[1]}"
+            )
+        return split(pair, widths)
+
+    def _put(self, home: Home, expert: Index, pair: Pair | None) -> None:
+        if pair is None:
+            return
+        slots = self.pieces.setdefault(home.path, {}).setdefault(
+            home.index + expert, {}
+        )
+        slots[home.slot] = pair
+
+    # --- what the config selects, and what the file holds ---
+
+    def check_selection(self) -> None:
+        """Notes modules that the file adapts and the config does not, or vice versa."""
+        for name in sorted(self.seen):
+            if not (self.config.selects(name) or self.config.selects_parameter(name)):
+                self.problems.append(
+                    f"{name!r} has factors, and the config does not select it"
+                )
+        if self.config.all_linear:
+            return
+        for path, binding in self.base.bindings.items():
+            if self.base.is_kernel(path):
+                self._check_missing(path, binding)
+
+    def _check_missing(self, path: str, binding: Binding) -> None:
+        for _, name in self.base.names_of(path):
+            packed = "experts" in binding.steps
+            module = name if packed else name.removesuffix(f".{binding.leaf}")
+            selects = self.config.selects_parameter if packed else self.config.selects
+            if module not in self.seen and selects(module):
+                self.problems.append(
+                    f"the config selects {module!r} ({path!r}), and the file has no "
+                    "factors for it"
+                )
+
+    # --- from pieces to the factors of a leaf ---
+
+    def assemble(self, path: str) -> LoraFactors:
+        """Returns the factors of a leaf from those at each index and slot."""
+        pieces, binding = self.pieces[path], self.base.bindings[path]
+        shape = self.base.shape(path)
+        first = next(iter(next(iter(pieces.values())).values()))
+        axes = self.base.axes(path, first.a.shape[0])
+        fans = axes.fans(shape)
+        batch = sizes(shape, axes.batch)
+        pairs = {
+            index: self._whole(binding, slots, fans) for index, slots in pieces.items()
+        }
+        order = rope_order(binding, fans[1], sizes(shape, axes.out))
+        _check_fit(path, shape, fans, batch, pairs)
+        a, b, scaling = _stack(pairs, batch)
+        if order is not None:
+            b = b[..., np.argsort(order)]
+        if axes.in_ and "conv" in binding.steps and len(axes.in_) < 2:
+            raise AdapterError(f"{path!r} {shape} is no convolution's kernel")
+        return factors_from(a, b, axes, shape, scaling)
+
+    def _whole(
+        self, binding: Binding, slots: dict[int, Pair], fans: tuple[int, int]
+    ) -> Pair:
+        count = len(binding.slots)
+        if count == 1:
+            return slots[0]
+        widths = binding.widths(fans[1])
+        for number, pair in slots.items():
+            if pair.b.shape[1] != widths[number]:
+                raise AdapterError(
+                    f"{binding.path!r}: part {number} has {pair.b.shape[1]} outputs in "
+                    f"the file and {widths[number]} by the rule"
+                )
+        return join([slots.get(i) for i in range(count)], widths)
+
+
+def _check_fit(
+    path: str,
+    shape: tuple[int, ...],
+    fans: tuple[int, int],
+    batch: Index,
+    pairs: Mapping[Index, Pair],
+) -> None:
+    outside = sorted(set(pairs) - set(np.ndindex(batch)))
+    if outside:
+        raise AdapterError(
+            f"{path!r} {shape} has the batch axes {batch}; the file has factors for "
+            f"{outside[:5]} along them"
+        )
+    for index, pair in pairs.items():
+        given = (pair.a.shape[0], pair.b.shape[1])
+        if given != fans:
+            hint = "; they look transposed" if given == fans[::-1] else ""
+            at = f" at {index}" if index else ""
+            raise AdapterError(
+                f"{path!r} {shape}{at} maps {fans[0]} to {fans[1]}, and the factors in "
+                f"the file {given[0]} to {given[1]}{hint}"
+            )
+
+
+def _stack(
+    pairs: Mapping[Index, Pair], batch: Index
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Returns the stacked factors of all indices, and their common scaling.
+
+    Where the file has none, both factors are zero: no delta, and no gradient either.
+    Ranks are padded likewise, and where scalings differ `b` takes the difference.
+    """
+    if not batch:
+        (pair,) = pairs.values()
+        return pair.a, pair.b, pair.scaling
+    scaling = Counter(pair.scaling for pair in pairs.values()).most_common(1)[0][0]
+    rank = max(pair.rank for pair in pairs.values())
+    some = next(iter(pairs.values()))
+    none = Pair(np.zeros_like(some.a), np.zeros_like(some.b), scaling)
+    every = [
+        pairs.get(index, none).scaled_to(scaling).padded_to(rank)
+        if index in pairs
+        else Pair(none.a[:, :1], none.b[:1], scaling).padded_to(rank)
+        for index in np.ndindex(batch)
+    ]
+    a, b = np.stack([p.a for p in every]), np.stack([p.b for p in every])
+    return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:]), scaling

@@ -1,0 +1,173 @@
+"""Leaves that are trained whole, in a PEFT adapter: `modules_to_save` and biases."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._base import Base
+from ._errors import AdapterError
+from ._peft_config import PeftConfig
+from ._torch_params import leaf_from_torch, leaves_to_torch
+
+_BASE_LAYER = ".base_layer."
+
+
+def read_whole(
+    tensors: Mapping[str, np.ndarray],
+    adapted: Iterable[str],
+    config: PeftConfig,
+    base: Base,
+    where: str,
+) -> dict[str, np.ndarray]:
+    """Returns what is trained whole, by path.
+
+    Args:
+        tensors: the tensors that are no factors, by name.
+        adapted: the torch modules that have factors.
+        config: what the file's config says.
+        base: the params.
+        where: the name of the file, for messages.
+
+    Raises:
+        AdapterError: with each tensor that the config or the params do not explain, and
+            everything that the config promises and the file lacks.
+    """
+    plain = {name.replace(_BASE_LAYER, "."): t for name, t in tensors.items()}
+    extra = {
+        n.replace(_BASE_LAYER, ".") for n in tensors if n.endswith(".base_layer.weight")
+    }
+    problems, found = [], {}
+    for name in plain:
+        if name in extra:
+            problems += _base_problem(base, name, plain[name])
+        elif not (_is_saved(config, name) or _is_bias(config, name)):
+            problems.append(f"{name!r}: the config does not say that it is trained")
+        elif not base.homes(name):
+            problems.append(f"{name!r}: no leaf of the params has this name in torch")
+    for path in base.bindings:
+        names = [name for _, name in base.names_of(path)]
+        given = [name for name in names if name in plain and name not in extra]
+        if given and len(given) < len(names):
+            lacking = sorted(set(names) - set(given))
+            problems.append(f"{path!r} is there in part: {lacking[:3]} are missing")
+        elif given and not problems:
+            found[path] = leaf_from_torch(base, path, plain.__getitem__)
+    problems += _missing(plain, set(adapted), config, base)
+    if problems:
+        raise AdapterError(f"{where}: " + "\n".join(problems[:50]))
+    return found
+
+
+def _is_saved(config: PeftConfig, name: str) -> bool:
+    module = name.rpartition(".")[0] or name
+    return any(
+        module.endswith(saved) or re.match(rf"(.*\.)?{re.escape(saved)}(\..*)?$", name)
+        for saved in config.modules_to_save or ()
+    )
+
+
+def _is_bias(config: PeftConfig, name: str) -> bool:
+    return config.bias != "none" and name.rpartition(".")[2] == "bias"
+
+
+def _base_problem(base: Base, name: str, tensor: np.ndarray) -> list[str]:
+    """PEFT writes an adapted table along; it must be the one that the params have."""
+    homes = base.homes(name)
+    values = [base.value(home.path) for home in homes]
+    if len(homes) == 1 and values[0] is not None:
+        if np.array_equal(values[0].reshape(-1), tensor.reshape(-1)):
+            return []
+        return [f"{name!r}: the file's own weight is not that of {homes[0].path!r}"]
+    return [
+        f"{name!r}: the file holds a weight of the base, which cannot be compared with "
+        "the params; give them as arrays"
+    ]
+
+
+def _missing(
+    given: Mapping[str, Any], adapted: set[str], config: PeftConfig, base: Base
+) -> list[str]:
+    problems = [
+        f"`modules_to_save` names {saved!r}, and the file has nothing of it"
+        for saved in config.modules_to_save or ()
+        if not any(_is_saved(PeftConfig(modules_to_save=(saved,)), n) for n in given)
+    ]
+    if config.bias != "none":
+        for path, binding in base.bindings.items():
+            for _, name in base.names_of(path) if binding.leaf == "bias" else ():
+                wanted = config.bias == "all" or name.rpartition(".")[0] in adapted
+                if wanted and name not in given:
+                    problems.append(
+                        f"`bias` is {config.bias!r}, and {name!r} is missing"
+                    )
+    return problems
+
+
+# --- writing ---
+
+
+def write_whole(
+    entries: Mapping[str, np.ndarray], adapted: Sequence[str], base: Base
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the tensors by name, and the fields of the config that explain them.
+
+    Args:
+        entries: what is trained whole, by path.
+        adapted: the torch modules that have factors.
+        base: the params; of a module that is trained in part, the rest is written, too.
+
+    Raises:
+        AdapterError: if PEFT has no way to say what is trained.
+    """
+    if not entries:
+        return {}, {}
+    biases = {p for p in entries if base.bindings[p].leaf == "bias"}
+    module = lambda name: name.rpartition(".")[0]
+    names = lambda path: [name for _, name in base.names_of(path)]
+    others = [p for p in entries if p not in biases]
+    saved = sorted({module(n) for p in others for n in names(p)})
+    beside = {p for p in biases if all(module(n) in saved for n in names(p))}
+    kind = _bias_kind(biases - beside, set(adapted), base)
+    paths = [p for p in base.bindings if any(module(n) in saved for n in names(p))]
+    wrong = sorted(set(saved) & set(adapted))
+    if wrong:
+        raise AdapterError(f"torch's {wrong[:5]} are adapted and trained whole, too")
+    values = {p: entries.get(p, base.value(p)) for p in {*paths, *biases}}
+    abstract = sorted(p for p, value in values.items() if value is None)
+    if abstract:
+        raise AdapterError(
+            f"PEFT saves modules whole, so the file needs the values of {abstract[:5]} "
+            "as well; give the params as arrays"
+        )
+    ordered = [p for p in base.bindings if p in values]
+    known = {p: value for p, value in values.items() if value is not None}
+    tensors = leaves_to_torch(base, ordered, known.__getitem__)
+    wrapped = {f"{m}.bias" for m in adapted}
+    named = {
+        n.removesuffix("bias") + "base_layer.bias" if n in wrapped else n: t
+        for n, t in tensors.items()
+    }
+    fields: dict[str, Any] = {"bias": kind}
+    return named, fields | ({"modules_to_save": tuple(saved)} if saved else {})
+
+
+def _bias_kind(trained: set[str], adapted: set[str], base: Base) -> str:
+    """Returns PEFT's `bias` for the biases that are trained."""
+    if not trained:
+        return "none"
+    every = {p for p, binding in base.bindings.items() if binding.leaf == "bias"}
+    beside = {
+        path
+        for path in every
+        if any(name.removesuffix(".bias") in adapted for _, name in base.names_of(path))
+    }
+    if trained in (beside, every):
+        return "lora_only" if trained == beside else "all"
+    raise AdapterError(
+        "PEFT trains no bias, all of them, or those of adapted modules; here "
+        f"they are {sorted(trained)[:5]}. Of all, not "
+        f"trained: {sorted(every - trained)[:5]}; "
+        f"of adapted modules: {sorted(trained ^ beside)[:5]} differ"
+    )

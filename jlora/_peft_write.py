@@ -1,0 +1,299 @@
+"""From a jlora adapter to the tensors of a PEFT adapter, and what its config says."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._base import Base, Home, check_parts
+from ._config import LoraConfig
+from ._errors import AdapterError, UnsupportedFeatureError
+from ._factors import LoraFactors
+from ._fuse import Pair, join, split
+from ._peft_config import PeftConfig, exact_keys, exact_names
+from ._peft_keys import PREFIX
+from ._rules import Binding
+from ._torch_layout import (
+    factor_matrices,
+    lora_a,
+    lora_b,
+    pack_a,
+    pack_b,
+    rope_order,
+    sizes,
+)
+
+Index = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One torch module, or parameter, with its factors.
+
+    Attributes:
+        name: of the module or the parameter.
+        pairs: the factors; of each expert, for a parameter that packs experts.
+        binding: the rule of (one of) its leaves.
+        inputs: the input axes of the kernel, of a convolution its window and channels.
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+    binding: Binding
+    inputs: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its experts."""
+        return max(pair.rank for pair in self.pairs)
+
+    @property
+    def scaling(self) -> float:
+        """The scaling of its factors."""
+        return self.pairs[0].scaling
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether PEFT finds it by `target_parameters`."""
+        return "experts" in self.binding.steps
+
+
+def modules_of(factors: Mapping[str, LoraFactors], base: Base) -> list[Module]:
+    """Returns the torch modules that an adapter adapts, each with its own factors.
+
+    Of a stack, layers whose factors are zero are left out, and padded ranks trimmed:
+    so came those into being that a file had nothing for.
+
+    Raises:
+        AdapterError: if the names do not fit the axes.
+    """
+    parts: dict[str, dict[Home, list[Pair]]] = {}
+    for path, entry in factors.items():
+        for home, name, pair in _pieces(path, entry, base):
+            binding = base.bindings[path]
+            module = (
+                name if "experts" in binding.steps else name.removesuffix(".weight")
+            )
+            parts.setdefault(module, {}).setdefault(home, []).append(pair)
+    return [_module(name, places, factors, base) for name, places in parts.items()]
+
+
+def _pieces(
+    path: str, entry: LoraFactors, base: Base
+) -> Iterable[tuple[Home, str, Pair]]:
+    """Yields the factors of each slot at each index of a leaf; experts one by one."""
+    binding, axes = base.bindings[path], entry.axes
+    a, b = factor_matrices(entry)
+    order = rope_order(binding, b.shape[-1], sizes(entry.kernel_shape, axes.out))
+    b = b if order is None else b[..., order]
+    batch, n = a.shape[:-2], binding.n_fields
+    if len(batch) - n != ("experts" in binding.steps and len(batch) > n):
+        raise AdapterError(
+            f"{path!r} has {len(batch)} batch axes {batch}, and its module "
+            f"{binding.slots[0].template!r} counts {n} of them; name a {{field}} for "
+            "each in the rule"
+        )
+    for index in np.ndindex(batch):
+        pair = Pair(a[index], b[index], entry.scaling)
+        if n and pair.is_zero:
+            continue
+        pair = pair.trimmed() if n else pair
+        for number, part in enumerate(split_slots(pair, binding)):
+            if part is not None:
+                home = Home(path, number, index[:n])
+                slot = binding.slots[number].module(index[:n])
+                yield home, binding.parameter(slot), part
+
+
+def split_slots(pair: Pair, binding: Binding) -> list[Pair | None]:
+    """Returns the factors of each module that a leaf is made of."""
+    if len(binding.slots) == 1:
+        return [pair]
+    return split(pair, binding.widths(pair.b.shape[1]))
+
+
+def _module(
+    name: str,
+    places: Mapping[Home, list[Pair]],
+    factors: Mapping[str, LoraFactors],
+    base: Base,
+) -> Module:
+    home = next(iter(places))
+    binding, entry = base.bindings[home.path], factors[home.path]
+    inputs = sizes(entry.kernel_shape, entry.axes.in_)
+    _check_kind(name, binding, base)
+    if binding.slots[home.slot].part is None:
+        return Module(name, tuple(places[home]), binding, inputs)
+    homes = base.homes(binding.parameter(name))
+    check_parts(base, homes, name)
+    fan_in = places[home][0].a.shape[0]
+    widths = [base.fan_out(other.path, fan_in) for other in homes]
+    experts = range(max(map(len, places.values())))
+    pairs = [
+        join([places[h][e] if h in places else None for h in homes], widths)
+        for e in experts
+    ]
+    return Module(name, tuple(pairs), binding, inputs)
+
+
+def _check_kind(name: str, binding: Binding, base: Base) -> None:
+    """Refuses what PEFT would compute otherwise than jlora."""
+    uses = set(base.uses.get(binding.path, ()))
+    if "conv_general_dilated" in uses and "conv" not in binding.steps:
+        raise AdapterError(
+            f"{binding.path!r} is the kernel of a convolution; give its rule the "
+            'transform "conv"'
+        )
+    if "gather" in uses and "embedding" not in binding.steps:
+        raise AdapterError(
+            f"{binding.path!r} is a table that is looked up; give its rule the "
+            'transform "embedding"'
+        )
+
+
+# --- tensors ---
+
+
+def tensors_of(modules: Sequence[Module]) -> dict[str, np.ndarray]:
+    """Returns the factors under PEFT's keys."""
+    nested = _nesting(modules)
+    found: dict[str, np.ndarray] = {}
+    for module in modules:
+        pairs = [pair.padded_to(module.rank) for pair in module.pairs]
+        binding, inputs = module.binding, module.inputs
+        a = [lora_a(pair.a, binding, inputs) for pair in pairs]
+        b = [lora_b(pair.b, binding, inputs) for pair in pairs]
+        if "fan_in_fan_out" in binding.steps and module.is_parameter and len(a) == 1:
+            a, b = [b[0].T], [a[0].T]
+        keys = ("lora_A.weight", "lora_B.weight")
+        if "embedding" in binding.steps:
+            keys = ("lora_embedding_A", "lora_embedding_B")
+        place = PREFIX + nested.get(module.name, module.name)
+        found[f"{place}.{keys[0]}"] = pack_a(a) if len(a) > 1 else a[0]
+        found[f"{place}.{keys[1]}"] = pack_b(b) if len(b) > 1 else b[0]
+    return found
+
+
+def _nesting(modules: Sequence[Module]) -> dict[str, str]:
+    """Returns where PEFT puts the factors of parameters: the last is outermost."""
+    by_owner: dict[str, list[Module]] = {}
+    for module in modules:
+        if module.is_parameter:
+            by_owner.setdefault(module.name.rpartition(".")[0], []).append(module)
+    places = {}
+    for owner, several in by_owner.items():
+        ordered = sorted(several, key=lambda module: -module.binding.order)
+        for depth, module in enumerate(ordered):
+            places[module.name] = owner + ".base_layer" * depth
+    return places
+
+
+# --- the config ---
+
+
+def config_of(
+    modules: Sequence[Module], configs: Sequence[LoraConfig], base: Base
+) -> PeftConfig:
+    """Returns what the config has to say of the modules: ranks, alphas, names."""
+    rslora = bool(configs) and all(config.rslora for config in configs)
+    ranks = {module.name: module.rank for module in modules}
+    alphas = {m.name: _alpha(m.rank, m.scaling, configs, rslora) for m in modules}
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
+    plain = [m.name for m in modules if not m.is_parameter]
+    packed = sorted(m.name for m in modules if m.is_parameter)
+    return PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        target_modules=exact_names(plain, _kernel_modules(base)) if plain else None,
+        target_parameters=tuple(packed) or None,
+        rank_pattern=exact_keys({n: r for n, r in ranks.items() if r != rank}),
+        alpha_pattern=exact_keys({n: a for n, a in alphas.items() if a != alpha}),
+    )
+
+
+def _commonest(values: Iterable[Any], default: Any) -> Any:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def _kernel_modules(base: Base) -> list[str]:
+    return [
+        name.removesuffix(".weight")
+        for path, binding in base.bindings.items()
+        if binding.leaf == "weight" and "experts" not in binding.steps
+        for _, name in base.names_of(path)
+    ]
+
+
+def _alpha(
+    rank: int, scaling: float, configs: Sequence[LoraConfig], rslora: bool
+) -> float:
+    """Returns the alpha from which PEFT computes exactly this scaling."""
+    divisor = math.sqrt(rank) if rslora else rank
+    own = [c.alpha for c in configs if c.rank == rank and c.rslora == rslora]
+    guess = scaling * divisor
+    near = [
+        *own,
+        round(guess),
+        guess,
+        math.nextafter(guess, 0.0),
+        math.nextafter(guess, math.inf),
+    ]
+    return next((alpha for alpha in near if alpha / divisor == scaling), guess)
+
+
+# --- what vLLM takes ---
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def for_vllm(modules: Sequence[Module]) -> list[Module]:
+    """Returns the modules as vLLM loads them: one rank, one scaling, experts apart.
+
+    Ranks are padded with zeros, and `b` takes the difference of scalings; both leave
+    the deltas as they are.
+
+    Raises:
+        UnsupportedFeatureError: if vLLM would drop or misread a module.
+    """
+    wrong = [m.name for m in modules if "conv" in m.binding.steps]
+    if wrong:
+        raise UnsupportedFeatureError(
+            f"vLLM has no adapters of convolutions: {wrong[:5]}; merge them instead"
+        )
+    apart = [single for module in modules for single in _experts_apart(module)]
+    largest = max(module.rank for module in apart)
+    ranks = [rank for rank in _VLLM_RANKS if rank >= largest]
+    if not ranks:
+        raise UnsupportedFeatureError(
+            f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and {largest} is needed"
+        )
+    scaling = _commonest((module.scaling for module in apart), 1.0)
+    uniform = lambda pair: pair.scaled_to(scaling).padded_to(ranks[0])
+    return [dataclasses.replace(m, pairs=tuple(map(uniform, m.pairs))) for m in apart]
+
+
+def _experts_apart(module: Module) -> list[Module]:
+    if not module.is_parameter:
+        return [module]
+    owner, _, parameter = module.name.rpartition(".")
+    if parameter not in _VLLM_EXPERTS:
+        raise UnsupportedFeatureError(
+            f"vLLM knows experts as gate_up_proj and down_proj, not {module.name!r}"
+        )
+    names = _VLLM_EXPERTS[parameter]
+    steps = {k: v for k, v in module.binding.steps.items() if k != "experts"}
+    binding = dataclasses.replace(module.binding, steps=steps)
+    found = []
+    for number, pair in enumerate(module.pairs):
+        width = pair.b.shape[1] // len(names)
+        for name, part in zip(names, split(pair, [width] * len(names)), strict=True):
+            place = f"{owner}.{number}.{name}"
+            if part is not None:
+                found.append(Module(place, (part,), binding, module.inputs))
+    return found

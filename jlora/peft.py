@@ -1,0 +1,411 @@
+"""Adapters in the format of Hugging Face PEFT, and the weights of torch models.
+
+The door to safetensors: `load` and `save` read and write a folder with
+`adapter_config.json` and `adapter_model.safetensors`, as PEFT, transformers and vLLM
+do; `params_from_torch` and `params_to_torch` take the base itself through the same map
+of names. Files are not trusted: pickles and links are refused, every claim is checked
+before memory is taken, and each field of the config is honoured or refused by name.
+
+Example:
+    >>> import jax, jax.numpy as jnp, jlora, jlora.peft, tempfile
+    >>> params = {"params": {"query": {"kernel": jnp.ones((5, 7))}}}
+    >>> model = lambda params, x: x @ params["params"]["query"]["kernel"]
+    >>> config = jlora.LoraConfig("query", rank=2, alpha=6.0)
+    >>> adapter = jlora.lora(model, config).init(jax.random.key(0), params, jnp.ones(5))
+    >>> folder = tempfile.mkdtemp()
+    >>> jlora.peft.save(folder, params, adapter, config)
+    >>> found, loaded = jlora.peft.load(folder, params)
+    >>> found.rank, found.alpha, loaded["params/query/kernel"].a.shape
+    (2, 6.0, (5, 2))
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save as _serialize
+
+from ._base import Base
+from ._config import LoraConfig
+from ._errors import (
+    AdapterError,
+    CorruptFileError,
+    FormatVersionError,
+    NonFiniteError,
+    UnsupportedFeatureError,
+)
+from ._factors import Adapter, LoraFactors, PyTree
+from ._families import names as names
+from ._files import write_files
+from ._match import check_adapter
+from ._peft_config import PeftConfig, config_json, parse_config
+from ._peft_configs import configs_of
+from ._peft_keys import PREFIX, sort_keys
+from ._peft_read import read_factors
+from ._peft_whole import read_whole, write_whole
+from ._peft_write import config_of, for_vllm, modules_of, tensors_of
+from ._rules import Names, bind_all
+from ._rules import Rule as Rule
+from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
+from ._untrusted import check_header, parse_json, read_file
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+VERSION = 1
+MAX_BYTES = 4 << 30
+
+
+def load(
+    path: Any,
+    params_or_plan: PyTree,
+    names: Names = None,
+    *,
+    ignore: Collection[str] = (),
+    allow_nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[LoraConfig | tuple[LoraConfig, ...], Adapter]:
+    """Returns the config and the adapter of a PEFT folder.
+
+    Args:
+        path: the folder, or one of its two files.
+        params_or_plan: the params that the adapter is for, as arrays or shapes, or a
+            plan of a `jlora.lora` that adapts them. A plan knows the roles of all axes;
+            the params alone will do for kernels under Flax's names.
+        names: rules between paths and torch's modules, see `Rule` and `names`; None
+            for the mechanical map (`params/a/b/kernel` is `a.b`).
+        ignore: fields of the config that are done without, such as "lora_dropout".
+        allow_nonfinite: whether NaNs and infinities are taken.
+        max_bytes: the largest file that is read.
+
+    Returns:
+        The config, or several where targets differ, for `jlora.lora`; and the adapter,
+        with the values and dtypes of the file. Layers of a stack that the file does not
+        adapt have zeros in both factors: no delta, no gradient.
+
+    Raises:
+        UnsafeFormatError: if a file is a pickle or a link.
+        CorruptFileError: if a file is not what its format allows.
+        UnsupportedFeatureError: if it needs what jlora has not, by name.
+        NonFiniteError: if it holds NaNs or infinities.
+        AdapterError: with everything that does not fit the params.
+    """
+    folder = _folder(Path(path))
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    _check_present(folder)
+    text = read_file(config_file, 1 << 20)
+    config = parse_config(parse_json(text, str(config_file)), str(config_file), ignore)
+    tensors, metadata = _read_tensors(weights_file, max_bytes)
+    _check_seal(metadata, tensors, config, str(folder))
+    if not allow_nonfinite:
+        _check_finite(tensors, str(weights_file))
+    base = Base.of(params_or_plan, names)
+    modules, whole = sort_keys(tensors, str(weights_file))
+    factors = read_factors(modules, config, base, str(weights_file))
+    saved = read_whole(whole, modules, config, base, str(weights_file))
+    entries = {
+        p: e for p in base.leaves if (e := factors.get(p, saved.get(p))) is not None
+    }
+    adapter = jax.tree.map(_on_device, entries)
+    return configs_of(entries, config, list(base.params.paths)), adapter
+
+
+def save(
+    path: Any,
+    params_or_plan: PyTree,
+    adapter: Mapping[str, Any],
+    config: LoraConfig | Sequence[LoraConfig] = (),
+    names: Names = None,
+    *,
+    profile: str = "peft",
+    base_model: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes an adapter as a PEFT folder.
+
+    The same adapter gives the same bytes. Both files are written beside, read back and
+    renamed. On several hosts every process calls it, and the first one writes.
+
+    Args:
+        path: the folder.
+        params_or_plan: what the adapter was made for, as for `load`.
+        adapter: the factors by path, and arrays for what is trained whole.
+        config: the config, or configs, of the adapter: alphas are written as they were
+            given. Without it they are worked out from the scalings.
+        names: as for `load`.
+        profile: "peft", or "vllm" for what vLLM and tpu-inference load: one rank and
+            one alpha for all modules, experts apart, and nothing that they would drop.
+        base_model: the name of the base on the Hub, or its folder.
+        task_type: PEFT's, such as "CAUSAL_LM".
+        overwrite: whether an adapter that is there may be replaced.
+
+    Raises:
+        FileExistsError: if one is there and `overwrite` is False.
+        NonFiniteError: if the adapter holds NaNs or infinities.
+        UnsupportedFeatureError: if the profile lacks what the adapter needs.
+        AdapterError: if the adapter does not fit the params, or has no names.
+    """
+    if profile not in ("peft", "vllm"):
+        raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
+    entries = {p: jax.tree.map(_on_host, entry) for p, entry in adapter.items()}
+    factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}
+    arrays = {p: e for p, e in entries.items() if not isinstance(e, LoraFactors)}
+    base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
+    check_adapter(base.params, adapter)
+    bind_all(list(entries), names)
+    _check_finite(_named_arrays(entries), "the adapter")
+    modules = modules_of(factors, base)
+    whole, fields = write_whole(arrays, [m.name for m in modules], base)
+    if profile == "vllm":
+        _check_vllm(arrays)
+        modules = for_vllm(modules)
+    several = (config,) if isinstance(config, LoraConfig) else tuple(config)
+    said = dataclasses.replace(config_of(modules, several, base), **fields)
+    tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
+    fan = any("fan_in_fan_out" in m.binding.steps for m in modules)
+    files = {
+        WEIGHTS: _file_bytes(tensors, {m.name: m.scaling for m in modules}),
+        CONFIG: config_json(
+            said, fan_in_fan_out=fan, base_model=base_model, task_type=task_type
+        ),
+    }
+    if jax.process_index() == 0:
+        write_files(Path(path), files, overwrite=overwrite)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jlora.peft.save")
+
+
+def params_from_torch(
+    state_dict: Mapping[str, Any],
+    params_or_plan: PyTree,
+    names: Names = None,
+    *,
+    ignore: Collection[str] = (),
+) -> PyTree:
+    """Returns params with the weights of a torch model.
+
+    Args:
+        state_dict: NumPy arrays by torch's names; any mapping, such as one that reads a
+            tensor when it is asked for it.
+        params_or_plan: the params, as arrays or shapes, or a plan of them that knows
+            the roles of the kernels' axes.
+        names: as for `load`.
+        ignore: names of tensors, or how they end, that no leaf takes.
+
+    Returns:
+        A tree like the params, of NumPy arrays in the dtypes of the params.
+
+    Raises:
+        AdapterError: with every leaf without a rule or a tensor, every tensor without a
+            leaf, or the first that does not fit.
+
+    Example:
+        >>> import numpy as np, jlora.peft
+        >>> params = {"params": {"out": {"kernel": np.zeros((2, 3), np.float32)}}}
+        >>> weights = {"out.weight": np.arange(6.0).reshape(3, 2)}
+        >>> jlora.peft.params_from_torch(weights, params)["params"]["out"]["kernel"]
+        array([[0., 2., 4.],
+               [1., 3., 5.]], dtype=float32)
+    """
+    base = Base.of(params_or_plan, names)
+    bind_all(list(base.leaves), names)
+    wanted = {n: path for path in base.leaves for _, n in base.names_of(path)}
+    missing = [f"{n!r} ({path!r})" for n, path in wanted.items() if n not in state_dict]
+    if missing:
+        raise AdapterError(
+            f"the state dict lacks {len(missing)} tensors: {', '.join(missing[:10])}"
+        )
+    check_all_used(base, state_dict, ignore)
+    get = lambda name: np.asarray(state_dict[name])
+    new = {
+        path: leaf_from_torch(base, path, get).astype(leaf.dtype)
+        for path, leaf in base.leaves.items()
+    }
+    return base.params.replace(new)
+
+
+def params_to_torch(
+    params: PyTree, names: Names = None, *, plan: Any = None
+) -> dict[str, np.ndarray]:
+    """Returns the state dict of the torch model with these params.
+
+    Args:
+        params: the params, as arrays; merged ones, for example.
+        names: as for `load`.
+        plan: a plan that knows the roles of the kernels' axes, where they are in doubt.
+
+    Raises:
+        AdapterError: if a leaf has no rule, or its axes are in doubt.
+
+    Example:
+        >>> import numpy as np, jlora.peft
+        >>> params = {"params": {"out": {"kernel": np.zeros((2, 3), np.float32)}}}
+        >>> jlora.peft.params_to_torch(params)["out.weight"].shape
+        (3, 2)
+    """
+    known = {t.path: t.axes for t in plan.targets if t.axes} if plan else {}
+    base = Base.of(params, names, known)
+    bind_all(list(base.leaves), names)
+    value = lambda path: np.asarray(_on_host(base.leaves[path]))
+    return leaves_to_torch(base, base.leaves, value)
+
+
+# --- tensors and bytes ---
+
+_DTYPES = {
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+def _read_tensors(
+    file: Path, max_bytes: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    data, where = read_file(file, max_bytes), str(file)
+    header = check_header(data, where)
+    metadata = header.pop("__metadata__")
+    odd = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
+    if odd:
+        raise AdapterError(f"{where} has tensors of {odd}; adapters are {[*_DTYPES]}")
+    if not jax.config.read("jax_enable_x64"):
+        wide = [name for name, entry in header.items() if entry["dtype"] == "F64"]
+        if wide:
+            raise AdapterError(
+                f"{where} has float64 tensors, {wide[:3]}; enable `jax_enable_x64`"
+            )
+    try:
+        found = deserialize(data)
+    except SafetensorError as error:
+        raise CorruptFileError(f"{where} cannot be read: {error}") from error
+    tensors = {
+        name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
+        for name, t in found
+    }
+    return tensors, metadata
+
+
+def _file_bytes(
+    tensors: Mapping[str, np.ndarray], scalings: Mapping[str, float]
+) -> bytes:
+    """Returns the file, the same for the same tensors."""
+    # The library writes what memory holds, whatever the strides say.
+    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    seal = {"scaling": dict(scalings), "sha256": _digest(dense), "version": VERSION}
+    text = json.dumps(seal, sort_keys=True, separators=(",", ":"))
+    data = _serialize(dense, metadata={"format": "pt", "jlora": text})
+    # It also writes the metadata in an order of its own at each run.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+    packed = json.dumps(
+        {**ordered, **header}, separators=(",", ":"), ensure_ascii=False
+    )
+    head = packed.encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + data[end:]
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _check_seal(
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    where: str,
+) -> None:
+    """Compares the files with what jlora noted in them, if jlora wrote them."""
+    if "jlora" not in metadata:
+        return
+    seal = parse_json(metadata["jlora"].encode(), f"the metadata of {where}")
+    version = seal.get("version") if isinstance(seal, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CorruptFileError(f"{where}: jlora's metadata has the version {version!r}")
+    if version > VERSION:
+        raise FormatVersionError(
+            f"{where} has the format {version}, and this jlora reads up to {VERSION}; "
+            "install a newer jlora"
+        )
+    if seal.get("sha256") != _digest(tensors):
+        raise CorruptFileError(
+            f"{where}: the tensors are not those that were saved (their digest differs)"
+        )
+    scalings = seal.get("scaling")
+    if not isinstance(scalings, dict):
+        raise CorruptFileError(f"{where}: jlora's metadata has no scalings")
+    said = {name: config.scaling(name, config.rank(name)) for name in scalings}
+    changed = {n: (s, said[n]) for n, s in scalings.items() if s != said[n]}
+    if changed:
+        raise CorruptFileError(
+            f"{where}: {CONFIG} is not the one that was saved; scalings were and are "
+            f"{dict(list(changed.items())[:5])}"
+        )
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    bad = []
+    for name, tensor in tensors.items():
+        wrong = ~np.isfinite(tensor.astype(np.float32, copy=False))
+        if wrong.any():
+            first = tuple(int(i) for i in np.argwhere(wrong)[0])
+            bad.append(f"{name!r} has {int(wrong.sum())}, the first at {first}")
+    if bad:
+        raise NonFiniteError(
+            f"{where} has values that are NaN or infinite: {'; '.join(bad[:10])}"
+        )
+
+
+def _named_arrays(entries: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    leaves = jax.tree.leaves_with_path(dict(entries))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+
+
+def _check_vllm(arrays: Mapping[str, Any]) -> None:
+    if arrays:
+        raise UnsupportedFeatureError(
+            f"vLLM drops what is trained whole, {sorted(arrays)[:5]}; merge them "
+            "into the params instead"
+        )
+
+
+def _folder(path: Path) -> Path:
+    """Returns the folder; one of its files will do."""
+    if path.name in (CONFIG, WEIGHTS):
+        return path.parent
+    if path.suffix and not path.is_dir():
+        read_file(path, 0)  # says what is wrong with it
+    return path
+
+
+def _check_present(folder: Path) -> None:
+    missing = [n for n in (CONFIG, WEIGHTS) if not (folder / n).is_file()]
+    if missing:
+        unsafe = sorted(f.name for f in folder.glob("adapter_model.*"))
+        hint = f"; {unsafe} may run code when opened, and is not read" if unsafe else ""
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}{hint}")
+
+
+def _on_device(tensor: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.ascontiguousarray(tensor))
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """Returns a whole array, gathered from all hosts if need be."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
