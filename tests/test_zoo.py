@@ -82,6 +82,19 @@ class Subject:
     def reference_results(self) -> tuple[Any, Any]:
         return self.results(self.reference)
 
+    @cached_property
+    def true_gradients(self) -> Any:
+        """The gradient of the formed kernels, all in float32."""
+        assert self.built.exact is not None
+        run = relaxed(self.built.exact)
+
+        def exact(params: Any, adapter: Any, arrays: list[Any]) -> Any:
+            args, kwargs = self.arguments(arrays)
+            formed = with_kernels(self.built, params, adapter, jnp)
+            return run(formed, *args, **kwargs)
+
+        return self.results(exact)[1]
+
     def results(self, run: Callable[..., Any]) -> tuple[Any, Any]:
         """Outputs, and the gradient of a loss with respect to the adapter."""
         step = jax.jit(jax.grad(loss_of(run), argnums=1, has_aux=True))
@@ -145,8 +158,12 @@ def test_gradients_equal_those_of_the_formed_kernels(subject: Subject):
     _, grads = subject.factored_results
     _, expected = subject.reference_results
     assert_same_kind(grads, expected)
-    # In half precision both are roundings of the true gradient, layers apart.
-    assert_close(grads, expected, 5e-2 if subject.built.coarse else 1e-4)
+    if subject.built.coarse:
+        # Both are roundings of the true gradient, layers apart; how far they are off
+        # depends on the machine, which of them is nearer on chance.
+        assert_as_near(grads, expected, subject.true_gradients)
+    else:
+        assert_close(grads, expected, 1e-4)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -260,6 +277,19 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
             f"{path}: {np.linalg.norm(x - y)} from {np.linalg.norm(y)}, "
             f"at most {bound} allowed"
         )
+
+
+def assert_as_near(found: Any, reference: Any, truth: Any) -> None:
+    """As far from the truth as the reference is, for most leaves; far off for none."""
+
+    def errors(tree: Any) -> Any:
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(truth), strict=True)
+        return [np.linalg.norm(plain(x) - plain(y)) / norm(y) for x, y in pairs]
+
+    own, other = errors(found), errors(reference)
+    worst = dict(zip(named_leaves(found), own, strict=True))
+    assert max(own) <= 0.2, worst
+    assert np.median(own) <= 1.5 * np.median(other), (own, other)
 
 
 def distance(found: Any, base: Any) -> float:

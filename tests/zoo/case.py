@@ -24,7 +24,7 @@ class Built:
     Attributes:
         expected: the kernels that `target` chooses, by path.
         formed: those whose delta is formed by design (depthwise kernels).
-        coarse: it computes in half precision.
+        exact: the same function in float32, if this one computes in half precision.
         watched: shapes, besides those of the kernels, that no value may have.
     """
 
@@ -37,8 +37,13 @@ class Built:
     exclude: str | None = None
     rank: int = 2
     formed: frozenset[str] = frozenset()
-    coarse: bool = False
+    exact: Callable[..., Any] | None = None
     watched: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def coarse(self) -> bool:
+        """Whether it computes in half precision."""
+        return self.exact is not None
 
 
 @dataclass(frozen=True)

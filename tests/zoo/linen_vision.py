@@ -144,8 +144,9 @@ def vit(dtype: Any) -> Built:
     for i in range(2):
         expected |= under(f"params/attention_{i}", ATTENTION)
         expected |= {f"params/{n}_{i}/kernel": DENSE for n in ("grow", "shrink")}
-    tree, coarse = variables(model, images), dtype == jnp.bfloat16
-    return Built(model.apply, tree, (images,), expected, coarse=coarse)
+    exact = ViT(dtype=None).apply if dtype == jnp.bfloat16 else None
+    tree = variables(model, images)
+    return Built(model.apply, tree, (images,), expected, exact=exact)
 
 
 def resnet() -> Built:
