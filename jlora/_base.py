@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ._axes import KernelAxes
-from ._errors import AdapterError
+from ._errors import AdapterError, UnsupportedFeatureError
 from ._paths import FlatParams
 from ._plan import Plan
 from ._rules import Binding, Names, bind
@@ -36,7 +36,7 @@ class Base:
         params: the flattened params.
         leaves: arrays or shapes by path.
         known: the roles of the axes that a plan or an adapter tells.
-        uses: the primitives that consume each kernel, where a plan tells.
+        uses: the kinds of use of each kernel, where a plan tells.
         bindings: what the rules say of each path.
     """
 
@@ -68,7 +68,7 @@ class Base:
             )
         targets = plan.targets if plan else ()
         known = {t.path: t.axes for t in targets if t.axes is not None}
-        uses = {t.path: tuple(use.primitive for use in t.uses) for t in targets}
+        uses = {t.path: tuple(use.kind for use in t.uses) for t in targets}
         bindings = bind(leaves, names)
         return cls(flat, leaves, known | dict(axes or {}), uses, bindings)
 
@@ -93,6 +93,42 @@ class Base:
         binding, last = self.bindings[path], path.rpartition("/")[2]
         named = last in ("kernel", "embedding") or "experts" in binding.steps
         return named and len(self.shape(path)) - binding.n_fields >= 2
+
+    def check_use(self, path: str) -> None:
+        """Refuses a kernel that PEFT would use otherwise than the program does.
+
+        Raises:
+            UnsupportedFeatureError: if PEFT computes something else.
+            AdapterError: if its rule lacks a transform.
+        """
+        steps = self.bindings[path].steps
+        for kind in self.uses.get(path, ()):
+            if kind.startswith("conv, "):
+                raise UnsupportedFeatureError(
+                    f"{path!r} is the kernel of a convolution that PEFT gets wrong "
+                    f"({kind.removeprefix('conv, ')}): it drops dilations, mixes "
+                    "groups, and has no transposed ones; merge the adapter instead"
+                )
+            if kind == "conv" and "conv" not in steps:
+                raise AdapterError(
+                    f"{path!r} is the kernel of a convolution; give its rule the "
+                    'transform "conv"'
+                )
+        if "lookup" in self.uses.get(path, ()):
+            self._check_table(path)
+
+    def _check_table(self, path: str) -> None:
+        steps, uses = self.bindings[path].steps, self.uses[path]
+        if "embedding" not in steps:
+            raise AdapterError(
+                f"{path!r} is a table that is looked up; give its rule the transform "
+                '"embedding"'
+            )
+        if len(set(uses)) > 1 and "tied" not in steps:
+            raise AdapterError(
+                f"{path!r} is a table and a head; give its rule the transform "
+                '"tied(lm_head)", with the name of the head in torch'
+            )
 
     def indices(self, path: str) -> list[tuple[int, ...]]:
         """Returns every index along the batch axes that the names count."""

@@ -31,12 +31,14 @@ class ConsumeRule:
         roles: `(eqn, operand) -> roles` of the operand's axes, or None where the
             equation says nothing about them.
         supports: `(eqn, operand, roles of the value) -> bool`.
+        details: `eqn -> text` that the name of the use gets.
     """
 
     kind: str
     operands: tuple[int, ...]
     roles: Callable[[Any, int], list[str] | None]
     supports: Callable[[Any, int, Roles], bool]
+    details: Callable[[Any], str] = lambda eqn: ""
 
 
 # --- convolution ---
@@ -55,6 +57,18 @@ def _conv_roles(eqn: Any, operand: int) -> list[str] | None:
     out_feature = eqn.params["dimension_numbers"].rhs_spec[0]
     ndim = eqn.invars[1].aval.ndim
     return ["out" if i == out_feature else "in" for i in range(ndim)]
+
+
+def _conv_details(eqn: Any) -> str:
+    """Names what not every library's convolution has."""
+    groups = eqn.params["feature_group_count"]
+    strides = max(eqn.params["lhs_dilation"], default=1)
+    told = {
+        f", {groups} groups": groups > 1,
+        ", dilated": max(eqn.params["rhs_dilation"], default=1) > 1,
+        ", fractionally strided": strides > 1,
+    }
+    return "".join(text for text, holds in told.items() if holds)
 
 
 def _conv_supports(eqn: Any, operand: int, roles: Roles) -> bool:
@@ -232,7 +246,9 @@ CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
         "dot_general", (0, 1), dot_roles, lambda eqn, operand, roles: True
     ),
-    "conv_general_dilated": ConsumeRule("conv", (1,), _conv_roles, _conv_supports),
+    "conv_general_dilated": ConsumeRule(
+        "conv", (1,), _conv_roles, _conv_supports, _conv_details
+    ),
     "ragged_dot_general": ConsumeRule(
         "ragged_dot", (1,), _ragged_roles, _ragged_supports
     ),

@@ -120,7 +120,8 @@ class Decision(Analysis):
             roles = self._roles(view)
             if roles is None or not rule.supports(eqn, operand, roles):
                 return []
-            kinds.append(_kind(rule.kind, rule.roles(eqn, operand), roles))
+            kind = rule.kind + rule.details(eqn)
+            kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
         return kinds
 
     def _carried(self, eqn: Any, views: list[Views]) -> list[Views] | None:

@@ -3,7 +3,7 @@
 Python's own matcher backtracks: a pattern that a stranger chose can keep it busy for
 years. Here a pattern becomes a tree, and matching maps the set of positions where a
 node may begin to the set of positions where it may end, so that no position of the text
-is tried twice for the same node.
+is tried twice for the same node; and the steps are counted.
 
 References:
     Thompson, Regular Expression Search Algorithm, Communications of the ACM, 1968.
@@ -15,12 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 Positions = set[int]
-# From the text and the positions where a node begins to those where it ends.
-Node = Callable[[str, Positions], Positions]
-
-_LENGTH = 4000
+_LENGTH = 1 << 15  # the names of some hundreds of modules
 _DEPTH = 20
 _NESTED = 2  # repetitions within repetitions: each multiplies the time by the text
+_STEPS = 50_000  # a usual pattern takes some hundreds
 
 _ATOM = re.compile(
     r"\\[dDwWsS]|\\[^a-zA-Z0-9]|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\\[\](){}*+?|^$]"
@@ -30,7 +28,6 @@ _TIMES = re.compile(r"([*+?]|\{\d{1,2}\}|\{\d{0,2},\d{0,2}\})\??")
 _GROUP = re.compile(r"\((?:\?:|\?P<\w+>)?(?!\?)")
 
 
-@functools.lru_cache(maxsize=1024)
 def file_pattern(pattern: str) -> Callable[[str], bool]:
     """Returns whether a whole text matches a regex from a file, as a function.
 
@@ -38,7 +35,8 @@ def file_pattern(pattern: str) -> Callable[[str], bool]:
     else Python has (references, lookaround, flags) is refused.
 
     Raises:
-        ValueError: if the pattern is too long or too deep, or is not of that kind.
+        ValueError: if the pattern is too long or too deep, or is not of that kind; the
+            function does if it takes too many steps.
 
     Example:
         >>> chosen = file_pattern(r".*\\.(q|v)_proj")
@@ -49,10 +47,38 @@ def file_pattern(pattern: str) -> Callable[[str], bool]:
     """
     if len(pattern) > _LENGTH:
         raise ValueError(f"the pattern {pattern[:60]!r}… is longer than {_LENGTH}")
+    return (_few if len(pattern) > 500 else _many)(pattern)
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
     node, end, _ = _alternatives(pattern, 0, 0)
     if end < len(pattern):
         raise _unknown(pattern, end)
-    return lambda text: len(text) in node(text, {0})
+
+    def matches(text: str) -> bool:
+        return len(text) in node(_Counted(text), {0})
+
+    return matches
+
+
+# Bounded by what they hold: a node takes some hundred bytes.
+_few = functools.lru_cache(maxsize=8)(_matcher)
+_many = functools.lru_cache(maxsize=4096)(_matcher)
+
+
+class _Counted(str):
+    """A text that counts the steps of its matching."""
+
+    left = _STEPS
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise ValueError(f"a pattern takes too long to match {str(self)[:200]!r}")
+
+
+# From the text and the positions where a node begins to those where it ends.
+Node = Callable[[_Counted, Positions], Positions]
 
 
 class _Parsed(NamedTuple):
@@ -88,9 +114,14 @@ def _sequence(pattern: str, at: int, depth: int) -> _Parsed:
         items.append(_repeated(pattern, _item(pattern, at, depth)))
         at = items[-1].end
     nodes = [item.node for item in items]
-    whole = lambda text, begins: functools.reduce(
-        lambda p, n: n(text, p), nodes, begins
-    )
+
+    def whole(text: _Counted, begins: Positions) -> Positions:
+        for node in nodes:
+            if not begins:
+                break
+            begins = node(text, begins)
+        return begins
+
     return _Parsed(whole, at, max((item.nested for item in items), default=0))
 
 
@@ -112,14 +143,22 @@ def _character(pattern: str, atom: str) -> Node:
         matches = re.compile(atom).fullmatch
     except re.error as error:
         raise ValueError(f"the pattern {pattern[:200]!r}: {error}") from error
-    return lambda text, begins: {
-        i + 1 for i in begins if i < len(text) and matches(text[i])
-    }
+
+    def character(text: _Counted, begins: Positions) -> Positions:
+        text.spend(len(begins) + 1)
+        return {i + 1 for i in begins if i < len(text) and matches(text[i])}
+
+    return character
 
 
 def _anchor(anchor: str) -> Node:
     matches = re.compile(anchor).match  # looks around, and takes no character
-    return lambda text, begins: {i for i in begins if matches(text, i)}
+
+    def between(text: _Counted, begins: Positions) -> Positions:
+        text.spend(len(begins) + 1)
+        return {i for i in begins if matches(text, i)}
+
+    return between
 
 
 def _repeated(pattern: str, item: _Parsed) -> _Parsed:
@@ -127,6 +166,8 @@ def _repeated(pattern: str, item: _Parsed) -> _Parsed:
     if found is None:
         return item
     least, most = _times(found[1])
+    if most is not None and most < least:
+        raise ValueError(f"the pattern {pattern[:200]!r} has {found[1]!r}")
     nested = item.nested + (most is None or most > 1)
     if nested > _NESTED:
         raise ValueError(f"the pattern {pattern[:200]!r} repeats repeated repetitions")
@@ -148,9 +189,11 @@ def _times(text: str) -> tuple[int, int | None]:
 
 
 def _repetition(node: Node, least: int, most: int | None) -> Node:
-    def repeat(text: str, begins: Positions) -> Positions:
+    def repeat(text: _Counted, begins: Positions) -> Positions:
         for _ in range(least):
-            begins = node(text, begins)
+            before, begins = begins, node(text, begins)
+            if begins == before:
+                break  # it stays so
         reached, new, times = set(begins), begins, least
         while new and (most is None or times < most):
             new = node(text, new) - reached

@@ -112,7 +112,7 @@ class PeftConfig:
 def _named(patterns: str | tuple[str, ...], name: str) -> bool:
     """Whether a regex matches a whole name, or a list holds it or the end of it."""
     if isinstance(patterns, str):
-        return file_pattern(patterns)(name)
+        return _matches(patterns, name)
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
@@ -128,7 +128,14 @@ def _resolve(field: str, patterns: Mapping[str, Any], module: str, default: Any)
 
 
 def _ends_with(key: str, module: str) -> bool:
-    return file_pattern(rf"(.*\.)?({key})$")(module)
+    return _matches(rf"(.*\.)?({key})$", module)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return file_pattern(pattern)(name)
+    except ValueError as error:
+        raise UnsupportedFeatureError(f"the config: {error}") from error
 
 
 # --- reading ---

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -88,6 +89,15 @@ def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
         told = "; ".join(f"{what} ({key!r})" for what, key in variants.items())
         raise UnsupportedFeatureError(f"{where} holds what jlora has not: {told}")
     return [key.removeprefix(PREFIX) for key in tensors]
+
+
+def warn_of_doubling(module: str) -> None:
+    """Says that PEFT 0.21 computes something else for the output of an attention."""
+    warnings.warn(
+        f"PEFT up to 0.21 adds the delta of {module!r} twice, its gradient once "
+        "(huggingface/peft#3774); jlora adds it once",
+        stacklevel=2,
+    )
 
 
 _PAIRS = (

@@ -13,7 +13,7 @@ from ._factors import LoraFactors
 from ._fuse import Pair, join, split
 from ._paths import nearest
 from ._peft_config import PeftConfig
-from ._peft_keys import ModuleTensors
+from ._peft_keys import ModuleTensors, warn_of_doubling
 from ._rules import Binding
 from ._torch_layout import (
     a_matrix,
@@ -31,10 +31,18 @@ Pieces = dict[str, dict[Index, dict[int, Pair]]]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One module's factors, and the name by which patterns and rules know it."""
+    """One module's factors.
+
+    Attributes:
+        name: the name by which rules know it.
+        tensors: the factors.
+        owner: the name by which the config knows it: its own, or that of the attention
+            that brings it along.
+    """
 
     name: str
     tensors: ModuleTensors
+    owner: str
 
 
 def read_factors(
@@ -52,7 +60,11 @@ def read_factors(
         AdapterError: with everything that does not fit the params or the config.
     """
     reader = _Reader(config, base)
-    for found in parameters_of(modules, config, base):
+    every = parameters_of(modules, config, base)
+    heads = _tied_heads(every, config, base)
+    for found in every:
+        if found.name in heads:
+            continue
         reader.collect(lambda found=found: reader.place(found))
     reader.check_selection()
     adapter = {}
@@ -85,7 +97,11 @@ def parameters_of(
         if _parameters(inner, config, base):
             wrapped[inner][(len(module) - len(inner)) // len(".base_layer")] = tensors
         else:
-            found.append(Found(module, tensors))
+            outer, _, inside = module.partition(".base_layer.")
+            name = f"{outer}.{inside}" if inside else module
+            if inside:
+                warn_of_doubling(name)
+            found.append(Found(name, tensors, outer))
     for module, by_depth in wrapped.items():
         names = _parameters(module, config, base)
         if sorted(by_depth) != list(range(len(names))):
@@ -94,7 +110,7 @@ def parameters_of(
                 f"names {names}"
             )
         order = [by_depth[depth] for depth in range(len(names))][::-1]
-        found += [Found(n, t) for n, t in zip(names, order, strict=True)]
+        found += [Found(n, t, n) for n, t in zip(names, order, strict=True)]
     return found
 
 
@@ -111,6 +127,36 @@ def _parameters(module: str, config: PeftConfig, base: Base) -> list[str]:
     return sorted(names, key=names.__getitem__)
 
 
+def _tied_heads(every: list[Found], config: PeftConfig, base: Base) -> set[str]:
+    """Returns the modules that repeat the factors of a table, which jlora has once.
+
+    Raises:
+        UnsupportedFeatureError: if the two differ, or only the lookup is adapted.
+    """
+    by_name = {found.name: found.tensors for found in every}
+    heads = set()
+    for path, binding in base.bindings.items():
+        head, table = binding.steps.get("tied"), by_name.get(binding.slots[0].template)
+        if head is None or not (table or head in by_name):
+            continue
+        other = by_name.get(head)
+        same = (
+            table is not None
+            and other is not None
+            and np.array_equal(other.a, table.b.T)
+            and np.array_equal(other.b, table.a.T)
+        )
+        if not (config.ensure_weight_tying and same):
+            raise UnsupportedFeatureError(
+                f"{path!r} is a table and torch's {head!r}, which have one delta in "
+                f"jlora; the file adapts {'both, unlike' if other and table else 'one'}"
+                ". Train it in PEFT with `ensure_weight_tying=True`, never one "
+                "alone, or load it into params that are not tied"
+            )
+        heads.add(head)
+    return heads
+
+
 class _Reader:
     """Collects the pieces of each leaf, and everything that does not fit."""
 
@@ -118,7 +164,7 @@ class _Reader:
         self.config = config
         self.base = base
         self.pieces: Pieces = {}
-        self.seen: set[str] = set()
+        self.seen: dict[str, str] = {}
         self.problems: list[str] = []
 
     def collect(self, act: Callable[[], Any]) -> None:
@@ -136,10 +182,11 @@ class _Reader:
         """Takes the factors of one module apart into pieces of leaves."""
         homes = self._homes(found)
         binding = self.base.bindings[homes[0].path]
-        self.seen.add(found.name)
+        self.seen[found.name] = found.owner
+        self.base.check_use(binding.path)
         n = self._experts(binding)
         if n is None:
-            pairs = [((), self._pair(found.name, binding, found.tensors))]
+            pairs = [((), self._pair(found, binding, found.tensors))]
         else:
             a, b = found.tensors.a, found.tensors.b
             if a.shape[0] % n or b.shape[1] % n:
@@ -150,9 +197,7 @@ class _Reader:
             each = [
                 dataclasses.replace(found.tensors, a=x, b=y) for x, y in unpack(a, b, n)
             ]
-            pairs = [
-                ((e,), self._pair(found.name, binding, t)) for e, t in enumerate(each)
-            ]
+            pairs = [((e,), self._pair(found, binding, t)) for e, t in enumerate(each)]
         for expert, pair in pairs:
             for home, part in zip(homes, self._parts(homes, pair), strict=True):
                 self._put(home, expert, part)
@@ -161,7 +206,8 @@ class _Reader:
         name = found.name
         homes = [
             home
-            for home in self.base.homes(name) or self.base.homes(f"{name}.weight")
+            for leaf in ("", ".weight", ".in_proj_weight")
+            for home in self.base.homes(name + leaf)
             if "parameter" not in self.base.bindings[home.path].steps
         ]
         if not homes:
@@ -193,21 +239,26 @@ class _Reader:
             return shape[batch[binding.n_fields]]
         return shape[binding.n_fields]
 
-    def _pair(self, name: str, binding: Binding, tensors: ModuleTensors) -> Pair:
-        a, b = a_matrix(tensors.a), b_matrix(tensors.b)
+    def _pair(self, found: Found, binding: Binding, tensors: ModuleTensors) -> Pair:
+        name, a, b = found.name, a_matrix(tensors.a), b_matrix(tensors.b)
         plain = len(self.base.shape(binding.path)) == binding.n_fields + 2
         if plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
             a, b = b.T, a.T  # a parameter of two axes has no idea which is the input
+        if tensors.a.ndim > 2 and a.shape[1] != b.shape[0]:
+            raise UnsupportedFeatureError(
+                f"{name!r} is a convolution with groups: PEFT's factors of ranks "
+                f"{a.shape[1]} and {b.shape[0]} cross them, and it cannot merge them"
+            )
         if a.shape[1] != b.shape[0]:
             raise AdapterError(
                 f"{name!r} has factors of the ranks {a.shape[1]} and {b.shape[0]}"
             )
-        said = self.config.rank(name)
+        said = self.config.rank(found.owner)
         if a.shape[1] != said:
             raise AdapterError(
                 f"{name!r} has factors of rank {a.shape[1]}, and the config says {said}"
             )
-        return Pair(a, b, self.config.scaling(name, said))
+        return Pair(a, b, self.config.scaling(found.owner, said))
 
     def _parts(self, homes: list[Home], pair: Pair) -> list[Pair | None]:
         if len(homes) == 1:
@@ -227,14 +278,16 @@ class _Reader:
         slots = self.pieces.setdefault(home.path, {}).setdefault(
             home.index + expert, {}
         )
+        if home.slot in slots:
+            raise AdapterError(f"{home.path!r} has factors under two names in the file")
         slots[home.slot] = pair
 
     # --- what the config selects, and what the file holds ---
 
     def check_selection(self) -> None:
         """Notes modules that the file adapts and the config does not, or vice versa."""
-        for name in sorted(self.seen):
-            if not (self.config.selects(name) or self.config.selects_parameter(name)):
+        for name, owner in sorted(self.seen.items()):
+            if not (self.config.selects(owner) or self.config.selects_parameter(name)):
                 self.problems.append(
                     f"{name!r} has factors, and the config does not select it"
                 )
@@ -247,7 +300,7 @@ class _Reader:
     def _check_missing(self, path: str, binding: Binding) -> None:
         for _, name in self.base.names_of(path):
             packed = "experts" in binding.steps
-            module = name if packed else name.removesuffix(f".{binding.leaf}")
+            module = name if packed else name.rpartition(".")[0]
             selects = self.config.selects_parameter if packed else self.config.selects
             if module not in self.seen and selects(module):
                 self.problems.append(

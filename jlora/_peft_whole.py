@@ -35,29 +35,60 @@ def read_whole(
             everything that the config promises and the file lacks.
     """
     plain = {name.replace(_BASE_LAYER, "."): t for name, t in tensors.items()}
-    extra = {
-        n.replace(_BASE_LAYER, ".") for n in tensors if n.endswith(".base_layer.weight")
-    }
-    problems, found = [], {}
-    for name in plain:
-        if name in extra:
-            problems += _base_problem(base, name, plain[name])
-        elif not (_is_saved(config, name) or _is_bias(config, name)):
-            problems.append(f"{name!r}: the config does not say that it is trained")
-        elif not base.homes(name):
-            problems.append(f"{name!r}: no leaf of the params has this name in torch")
-    for path in base.bindings:
-        names = [name for _, name in base.names_of(path)]
-        given = [name for name in names if name in plain and name not in extra]
-        if given and len(given) < len(names):
-            lacking = sorted(set(names) - set(given))
-            problems.append(f"{path!r} is there in part: {lacking[:3]} are missing")
-        elif given and not problems:
-            found[path] = leaf_from_torch(base, path, plain.__getitem__)
+    if len(plain) < len(tensors):
+        raise AdapterError(f"{where} holds tensors twice, below `base_layer` and not")
+    tables = _table_copies(tensors, base)
+    problems = [
+        p for name in plain if (p := _problem(name, tables, plain, config, base))
+    ]
     problems += _missing(plain, set(adapted), config, base)
     if problems:
-        raise AdapterError(f"{where}: " + "\n".join(problems[:50]))
-    return found
+        raise AdapterError(f"{where}:\n" + "\n".join(problems[:50]))
+    given = set(plain) - set(tables)
+    whole = [
+        path
+        for path in base.bindings
+        if any(name in given for _, name in base.names_of(path))
+    ]
+    return {path: leaf_from_torch(base, path, plain.__getitem__) for path in whole}
+
+
+def _table_copies(tensors: Mapping[str, Any], base: Base) -> dict[str, str]:
+    """Returns the tensors that are copies of a frozen table, with the table's name.
+
+    PEFT writes the table of an adapted embedding along, and again as the tied head.
+    """
+    copies = {
+        name.replace(_BASE_LAYER, "."): name.replace(_BASE_LAYER, ".")
+        for name in tensors
+        if name.endswith(".base_layer.weight")
+    }
+    for binding in base.bindings.values():
+        head = f"{binding.steps.get('tied')}.weight"
+        if head in copies:
+            copies[head] = binding.parameter(binding.slots[0].template)
+    return copies
+
+
+def _problem(
+    name: str,
+    tables: Mapping[str, str],
+    tensors: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    base: Base,
+) -> str | None:
+    if name in tables:
+        return _table_problem(base, name, tables[name], tensors[name])
+    if not (_is_saved(config, name) or _is_bias(config, name)):
+        return f"{name!r}: the config does not say that it is trained"
+    homes = base.homes(name)
+    if not homes:
+        return f"{name!r}: no leaf of the params has this name in torch"
+    names = [n for home in homes for _, n in base.names_of(home.path)]
+    lacking = sorted(set(names) - set(tensors))
+    if lacking:
+        return f"{homes[0].path!r} is there in part: {lacking[:3]} are missing"
+    return None
 
 
 def _is_saved(config: PeftConfig, name: str) -> bool:
@@ -72,36 +103,31 @@ def _is_bias(config: PeftConfig, name: str) -> bool:
     return config.bias != "none" and name.rpartition(".")[2] == "bias"
 
 
-def _base_problem(base: Base, name: str, tensor: np.ndarray) -> list[str]:
-    """PEFT writes an adapted table along; it must be the one that the params have."""
-    homes = base.homes(name)
-    values = [base.value(home.path) for home in homes]
-    if len(homes) == 1 and values[0] is not None:
-        if np.array_equal(values[0].reshape(-1), tensor.reshape(-1)):
-            return []
-        return [f"{name!r}: the file's own weight is not that of {homes[0].path!r}"]
-    return [
-        f"{name!r}: the file holds a weight of the base, which cannot be compared with "
-        "the params; give them as arrays"
-    ]
+def _table_problem(base: Base, name: str, table: str, tensor: np.ndarray) -> str | None:
+    """A table that PEFT writes along must be the one that the params have."""
+    homes = base.homes(table)
+    value = base.value(homes[0].path) if homes else None
+    if value is None:
+        return (
+            f"{name!r}: the file holds a weight of the base, which cannot be compared "
+            "with the params; give them as arrays"
+        )
+    if np.array_equal(value.reshape(-1), tensor.reshape(-1)):
+        return None
+    return f"{name!r}: the file's own weight is not that of {homes[0].path!r}"
 
 
 def _missing(
     given: Mapping[str, Any], adapted: set[str], config: PeftConfig, base: Base
 ) -> list[str]:
-    problems = [
-        f"`modules_to_save` names {saved!r}, and the file has nothing of it"
-        for saved in config.modules_to_save or ()
-        if not any(_is_saved(PeftConfig(modules_to_save=(saved,)), n) for n in given)
-    ]
-    if config.bias != "none":
-        for path, binding in base.bindings.items():
-            for _, name in base.names_of(path) if binding.leaf == "bias" else ():
-                wanted = config.bias == "all" or name.rpartition(".")[0] in adapted
-                if wanted and name not in given:
-                    problems.append(
-                        f"`bias` is {config.bias!r}, and {name!r} is missing"
-                    )
+    problems = []
+    for binding_path, binding in base.bindings.items():
+        for _, name in base.names_of(binding_path):
+            beside = config.bias == "all" or name.rpartition(".")[0] in adapted
+            bias = binding.leaf == "bias" and config.bias != "none" and beside
+            if (bias or _is_saved(config, name)) and name not in given:
+                field = "bias" if bias else "modules_to_save"
+                problems.append(f"{name!r} is missing, which `{field}` promises")
     return problems
 
 

@@ -14,7 +14,7 @@ from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._fuse import Pair, join, split
 from ._peft_config import PeftConfig, exact_keys, exact_names
-from ._peft_keys import PREFIX
+from ._peft_keys import PREFIX, warn_of_doubling
 from ._rules import Binding
 from ._torch_layout import (
     factor_matrices,
@@ -38,12 +38,18 @@ class Module:
         pairs: the factors; of each expert, for a parameter that packs experts.
         binding: the rule of (one of) its leaves.
         inputs: the input axes of the kernel, of a convolution its window and channels.
+        owner: the module that brings it along, or its own name.
     """
 
     name: str
     pairs: tuple[Pair, ...]
     binding: Binding
     inputs: tuple[int, ...]
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        """A module owns itself unless it is told otherwise."""
+        object.__setattr__(self, "owner", self.owner or self.name)
 
     @property
     def rank(self) -> int:
@@ -54,6 +60,11 @@ class Module:
     def scaling(self) -> float:
         """The scaling of its factors."""
         return self.pairs[0].scaling
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether PEFT adapts it along with the attention that it is the output of."""
+        return self.owner != self.name
 
     @property
     def is_parameter(self) -> bool:
@@ -74,11 +85,12 @@ def modules_of(factors: Mapping[str, LoraFactors], base: Base) -> list[Module]:
     for path, entry in factors.items():
         for home, name, pair in _pieces(path, entry, base):
             binding = base.bindings[path]
-            module = (
-                name if "experts" in binding.steps else name.removesuffix(".weight")
-            )
+            module = name if "experts" in binding.steps else name.rpartition(".")[0]
             parts.setdefault(module, {}).setdefault(home, []).append(pair)
-    return [_module(name, places, factors, base) for name, places in parts.items()]
+    for path in factors:
+        base.check_use(path)
+    modules = [_module(name, places, factors, base) for name, places in parts.items()]
+    return _with_attention_outputs(modules)
 
 
 def _pieces(
@@ -124,7 +136,6 @@ def _module(
     home = next(iter(places))
     binding, entry = base.bindings[home.path], factors[home.path]
     inputs = sizes(entry.kernel_shape, entry.axes.in_)
-    _check_kind(name, binding, base)
     if binding.slots[home.slot].part is None:
         return Module(name, tuple(places[home]), binding, inputs)
     homes = base.homes(binding.parameter(name))
@@ -139,19 +150,35 @@ def _module(
     return Module(name, tuple(pairs), binding, inputs)
 
 
-def _check_kind(name: str, binding: Binding, base: Base) -> None:
-    """Refuses what PEFT would compute otherwise than jlora."""
-    uses = set(base.uses.get(binding.path, ()))
-    if "conv_general_dilated" in uses and "conv" not in binding.steps:
-        raise AdapterError(
-            f"{binding.path!r} is the kernel of a convolution; give its rule the "
-            'transform "conv"'
+def _with_attention_outputs(modules: Sequence[Module]) -> list[Module]:
+    """Adds what PEFT adapts along with a fused attention: its output projection.
+
+    Both have the rank and the alpha of the attention, so the smaller rank is padded;
+    an output that is not adapted has factors of zero.
+    """
+    attentions = {m.name: m for m in modules if "mha" in m.binding.steps}
+    outputs = {
+        m.name: m for m in modules if m.name.removesuffix(".out_proj") in attentions
+    }
+    found = [m for m in modules if m.name not in {*attentions, *outputs}]
+    for name, attention in attentions.items():
+        (pair,), place = attention.pairs, f"{name}.out_proj"
+        width = pair.a.shape[0]
+        steps = {k: v for k, v in attention.binding.steps.items() if k != "mha"}
+        plain = dataclasses.replace(attention.binding, steps=steps)
+        none = Pair(
+            np.zeros_like(pair.a),
+            np.zeros((pair.rank, width), pair.b.dtype),
+            pair.scaling,
         )
-    if "gather" in uses and "embedding" not in binding.steps:
-        raise AdapterError(
-            f"{binding.path!r} is a table that is looked up; give its rule the "
-            'transform "embedding"'
-        )
+        output = outputs[place].pairs[0] if place in outputs else none
+        if place in outputs:
+            warn_of_doubling(place)
+        rank = max(pair.rank, output.rank)
+        output = output.scaled_to(pair.scaling).padded_to(rank)
+        found.append(dataclasses.replace(attention, pairs=(pair.padded_to(rank),)))
+        found.append(Module(place, (output,), plain, (width,), name))
+    return found
 
 
 # --- tensors ---
@@ -174,6 +201,9 @@ def tensors_of(modules: Sequence[Module]) -> dict[str, np.ndarray]:
         place = PREFIX + nested.get(module.name, module.name)
         found[f"{place}.{keys[0]}"] = pack_a(a) if len(a) > 1 else a[0]
         found[f"{place}.{keys[1]}"] = pack_b(b) if len(b) > 1 else b[0]
+        if head := binding.steps.get("tied"):
+            found[f"{PREFIX}{head}.lora_A.weight"] = b[0].T
+            found[f"{PREFIX}{head}.lora_B.weight"] = a[0].T
     return found
 
 
@@ -183,7 +213,11 @@ def _nesting(modules: Sequence[Module]) -> dict[str, str]:
     for module in modules:
         if module.is_parameter:
             by_owner.setdefault(module.name.rpartition(".")[0], []).append(module)
-    places = {}
+    places = {
+        m.name: f"{m.owner}.base_layer{m.name.removeprefix(m.owner)}"
+        for m in modules
+        if m.is_brought
+    }
     for owner, several in by_owner.items():
         ordered = sorted(several, key=lambda module: -module.binding.order)
         for depth, module in enumerate(ordered):
@@ -199,10 +233,11 @@ def config_of(
 ) -> PeftConfig:
     """Returns what the config has to say of the modules: ranks, alphas, names."""
     rslora = bool(configs) and all(config.rslora for config in configs)
-    ranks = {module.name: module.rank for module in modules}
-    alphas = {m.name: _alpha(m.rank, m.scaling, configs, rslora) for m in modules}
+    own = [module for module in modules if not module.is_brought]
+    ranks = {module.name: module.rank for module in own}
+    alphas = {m.name: _alpha(m.rank, m.scaling, configs, rslora) for m in own}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
-    plain = [m.name for m in modules if not m.is_parameter]
+    plain = [m.name for m in modules if not (m.is_parameter or m.is_brought)]
     packed = sorted(m.name for m in modules if m.is_parameter)
     return PeftConfig(
         r=rank,
@@ -210,6 +245,7 @@ def config_of(
         use_rslora=rslora,
         target_modules=exact_names(plain, _kernel_modules(base)) if plain else None,
         target_parameters=tuple(packed) or None,
+        ensure_weight_tying=any("tied" in m.binding.steps for m in modules),
         rank_pattern=exact_keys({n: r for n, r in ranks.items() if r != rank}),
         alpha_pattern=exact_keys({n: a for n, a in alphas.items() if a != alpha}),
     )
@@ -222,7 +258,7 @@ def _commonest(values: Iterable[Any], default: Any) -> Any:
 
 def _kernel_modules(base: Base) -> list[str]:
     return [
-        name.removesuffix(".weight")
+        name.rpartition(".")[0]
         for path, binding in base.bindings.items()
         if binding.leaf == "weight" and "experts" not in binding.steps
         for _, name in base.names_of(path)

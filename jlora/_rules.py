@@ -13,14 +13,16 @@ TRANSFORMS = (
     "embedding",
     "fan_in_fan_out",
     "experts",
+    "mha",
     "parameter",
     "rope",
+    "tied",
 )
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _PART = re.compile(r"(.*)\[(\d+)\]")
 _WIDTH = re.compile(r"(.*)=(\d+)")
-_TRANSFORM = re.compile(r"(\w+)(?:\((\d+)\))?")
+_TRANSFORM = re.compile(r"(\w+)(?:\(([\w.]+)\))?")
 
 # What torch calls the leaves that Flax gives these names; any other is a weight.
 _LEAVES = {"bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -55,11 +57,16 @@ class Rule:
             - "experts": the template names a parameter, not a module, with an axis of
               experts: PEFT's `target_parameters`. List such rules in the order in which
               torch's module defines its parameters.
+            - "mha": a part of the fused input projection of torch's MultiheadAttention,
+              `attn[0]`, `attn[1]`, `attn[2]` for queries, keys and values. PEFT adapts
+              `attn.out_proj` along with it.
             - "parameter": the template names a parameter, not a module, that is kept as
               it is.
             - "rope" or "rope(head_dim)": the JAX model rotates features 2i and 2i+1,
               torch's i and i + head_dim/2. The head size is that of the last output
               axis, if there are several.
+            - "tied(lm_head)": the table is the weight of that module, too, and PEFT
+              keeps its factors under both names (`ensure_weight_tying`).
 
     Example:
         >>> Rule(r"params/block_(?P<i>\\d+)/query", "layers.{i}.q_proj").module
@@ -84,16 +91,18 @@ class Rule:
             raise ValueError(f"{self!r}: its modules need the same {{fields}}")
         self.steps()
 
-    def steps(self) -> dict[str, int | None]:
-        """Returns the transforms by name, with the number that one is given."""
-        found: dict[str, int | None] = {}
+    def steps(self) -> dict[str, str | None]:
+        """Returns the transforms by name, with what one is given in parentheses."""
+        found: dict[str, str | None] = {}
         for step in (self.transform or "").split("+") if self.transform else []:
             match = _TRANSFORM.fullmatch(step.strip())
             if match is None or match[1] not in TRANSFORMS:
                 raise ValueError(
                     f"{self!r}: the transform {step!r} is none of {TRANSFORMS}"
                 )
-            found[match[1]] = int(match[2]) if match[2] else None
+            found[match[1]] = match[2]
+        if not (found.get("rope") or "2").isdigit() or found.get("tied", "-") is None:
+            raise ValueError(f'{self!r}: write "rope(64)" and "tied(lm_head)"')
         return found
 
 
@@ -127,7 +136,8 @@ class Slot:
     def pattern(self) -> re.Pattern[str]:
         """Returns a regex for the name, with a group for each field."""
         pieces = _FIELD.split(self.template)
-        texts = [r"(\d+)" if i % 2 else re.escape(t) for i, t in enumerate(pieces)]
+        number = "(0|[1-9][0-9]*)"  # as torch writes it: 03 is not 3
+        texts = [number if i % 2 else re.escape(t) for i, t in enumerate(pieces)]
         return re.compile("".join(texts))
 
 
@@ -146,7 +156,7 @@ class Binding:
     path: str
     slots: tuple[Slot, ...]
     leaf: str
-    steps: dict[str, int | None]
+    steps: dict[str, str | None]
     order: int
 
     @property
@@ -172,8 +182,9 @@ class Binding:
 
     def parameter(self, module: str) -> str:
         """Returns torch's name of the leaf, given that of its module."""
-        whole = {"experts", "parameter"} & set(self.steps)
-        return module if whole else f"{module}.{self.leaf}"
+        if {"experts", "parameter"} & set(self.steps):
+            return module
+        return f"{module}.{'in_proj_' if 'mha' in self.steps else ''}{self.leaf}"
 
 
 def bind(paths: Iterable[str], names: Names) -> dict[str, Binding]:
@@ -234,7 +245,7 @@ def _mechanical(path: str) -> Binding:
     last = segments[-1]
     named = len(segments) > 1 and (last in _LEAVES or last in _WEIGHTS)
     module = ".".join(segments[:-1] if named else segments)
-    steps: dict[str, int | None] = {"embedding": None} if last == "embedding" else {}
+    steps: dict[str, str | None] = {"embedding": None} if last == "embedding" else {}
     return Binding(path, (Slot(module),), _LEAVES.get(last, "weight"), steps, 0)
 
 

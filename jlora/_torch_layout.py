@@ -175,7 +175,8 @@ def rope_order(binding: Binding, n: int, outputs: Shape) -> Array | None:
     """
     if "rope" not in binding.steps:
         return None
-    head = binding.steps["rope"] or (outputs[-1] if len(outputs) > 1 else 0)
+    given = int(binding.steps["rope"] or 0)
+    head = given or (outputs[-1] if len(outputs) > 1 else 0)
     if not head or head % 2 or n % head:
         raise AdapterError(
             f"{binding.path!r} has {n} outputs and heads of {head or 'unknown size'}; "

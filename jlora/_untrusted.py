@@ -38,10 +38,10 @@ def read_file(path: Path, limit: int) -> bytes:
         CorruptFileError: if it is longer than `limit`.
     """
     with open(check_regular(path), "rb") as file:
-        # Of a file that grows meanwhile, no more than the limit is read.
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        size = path.stat().st_size
+        # Memory is taken for what is asked for, and the file may grow meanwhile.
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size) if size <= limit else b""
+    if size > limit:
         raise CorruptFileError(
             f"{path} has {size:,} bytes, more than the {limit:,} that jlora reads"
         )
@@ -101,10 +101,11 @@ def parse_json(data: bytes, where: str, *, limit: int = JSON_LIMIT) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    # Before parsing: the parser itself recurses.
+    # Before parsing: the parser itself recurses. A string that does not end is taken to
+    # the end of the text, so that no character is looked at twice.
     depth = deepest = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
+    for found in re.finditer(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
         deepest = max(deepest, depth)
     if deepest > DEPTH_LIMIT:
         raise ValueError(f"it is nested {deepest} deep, more than {DEPTH_LIMIT}")
@@ -185,14 +186,15 @@ def _entry_problem(entry: Any, max_values: int) -> str | None:
         return f"has no entry of exactly {sorted(keys)}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in WIDTHS:
-        return f"has the dtype {dtype!r}, which is none of {sorted(WIDTHS)}"
+        return f"has the dtype {str(dtype)[:50]!r}, which is none of {sorted(WIDTHS)}"
     if not _sizes(shape) or len(shape) > 8:
         return f"has the shape {str(shape)[:200]}, which is none of at most 8 axes"
     if not _sizes(offsets) or len(offsets) != 2:
         return f"has the offsets {str(offsets)[:200]}"
+    # One by one as well: beside an axis of zero, any other could be of any size.
+    if max(math.prod(shape), *shape, 0) > max_values:
+        return f"claims the shape {str(shape)[:200]}, more than {max_values:,} values"
     values = math.prod(shape)
-    if values > max_values:
-        return f"claims {values:,} values, more than {max_values:,}"
     if offsets[1] - offsets[0] != values * WIDTHS[dtype]:
         return f"{dtype} {shape} does not fit its offsets {offsets}"
     return None

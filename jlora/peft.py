@@ -22,6 +22,7 @@ Example:
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from ._peft_write import config_of, for_vllm, modules_of, tensors_of
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
 from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
-from ._untrusted import check_header, parse_json, read_file
+from ._untrusted import check_header, check_regular, parse_json, read_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -170,11 +171,12 @@ def save(
     several = (config,) if isinstance(config, LoraConfig) else tuple(config)
     said = dataclasses.replace(config_of(modules, several, base), **fields)
     tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
-    fan = any("fan_in_fan_out" in m.binding.steps for m in modules)
+    plain = [m.binding.steps for m in modules if not m.is_parameter]
+    turned = any("fan_in_fan_out" in steps for steps in plain)
     files = {
         WEIGHTS: _file_bytes(tensors, {m.name: m.scaling for m in modules}),
         CONFIG: config_json(
-            said, fan_in_fan_out=fan, base_model=base_model, task_type=task_type
+            said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
         ),
     }
     if jax.process_index() == 0:
@@ -284,14 +286,14 @@ def _read_tensors(
                 f"{where} has float64 tensors, {wide[:3]}; enable `jax_enable_x64`"
             )
     try:
-        found = deserialize(data)
+        found = dict(deserialize(data))  # in an order of its own at each run
     except SafetensorError as error:
         raise CorruptFileError(f"{where} cannot be read: {error}") from error
-    tensors = {
+    arrays = {
         name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
-        for name, t in found
+        for name, t in found.items()
     }
-    return tensors, metadata
+    return {name: arrays[name] for name in sorted(arrays)}, metadata
 
 
 def _file_bytes(
@@ -360,7 +362,7 @@ def _check_seal(
 def _check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
     bad = []
     for name, tensor in tensors.items():
-        wrong = ~np.isfinite(tensor.astype(np.float32, copy=False))
+        wrong = ~np.isfinite(tensor)
         if wrong.any():
             first = tuple(int(i) for i in np.argwhere(wrong)[0])
             bad.append(f"{name!r} has {int(wrong.sum())}, the first at {first}")
@@ -388,16 +390,20 @@ def _folder(path: Path) -> Path:
     if path.name in (CONFIG, WEIGHTS):
         return path.parent
     if path.suffix and not path.is_dir():
-        read_file(path, 0)  # says what is wrong with it
+        check_regular(path)  # says so if it is a pickle
+        raise AdapterError(
+            f"{path} is neither a folder nor one of its files {CONFIG} and {WEIGHTS}"
+        )
     return path
 
 
 def _check_present(folder: Path) -> None:
-    missing = [n for n in (CONFIG, WEIGHTS) if not (folder / n).is_file()]
+    missing = [n for n in (CONFIG, WEIGHTS) if not os.path.lexists(folder / n)]
+    if WEIGHTS in missing:
+        for other in sorted(folder.glob("adapter_model.*")):
+            check_regular(other)  # says so if it is a pickle
     if missing:
-        unsafe = sorted(f.name for f in folder.glob("adapter_model.*"))
-        hint = f"; {unsafe} may run code when opened, and is not read" if unsafe else ""
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}{hint}")
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
 
 
 def _on_device(tensor: np.ndarray) -> jax.Array:
