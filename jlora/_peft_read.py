@@ -14,6 +14,7 @@ from ._fuse import Pair, join, split
 from ._paths import nearest
 from ._peft_config import PeftConfig
 from ._peft_keys import ModuleTensors, warn_of_doubling
+from ._peft_whole import read_whole
 from ._rules import Binding
 from ._torch_layout import (
     a_matrix,
@@ -43,6 +44,35 @@ class Found:
     name: str
     tensors: ModuleTensors
     owner: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFiles:
+    """What the files of an adapter hold, by the names of torch's modules.
+
+    Attributes:
+        config: what the config says.
+        modules: the factors.
+        whole: the tensors that are no factors.
+        where: the name of the file, for messages.
+    """
+
+    config: PeftConfig
+    modules: Mapping[str, ModuleTensors]
+    whole: Mapping[str, np.ndarray]
+    where: str
+
+
+def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
+    """Returns the adapter in some files, in the order of the params, on the host.
+
+    Raises:
+        AdapterError: with everything that does not fit the params or the config.
+    """
+    factors = read_factors(files.modules, files.config, base, files.where)
+    whole = read_whole(files.whole, files.modules, files.config, base, files.where)
+    both = {**factors, **whole}
+    return {path: both[path] for path in base.leaves if path in both}
 
 
 def read_factors(

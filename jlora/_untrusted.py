@@ -14,6 +14,7 @@ from ._errors import CorruptFileError, UnsafeFormatError
 
 JSON_LIMIT = 1 << 20  # bytes; an adapter_config.json has a few kilobytes
 DEPTH_LIMIT = 32
+VALUES_LIMIT = 1 << 40  # of one tensor
 HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
 
 # Formats that run code when they are opened, or that jlora has no reader for.
@@ -131,16 +132,16 @@ def _finite(text: str) -> float:
     return value
 
 
-def check_header(data: bytes, where: str, *, max_values: int = 1 << 40) -> dict:
+def check_header(data: bytes, where: str, size: int | None = None) -> dict[str, Any]:
     """Returns the header of a safetensors file, after checking every claim in it.
 
     The library that reads the tensors checks most of this again; here it is checked
     before anything is allocated, and duplicate keys are found, which it drops.
 
     Args:
-        data: the whole file.
+        data: the file, or as much of it as begins with the whole header.
         where: its name, for messages.
-        max_values: how many values one tensor may have.
+        size: the bytes of the whole file; those of `data` by default.
 
     Returns:
         The dtype, shape and data_offsets of each tensor by name, and `__metadata__`.
@@ -148,39 +149,50 @@ def check_header(data: bytes, where: str, *, max_values: int = 1 << 40) -> dict:
     Raises:
         CorruptFileError: if a claim does not hold.
     """
-    if len(data) < 8:
-        raise CorruptFileError(f"{where} is truncated: it has {len(data)} bytes")
-    length = int.from_bytes(data[:8], "little")
-    if length > min(HEADER_LIMIT, len(data) - 8):
-        raise CorruptFileError(
-            f"{where} claims a header of {length:,} bytes; the file has "
-            f"{len(data):,}, and {HEADER_LIMIT:,} is the most that is allowed"
-        )
-    text = data[8 : 8 + length]
+    size = len(data) if size is None else size
+    end = header_end(data, where, size)
+    text = data[8:end]
     if not text.startswith(b"{"):
         raise CorruptFileError(f"{where}: the header does not begin with '{{'")
     header = parse_json(text, f"the header of {where}", limit=HEADER_LIMIT)
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and _all_strings(metadata.values())):
         raise CorruptFileError(f"{where}: `__metadata__` does not map text to text")
-    spans = [_span(where, name, entry, max_values) for name, entry in header.items()]
-    _check_spans(where, sorted(spans), len(data) - 8 - length)
+    spans = [_span(where, name, entry) for name, entry in header.items()]
+    _check_spans(where, sorted(spans), size - end)
     return {**header, "__metadata__": metadata}
+
+
+def header_end(data: bytes, where: str, size: int) -> int:
+    """Returns where the header of a safetensors file ends, as its first bytes claim.
+
+    Raises:
+        CorruptFileError: if that is beyond the file, or beyond what is allowed.
+    """
+    if len(data) < 8:
+        raise CorruptFileError(f"{where} is truncated: it has {len(data)} bytes")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(HEADER_LIMIT, size - 8):
+        raise CorruptFileError(
+            f"{where} claims a header of {length:,} bytes; the file has {size:,}, and "
+            f"{HEADER_LIMIT:,} is the most that is allowed"
+        )
+    return 8 + length
 
 
 def _all_strings(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _span(where: str, name: str, entry: Any, max_values: int) -> tuple[int, int]:
-    problem = _entry_problem(entry, max_values)
+def _span(where: str, name: str, entry: Any) -> tuple[int, int]:
+    problem = _entry_problem(entry)
     if problem:
         raise CorruptFileError(f"{where}: tensor {name[:200]!r} {problem}")
     begin, end = entry["data_offsets"]
     return begin, end
 
 
-def _entry_problem(entry: Any, max_values: int) -> str | None:
+def _entry_problem(entry: Any) -> str | None:
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys:
         return f"has no entry of exactly {sorted(keys)}"
@@ -191,9 +203,9 @@ def _entry_problem(entry: Any, max_values: int) -> str | None:
         return f"has the shape {str(shape)[:200]}, which is none of at most 8 axes"
     if not _sizes(offsets) or len(offsets) != 2:
         return f"has the offsets {str(offsets)[:200]}"
-    # One by one as well: beside an axis of zero, any other could be of any size.
-    if max(math.prod(shape), *shape, 0) > max_values:
-        return f"claims the shape {str(shape)[:200]}, more than {max_values:,} values"
+    # An axis of zero does not excuse the others: NumPy multiplies them, too.
+    if math.prod(max(size, 1) for size in shape) > VALUES_LIMIT:
+        return f"claims the shape {str(shape)[:200]}, more than {VALUES_LIMIT:,} values"
     values = math.prod(shape)
     if offsets[1] - offsets[0] != values * WIDTHS[dtype]:
         return f"{dtype} {shape} does not fit its offsets {offsets}"

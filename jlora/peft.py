@@ -50,13 +50,13 @@ from ._match import check_adapter
 from ._peft_config import PeftConfig, config_json, parse_config
 from ._peft_configs import configs_of
 from ._peft_keys import PREFIX, sort_keys
-from ._peft_read import read_factors
-from ._peft_whole import read_whole, write_whole
+from ._peft_read import AdapterFiles, adapter_of
+from ._peft_whole import write_whole
 from ._peft_write import config_of, for_vllm, modules_of, tensors_of
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
 from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
-from ._untrusted import check_header, check_regular, parse_json, read_file
+from ._untrusted import JSON_LIMIT, check_header, check_regular, parse_json, read_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -98,24 +98,44 @@ def load(
         NonFiniteError: if it holds NaNs or infinities.
         AdapterError: with everything that does not fit the params.
     """
+    found = read_files(
+        path, ignore=ignore, allow_nonfinite=allow_nonfinite, max_bytes=max_bytes
+    )
+    base = Base.of(params_or_plan, names)
+    entries = adapter_of(found, base)
+    adapter = jax.tree.map(_on_device, entries)
+    return configs_of(entries, found.config, list(base.params.paths)), adapter
+
+
+def read_files(
+    path: Any,
+    *,
+    ignore: Collection[str] = (),
+    allow_nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> AdapterFiles:
+    """Returns what a PEFT folder holds, by the names of torch's modules.
+
+    Args:
+        path: the folder, or one of its two files.
+        ignore: as for `load`.
+        allow_nonfinite: as for `load`.
+        max_bytes: as for `load`.
+
+    Raises:
+        AdapterError: as `load`, but for what concerns the params.
+    """
     folder = _folder(Path(path))
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     _check_present(folder)
-    text = read_file(config_file, 1 << 20)
+    text = read_file(config_file, JSON_LIMIT)
     config = parse_config(parse_json(text, str(config_file)), str(config_file), ignore)
     tensors, metadata = _read_tensors(weights_file, max_bytes)
     _check_seal(metadata, tensors, config, str(folder))
     if not allow_nonfinite:
         _check_finite(tensors, str(weights_file))
-    base = Base.of(params_or_plan, names)
     modules, whole = sort_keys(tensors, str(weights_file))
-    factors = read_factors(modules, config, base, str(weights_file))
-    saved = read_whole(whole, modules, config, base, str(weights_file))
-    entries = {
-        p: e for p in base.leaves if (e := factors.get(p, saved.get(p))) is not None
-    }
-    adapter = jax.tree.map(_on_device, entries)
-    return configs_of(entries, config, list(base.params.paths)), adapter
+    return AdapterFiles(config, modules, whole, str(weights_file))
 
 
 def save(
