@@ -19,8 +19,7 @@ Arrays = dict[str, dict[str, Any]]
 def targets(record: Record, like: Any, shardings: Any, place: str) -> Arrays:
     """Returns what each array is to be read as.
 
-    That is a `jax.ShapeDtypeStruct` with a sharding, or an empty NumPy array for one
-    that is not bound to devices.
+    That is a `jax.ShapeDtypeStruct`, without a sharding if it is not bound to devices.
 
     Args:
         record: the record of the saved adapter.
@@ -108,7 +107,7 @@ def _target(
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         problems.append(f"{what} is {array.dtype}, which needs `jax_enable_x64`")
     if where is None:
-        return np.empty(array.shape, array.dtype)
+        return array
     try:
         where.shard_shape(array.shape)
         if where.device_set:  # raises if its mesh is abstract

@@ -1,0 +1,389 @@
+"""The orbax door: an adapter on disk, by itself or with all that training resumes from.
+
+`save` writes an adapter with a record of everything else that it takes to use it, and
+`restore` reads it again, onto any devices. A folder that `save` wrote is a folder of a
+`CheckpointManager` with one step, so `restore` and `describe` also read the folder of a
+training run.
+
+Example:
+    To resume a run, save the items of the adapter beside those of the optimizer, and of
+    whatever else has a state. A step is written as a whole or not at all:
+
+    >>> import tempfile, jax, jax.numpy as jnp, jlora, jlora.checkpoint, optax
+    >>> import orbax.checkpoint as ocp
+    >>> config = jlora.LoraConfig("w", rank=2)
+    >>> lora = jlora.lora(lambda params, x: x @ params["w"], config)
+    >>> base, x = {"w": jnp.ones((5, 7))}, jnp.ones((3, 5))
+    >>> adapter = lora.init(jax.random.key(0), base, x)
+    >>> tx = optax.adam(1e-3)
+    >>> opt_state = tx.init(adapter)
+    >>> run = tempfile.TemporaryDirectory()
+    >>> with ocp.CheckpointManager(run.name) as manager:
+    ...     adapter_items = jlora.checkpoint.items(adapter, config=config, base=base)
+    ...     args = ocp.args.Composite(
+    ...         **adapter_items,
+    ...         opt_state=ocp.args.StandardSave(opt_state),
+    ...         data=ocp.args.JsonSave({"position": 17}),
+    ...     )
+    ...     saved = manager.save(20, args=args)
+
+    The number of the step is the manager's. The state of the optimizer is restored
+    against its shapes, with the shardings of `jlora.state_shardings` on a mesh:
+
+    >>> with ocp.CheckpointManager(run.name) as manager:
+    ...     step = manager.latest_step()
+    ...     adapter = jlora.checkpoint.restore(run.name, step=step, base=base)
+    ...     like = jax.eval_shape(tx.init, adapter)
+    ...     args = ocp.args.Composite(
+    ...         opt_state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+    ...     )
+    ...     rest = manager.restore(step, args=args)
+    >>> step, rest.data, jax.tree.structure(rest.opt_state) == jax.tree.structure(like)
+    (20, {'position': 17}, True)
+    >>> run.cleanup()
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from ._config import LoraConfig
+from ._errors import BaseMismatchError, CorruptFileError
+from ._factors import Adapter, PyTree
+from ._fingerprint import contents, differences, fingerprint
+from ._paths import FlatParams
+from ._record import LIMIT, arrays_of, entry_with
+from ._record import Entry as Entry
+from ._record import Record as Record
+from ._recording import record_of
+from ._restoring import Arrays, targets
+
+PathLike = str | os.PathLike[str]
+
+# The two items of a step. The keys of arrays are numbers: paths may be any text.
+_ADAPTER, _RECORD = "adapter", "record"
+_NAMES = ocp.path.step.standard_name_format()
+
+
+def save(
+    path: PathLike,
+    adapter: Mapping[str, Any],
+    *,
+    config: LoraConfig | Sequence[LoraConfig],
+    base: PyTree | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes an adapter, and a record of its configs, shapes and base, to a folder.
+
+    Of several processes all call it, with the same folder. What is written is complete
+    when it returns; if it is interrupted, what was there before can still be read.
+
+    Args:
+        path: the folder, which is made if there is none; local, or a URL of a store
+            that Orbax can write to.
+        adapter: the factors and whole arrays by path, sharded or not; boxes around the
+            arrays are left out.
+        config: the config or configs that the adapter was made with.
+        base: the frozen params. If given, `restore` can tell whether it is given the
+            same: of arrays it compares shapes, dtypes and some values, of
+            `jax.ShapeDtypeStruct`s shapes and dtypes.
+        overwrite: whether to replace an adapter that `save` wrote to the folder. The
+            old one is removed when the new one is complete.
+
+    Raises:
+        AdapterError: if an entry fits none of the configs or not the base, or cannot be
+            saved. All offenders are collected.
+        NonFiniteError: if there are NaNs or infinities in the adapter.
+        FileExistsError: if there is something at `path` that may not be replaced.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora, jlora.checkpoint
+        >>> config = jlora.LoraConfig("w", rank=2)
+        >>> lora = jlora.lora(lambda params, x: x @ params["w"], config)
+        >>> params, x = {"w": jnp.ones((5, 7))}, jnp.ones((3, 5))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     jlora.checkpoint.save(folder, adapter, config=config, base=params)
+        ...     found = jlora.checkpoint.restore(folder, base=params)
+        >>> found["w"].a.shape, found["w"].b.shape, found["w"].scaling
+        ((5, 2), (2, 7), 8.0)
+    """
+    folder = _absolute(path)
+    args = items(adapter, config=config, base=base)
+    step = _next_step(folder, overwrite)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, cleanup_tmp_directories=True, enable_async_checkpointing=False
+    )
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        manager.save(step, args=ocp.args.Composite(**args))
+
+
+def items(
+    adapter: Mapping[str, Any],
+    *,
+    config: LoraConfig | Sequence[LoraConfig],
+    base: PyTree | None = None,
+) -> dict[str, ocp.args.CheckpointArgs]:
+    """Returns the items of a checkpoint that hold an adapter and its record.
+
+    For `CheckpointManager.save`, beside the items of a training run: see the example of
+    this module. `restore` and `describe` find them there.
+
+    Args:
+        adapter: as for `save`.
+        config: as for `save`.
+        base: as for `save`.
+
+    Returns:
+        The arguments for `orbax.checkpoint.args.Composite`, by name: "adapter" and
+        "record".
+
+    Raises:
+        AdapterError: as from `save`.
+        NonFiniteError: as from `save`.
+    """
+    record, plain = record_of(adapter, config, base)
+    arrays = {str(i): arrays_of(entry) for i, entry in enumerate(plain.values())}
+    return {
+        _ADAPTER: ocp.args.StandardSave(jax.tree.map(_writable, arrays)),
+        _RECORD: ocp.args.JsonSave(record.to_dict()),
+    }
+
+
+def describe(path: PathLike, *, step: int | None = None) -> Record:
+    """Returns what a checkpoint says of the adapter in it; no array is read.
+
+    Args:
+        path: the folder that `save` wrote, or that of a training run.
+        step: the step of the run; by default the last.
+
+    Returns:
+        The record: `config` as it was given to `save`; `entries` with path, rank,
+        alpha, scaling, shapes and dtypes; `adapter`, the shapes for `jlora.shardings`.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        CorruptFileError: if the record is damaged or missing.
+        FormatVersionError: if a newer jlora wrote it.
+    """
+    return _read(_place(path, step))
+
+
+def restore(
+    path: PathLike,
+    *,
+    step: int | None = None,
+    like: Mapping[str, Any] | None = None,
+    shardings: Any = None,
+    base: PyTree | None = None,
+    base_mismatch: str = "error",
+) -> Adapter:
+    """Returns the adapter of a checkpoint, on any devices.
+
+    Every array is compared with the record before and after it is read: shapes, dtypes
+    and a checksum of all its bits. Of several processes all call it.
+
+    Args:
+        path: the folder that `save` wrote, or that of a training run.
+        step: the step of the run; by default the last.
+        like: an adapter, or its shapes, that the result must be like: paths, roles of
+            axes, scaling, shapes, dtypes. Its shardings are taken over.
+        shardings: where the arrays go: a tree like the adapter, as
+            `jlora.shardings(params, describe(path).adapter)` gives it, or one sharding
+            for all. Without it and `like`, arrays are where `jnp.array` puts them.
+        base: the frozen params, or their shapes, to compare with those that the adapter
+            was saved with: all that is known of both.
+        base_mismatch: "error", or "allow" to restore beside another base.
+
+    Returns:
+        The adapter, as it was saved.
+
+    Raises:
+        BaseMismatchError: if `base` is another one. All differences are collected.
+        AdapterError: if the adapter is not like `like`, or does not fit `shardings`.
+            All differences are collected.
+        CorruptFileError: if a file is damaged or missing.
+        FormatVersionError: if a newer jlora wrote it.
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    if base_mismatch not in ("error", "allow"):
+        raise ValueError(
+            f"`base_mismatch` must be 'error' or 'allow', got {base_mismatch!r}"
+        )
+    place = _place(path, step)
+    record = _read(place)
+    if base is not None and base_mismatch == "error":
+        _check_base(record, base, place)
+    arrays = _read_arrays(place, targets(record, like, shardings, str(place)))
+    _check_contents(record, arrays, place)
+    placed = jax.tree.map(_on_default_device, arrays)
+    entries = enumerate(record.entries)
+    return {e.path: entry_with(e.value, placed[str(i)]) for i, e in entries}
+
+
+# --- where it is ---
+
+
+def _absolute(path: PathLike) -> str:
+    """Returns a path that Orbax takes; the URL of a store is one."""
+    text = os.fspath(path)
+    return text if "://" in text else str(Path(text).absolute())
+
+
+def _next_step(folder: str, overwrite: bool) -> int:
+    """Returns the step to write to a folder.
+
+    Raises:
+        FileExistsError: if something is there that may not be replaced.
+    """
+    step = _free_step(folder) if jax.process_index() == 0 else 0
+    # One process looks, before any begins to write.
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step < 0:
+        raise FileExistsError(
+            f"{folder} holds something else than an adapter that `save` wrote, which "
+            "it does not replace; give another path"
+        )
+    if step > 0 and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds an adapter already; give another path, or `overwrite=True`"
+        )
+    return step
+
+
+def _free_step(folder: str) -> int:
+    """Returns the step after those of a folder, or -1 if they are not all adapters."""
+    root = ocp.path.step.build_step_path(folder, _NAMES, 0).parent
+    if not root.exists():
+        return 0
+    if not root.is_dir():
+        return -1
+    # What an interrupted save has left is removed by the manager.
+    names = [p.name for p in root.iterdir() if ocp.utils.TMP_DIR_SUFFIX not in p.name]
+    if not all(name.isdecimal() for name in names):
+        return -1
+    inside = {p.name for name in names for p in (root / name).iterdir() if p.is_dir()}
+    if not inside <= {_ADAPTER, _RECORD}:
+        return -1
+    return max(map(int, names), default=-1) + 1
+
+
+def _place(path: PathLike, step: int | None) -> Any:
+    """Returns the folder of one step, which is known to be finished."""
+    folder = _absolute(path)
+    found = {m.step: m.path for m in _NAMES.find_all(folder)}
+    if not found:
+        raise FileNotFoundError(f"there is no finished checkpoint in {folder}")
+    if step is not None and step not in found:
+        raise FileNotFoundError(
+            f"{folder} has no finished step {step}, but {sorted(found)}"
+        )
+    return found[max(found) if step is None else step]
+
+
+def _read(place: Any) -> Record:
+    file = place / _RECORD / "metadata"
+    try:
+        with file.open("rb") as opened:
+            # One byte more than is allowed is enough to be refused.
+            data = opened.read(LIMIT + 1)
+    except OSError as error:
+        raise CorruptFileError(
+            f"{place} has no record of an adapter that can be read: {error}"
+        ) from error
+    return Record.from_json(data, str(file))
+
+
+def _check_base(record: Record, base: PyTree, place: Any) -> None:
+    paths = FlatParams.of(base).paths
+    found = differences(record.kernels, fingerprint(base, record.kernels), paths)
+    if found:
+        raise BaseMismatchError(
+            f"the adapter in {place} was saved for another base:\n"
+            + "\n".join(found)
+            + "\nGive that base, or `base_mismatch='allow'` if this one is meant"
+        )
+
+
+# --- what is read ---
+
+
+def _read_arrays(place: Any, wanted: Arrays) -> Arrays:
+    """Returns the arrays of a checkpoint if it has exactly those of its record."""
+    # The item alone: of others beside it, Orbax warns that it cannot restore them.
+    item, handler = place / _ADAPTER, ocp.StandardCheckpointHandler()
+    try:
+        # Before, for Orbax casts to the dtypes that are asked for; and after.
+        _check_shapes(handler.metadata(item).tree, wanted, place)
+        empty = lambda t: t if t.sharding else np.empty(t.shape, t.dtype)
+        args = ocp.args.StandardRestore(jax.tree.map(empty, wanted))
+        with ocp.Checkpointer(handler) as checkpointer:
+            arrays = checkpointer.restore(item, args=args)
+        _check_shapes(arrays, wanted, place)
+    except (CorruptFileError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds, and bare ones
+        raise CorruptFileError(f"{place} cannot be read: {error}") from error
+    return arrays
+
+
+def _check_shapes(found: Any, wanted: Arrays, place: Any) -> None:
+    ours, theirs = _shapes(found), _shapes(wanted)
+    problems = [
+        f"array {key} is {ours.get(key)}, and the record has {theirs.get(key)}"
+        for key in sorted({**ours, **theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
+    if problems:
+        raise CorruptFileError(
+            f"the arrays in {place} are not those of its record:\n"
+            + "\n".join(problems)
+        )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in tree_flatten_with_path(tree)[0]
+    }
+
+
+def _check_contents(record: Record, arrays: Arrays, place: Any) -> None:
+    """Raises if a bit has changed: of large arrays, Orbax itself would not notice."""
+    named = [
+        (f"{entry.path!r}, {name}", entry.checksums[name], arrays[str(i)][name])
+        for i, entry in enumerate(record.entries)
+        for name in arrays_of(entry.value)
+    ]
+    found = contents([array for _, _, array in named])
+    changed = [
+        what
+        for (what, checksum, _), content in zip(named, found, strict=True)
+        if content.checksum != checksum
+    ]
+    if changed:
+        raise CorruptFileError(
+            f"{place} has changed since it was written; these arrays have other values "
+            "than their checksums say:\n" + "\n".join(changed)
+        )
+
+
+def _on_default_device(array: Any) -> jax.Array:
+    return jnp.array(array) if isinstance(array, np.ndarray) else array
+
+
+def _writable(array: Any) -> Any:
+    """Returns the array as Orbax takes it.
+
+    Of several processes, what each has by itself is the same; the first one writes it.
+    """
+    alone = isinstance(array, jax.Array) and array.is_fully_addressable
+    return np.asarray(array) if alone and jax.process_count() > 1 else array
