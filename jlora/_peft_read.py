@@ -55,12 +55,14 @@ class AdapterFiles:
         modules: the factors.
         whole: the tensors that are no factors.
         where: the name of the file, for messages.
+        fan_in_fan_out: whether torch's weights are `(in, out)`.
     """
 
     config: PeftConfig
     modules: Mapping[str, ModuleTensors]
     whole: Mapping[str, np.ndarray]
     where: str
+    fan_in_fan_out: bool = False
 
 
 def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
@@ -270,7 +272,7 @@ class _Reader:
         return shape[binding.n_fields]
 
     def _pair(self, found: Found, binding: Binding, tensors: ModuleTensors) -> Pair:
-        name, a, b = found.name, a_matrix(tensors.a), b_matrix(tensors.b)
+        name, a, b = found.name, a_matrix(tensors.a, binding), b_matrix(tensors.b)
         plain = len(self.base.shape(binding.path)) == binding.n_fields + 2
         if plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
             a, b = b.T, a.T  # a parameter of two axes has no idea which is the input

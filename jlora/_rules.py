@@ -16,6 +16,7 @@ TRANSFORMS = (
     "mha",
     "parameter",
     "rope",
+    "same",
     "tied",
 )
 
@@ -65,6 +66,7 @@ class Rule:
             - "rope" or "rope(head_dim)": the JAX model rotates features 2i and 2i+1,
               torch's i and i + head_dim/2. The head size is that of the last output
               axis, if there are several.
+            - "same": the leaf has torch's own layout, `(out, in, *window)`.
             - "tied(lm_head)": the table is the weight of that module, too, and PEFT
               keeps its factors under both names (`ensure_weight_tying`).
 

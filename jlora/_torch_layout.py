@@ -114,8 +114,10 @@ def lora_b(b: Array, binding: Binding, inputs: Shape) -> Array:
     return b.T.reshape(b.shape[::-1] + window)
 
 
-def a_matrix(found: Array) -> Array:
+def a_matrix(found: Array, binding: Binding) -> Array:
     """Returns torch's `lora_A` as `(in, rank)`; convolutions have more axes."""
+    if "same" in binding.steps:
+        return found.reshape(found.shape[0], -1).T
     order = (*range(2, found.ndim), 1, 0)
     return found.transpose(order).reshape(-1, found.shape[0])
 

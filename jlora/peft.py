@@ -20,7 +20,6 @@ Example:
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -39,7 +38,6 @@ from ._config import LoraConfig
 from ._errors import (
     AdapterError,
     CorruptFileError,
-    FormatVersionError,
     NonFiniteError,
     UnsupportedFeatureError,
 )
@@ -47,7 +45,7 @@ from ._factors import Adapter, LoraFactors, PyTree
 from ._families import names as names
 from ._files import write_files
 from ._match import check_adapter
-from ._peft_config import PeftConfig, config_json, parse_config
+from ._peft_config import config_json, parse_config
 from ._peft_configs import configs_of
 from ._peft_keys import PREFIX, sort_keys
 from ._peft_read import AdapterFiles, adapter_of
@@ -55,12 +53,12 @@ from ._peft_whole import write_whole
 from ._peft_write import config_of, for_vllm, modules_of, tensors_of
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
+from ._seal import check_seal, seal_of
 from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
 from ._untrusted import JSON_LIMIT, check_header, check_regular, parse_json, read_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-VERSION = 1
 MAX_BYTES = 4 << 30
 
 
@@ -129,13 +127,15 @@ def read_files(
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     _check_present(folder)
     text = read_file(config_file, JSON_LIMIT)
-    config = parse_config(parse_json(text, str(config_file)), str(config_file), ignore)
+    values = parse_json(text, str(config_file))
+    config = parse_config(values, str(config_file), ignore)
     tensors, metadata = _read_tensors(weights_file, max_bytes)
-    _check_seal(metadata, tensors, config, str(folder))
+    check_seal(metadata, tensors, config, str(folder))
     if not allow_nonfinite:
         _check_finite(tensors, str(weights_file))
     modules, whole = sort_keys(tensors, str(weights_file))
-    return AdapterFiles(config, modules, whole, str(weights_file))
+    turned = values.get("fan_in_fan_out") is True
+    return AdapterFiles(config, modules, whole, str(weights_file), turned)
 
 
 def save(
@@ -322,9 +322,8 @@ def _file_bytes(
     """Returns the file, the same for the same tensors."""
     # The library writes what memory holds, whatever the strides say.
     dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    seal = {"scaling": dict(scalings), "sha256": _digest(dense), "version": VERSION}
-    text = json.dumps(seal, sort_keys=True, separators=(",", ":"))
-    data = _serialize(dense, metadata={"format": "pt", "jlora": text})
+    metadata = {"format": "pt", "jlora": seal_of(dense, scalings)}
+    data = _serialize(dense, metadata=metadata)
     # It also writes the metadata in an order of its own at each run.
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -335,48 +334,6 @@ def _file_bytes(
     head = packed.encode()
     head += b" " * (-len(head) % 8)
     return len(head).to_bytes(8, "little") + head + data[end:]
-
-
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
-        digest.update(np.ascontiguousarray(tensor).view(np.uint8))
-    return digest.hexdigest()
-
-
-def _check_seal(
-    metadata: Mapping[str, str],
-    tensors: Mapping[str, np.ndarray],
-    config: PeftConfig,
-    where: str,
-) -> None:
-    """Compares the files with what jlora noted in them, if jlora wrote them."""
-    if "jlora" not in metadata:
-        return
-    seal = parse_json(metadata["jlora"].encode(), f"the metadata of {where}")
-    version = seal.get("version") if isinstance(seal, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CorruptFileError(f"{where}: jlora's metadata has the version {version!r}")
-    if version > VERSION:
-        raise FormatVersionError(
-            f"{where} has the format {version}, and this jlora reads up to {VERSION}; "
-            "install a newer jlora"
-        )
-    if seal.get("sha256") != _digest(tensors):
-        raise CorruptFileError(
-            f"{where}: the tensors are not those that were saved (their digest differs)"
-        )
-    scalings = seal.get("scaling")
-    if not isinstance(scalings, dict):
-        raise CorruptFileError(f"{where}: jlora's metadata has no scalings")
-    said = {name: config.scaling(name, config.rank(name)) for name in scalings}
-    changed = {n: (s, said[n]) for n, s in scalings.items() if s != said[n]}
-    if changed:
-        raise CorruptFileError(
-            f"{where}: {CONFIG} is not the one that was saved; scalings were and are "
-            f"{dict(list(changed.items())[:5])}"
-        )
 
 
 def _check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:

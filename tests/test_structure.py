@@ -21,8 +21,9 @@ each_module = pytest.mark.parametrize("name", TREES)
 # A module imports only from those above it.
 ORDER = """
 _axes _compat _errors _fuse _init _memory _paths _patterns
-_config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace _untrusted
-_adapted _families _group _layout _match _peft_configs _torch_layout
+_config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace
+_untrusted
+_adapted _families _group _layout _match _peft_configs _seal _torch_layout
 _forms
 _linear
 _products
@@ -35,7 +36,11 @@ _measure
 _plan
 _base _transform
 _torch_params
-_peft_read _peft_whole _peft_write
+_peft_whole _peft_write
+_peft_read
+_fingerprint
+_record
+_recording _restoring
 """.split()
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}
@@ -46,6 +51,7 @@ DOORS = {
     "optim": "optax",
     "checkpoint": "orbax",
     "peft": "safetensors",
+    "weights": "safetensors",
 }
 
 
