@@ -249,6 +249,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_losses_of_a_straight_one(
     straight: Any, resumed: Path
 ) -> None:
@@ -288,6 +289,7 @@ def test_checkpoints_are_kept_for_a_resumed_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--mesh", "fsdp=8"], ["--replicate"], ["--remat"]])
+@pytest.mark.slow
 def test_losses_depend_neither_on_the_placement_nor_on_remat(
     words: list[str], straight: Any, tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_a_run_says_what_each_device_holds(
     assert found["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_chat_model_is_trained(
     tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

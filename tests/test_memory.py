@@ -149,6 +149,7 @@ def state_on(tx: Any, trained: Tree, places: Tree) -> Tree:
 @each_layout
 @each_optimizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_arguments_are_those_of_the_compiled_step(
     layout: str, name: str, dtype: str
 ) -> None:

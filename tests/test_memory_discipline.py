@@ -357,6 +357,7 @@ def test_the_base_keeps_every_bit(problem: Problem, place: str, name: str) -> No
 
 @each_place
 @each_optimizer
+@pytest.mark.slow
 def test_the_base_keeps_every_bit_in_one_tree(
     problem: Problem, place: str, name: str
 ) -> None:

@@ -227,6 +227,7 @@ def make(setup: Setup, truth: Any, **policy: Any) -> Problem:
 
 @pytest.mark.parametrize("replicate", [False, True], ids=["inherit", "replicate"])
 @each_setup
+@pytest.mark.slow
 def test_only_factors_travel_besides_what_the_base_does(
     setup: Setup, replicate: bool, truth: Any
 ) -> None:
