@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ._errors import NonFiniteError
+
 Array = np.ndarray
 
 
@@ -31,10 +33,21 @@ class Pair:
         return not (self.a.any() or self.b.any())
 
     def scaled_to(self, scaling: float) -> "Pair":
-        """Returns the same delta with another scaling; `b` takes the difference."""
+        """Returns the same delta with another scaling; `b` takes the difference.
+
+        Raises:
+            NonFiniteError: if it is too large for the dtype.
+        """
         if scaling == self.scaling:
             return self
-        b = (self.b.astype(np.float64) * (self.scaling / scaling)).astype(self.b.dtype)
+        with np.errstate(over="ignore"):
+            exact = self.b.astype(np.float64) * (self.scaling / scaling)
+            b = exact.astype(self.b.dtype)
+        if (np.isfinite(exact) & ~np.isfinite(b)).any():
+            raise NonFiniteError(
+                f"the scalings {self.scaling} and {scaling} of one kernel are too far "
+                f"apart for factors in {b.dtype}"
+            )
         return Pair(self.a, b, scaling)
 
     def padded_to(self, rank: int) -> "Pair":

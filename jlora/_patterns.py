@@ -11,20 +11,25 @@ References:
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 Positions = set[int]
 _LENGTH = 1 << 15  # the names of some hundreds of modules
 _DEPTH = 20
 _NESTED = 2  # repetitions within repetitions: each multiplies the time by the text
+_FORMS = 4096  # of names among patterns: their lengths, and where they have dots
 _STEPS = 50_000  # a usual pattern takes some hundreds
 
 _ATOM = re.compile(
     r"\\[dDwWsS]|\\[^a-zA-Z0-9]|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\\[\](){}*+?|^$]"
 )
 _ANCHOR = re.compile(r"\^|\$|\\[bAZ]")
+# What Python warns of in a class: some day these may be operations on sets.
+_DOUBTFUL = re.compile(r"\[|--|&&|~~|\|\|")
 _TIMES = re.compile(r"([*+?]|\{\d{1,2}\}|\{\d{0,2},\d{0,2}\})\??")
+# A name, in which an unescaped dot is any character.
+_PLAIN = re.compile(r"(\^?)((?:[\w.-]|\\[^a-zA-Z0-9\n])+)")
 _GROUP = re.compile(r"\((?:\?:|\?P<\w+>)?(?!\?)")
 
 
@@ -56,9 +61,60 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         raise _unknown(pattern, end)
 
     def matches(text: str) -> bool:
-        return len(text) in node(_Counted(text), {0})
+        counted = text if isinstance(text, _Counted) else _Counted(text)
+        return len(text) in node(counted, {0})
 
     return matches
+
+
+class Endings:
+    """Which of many patterns match a name, or what follows a dot in it.
+
+    Patterns that are names themselves, with `^` or without, are looked up: a file may
+    have one for each module, and to try all on all would take too long.
+
+    Args:
+        patterns: the patterns.
+
+    Raises:
+        ValueError: if one is not known to `file_pattern`, or there are too many.
+
+    Example:
+        >>> Endings(["q_proj", "^layers.0.q_proj", "0.q", "k.*"]).of("layers.0.q_proj")
+        ['q_proj', '^layers.0.q_proj']
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._plain: dict[tuple[str, int, tuple[int, ...]], dict[str, list[str]]] = {}
+        others = []
+        for pattern in patterns:
+            if found := _PLAIN.fullmatch(pattern):
+                marks = re.findall(r"\\?.", found[2])
+                anyhow = tuple(i for i, mark in enumerate(marks) if mark == ".")
+                kind = self._plain.setdefault((found[1], len(marks), anyhow), {})
+                kind.setdefault("".join(mark[-1] for mark in marks), []).append(pattern)
+            else:
+                others.append(pattern)
+        if sum(map(len, others)) > _LENGTH or len(self._plain) > _FORMS:
+            raise ValueError("the patterns are too many to match")
+        self._others = [(p, file_pattern(rf"(.*\.)?({p})$")) for p in others]
+
+    def of(self, name: str) -> list[str]:
+        """Returns those that match.
+
+        Raises:
+            ValueError: if that takes too many steps.
+        """
+        found = []
+        for (anchor, length, anyhow), patterns in self._plain.items():
+            before, end = name[:-length], list(name[-length:])
+            if len(end) < length or (before and (anchor or before[-1] != ".")):
+                continue
+            for i in anyhow:
+                end[i] = "."
+            found += patterns.get("".join(end), [])
+        counted = _Counted(name)
+        return found + [pattern for pattern, fits in self._others if fits(counted)]
 
 
 # Bounded by what they hold: a node takes some hundred bytes.
@@ -139,6 +195,9 @@ def _item(pattern: str, at: int, depth: int) -> _Parsed:
 
 
 def _character(pattern: str, atom: str) -> Node:
+    inside = re.sub(r"\\.", "?", atom[1:])
+    if atom[0] == "[" and _DOUBTFUL.search(inside):
+        raise ValueError(f"the pattern {pattern[:200]!r} has the class {atom[:50]!r}")
     try:
         matches = re.compile(atom).fullmatch
     except re.error as error:

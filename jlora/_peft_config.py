@@ -1,14 +1,16 @@
 """`adapter_config.json`: every field is honoured or refused by name."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from ._patterns import file_pattern
+from ._patterns import Endings, file_pattern
 
 FORMAT = "0.21.0"  # the release of PEFT whose files these are
 RANK_LIMIT = 1 << 16
@@ -65,7 +67,8 @@ class PeftConfig:
         Raises:
             UnsupportedFeatureError: if it depends on the order of the patterns.
         """
-        return _resolve("rank_pattern", self.rank_pattern, module, self.r)
+        keys = self._rank_keys
+        return _resolve("rank_pattern", self.rank_pattern, keys, module, self.r)
 
     def alpha(self, module: str) -> float:
         """Returns the alpha of a module.
@@ -73,11 +76,22 @@ class PeftConfig:
         Raises:
             UnsupportedFeatureError: if it depends on the order of the patterns.
         """
-        return _resolve("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
+        values, default = self.alpha_pattern, self.lora_alpha
+        return _resolve("alpha_pattern", values, self._alpha_keys, module, default)
 
     def scaling(self, module: str, rank: int) -> float:
         """Returns the scaling of a module with a rank."""
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @functools.cached_property
+    def _rank_keys(self) -> Endings:
+        with _patterns_of("rank_pattern"):
+            return Endings(self.rank_pattern)
+
+    @functools.cached_property
+    def _alpha_keys(self) -> Endings:
+        with _patterns_of("alpha_pattern"):
+            return Endings(self.alpha_pattern)
 
     @property
     def all_linear(self) -> bool:
@@ -112,30 +126,32 @@ class PeftConfig:
 def _named(patterns: str | tuple[str, ...], name: str) -> bool:
     """Whether a regex matches a whole name, or a list holds it or the end of it."""
     if isinstance(patterns, str):
-        return _matches(patterns, name)
+        with _patterns_of("target_modules` or `exclude_modules"):
+            return file_pattern(patterns)(name)
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
-def _resolve(field: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    found = {k: v for k, v in patterns.items() if _ends_with(k, module)}
+def _resolve(
+    field: str, values: Mapping[str, Any], keys: Endings, module: str, default: Any
+) -> Any:
+    with _patterns_of(field):
+        found = {key: values[key] for key in keys.of(module)}
     if len(set(found.values())) > 1:
         raise UnsupportedFeatureError(
-            f"`{field}` gives {module!r} several values, {found}: which one holds "
-            "depends on the order of its keys, which PEFT's files do not keep. Name "
-            "the module in one key"
+            f"`{field}` gives {module!r} several values, {str(found)[:500]}: which one "
+            "holds depends on the order of its keys, which PEFT's files do not keep. "
+            "Name the module in one key"
         )
     return next(iter(found.values()), default)
 
 
-def _ends_with(key: str, module: str) -> bool:
-    return _matches(rf"(.*\.)?({key})$", module)
-
-
-def _matches(pattern: str, name: str) -> bool:
+@contextlib.contextmanager
+def _patterns_of(field: str) -> Iterator[None]:
+    """Says which field has the pattern that is not matched."""
     try:
-        return file_pattern(pattern)(name)
+        yield
     except ValueError as error:
-        raise UnsupportedFeatureError(f"the config: {error}") from error
+        raise UnsupportedFeatureError(f"`{field}`: {error}") from error
 
 
 # --- reading ---
@@ -234,7 +250,7 @@ def _rank(value: Any) -> bool:
 
 
 def _alpha(value: Any) -> bool:
-    return (_is(value, int) or _is(value, float)) and 0 < value < 1e30
+    return (_is(value, int) or _is(value, float)) and 1e-30 < value < 1e30
 
 
 _SCALARS = {

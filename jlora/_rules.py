@@ -38,12 +38,12 @@ class Rule:
     rule is expected.
 
     Args:
-        path: a regex for the whole path of a leaf, or for the whole path without its
-            last segment (`kernel`, `bias`, …).
+        path: a regex for the whole path of a leaf without its last segment (`kernel`,
+            `bias`, …), or with it.
         module: the torch module, a template. `{name}` stands for the group `name` of
-            the regex; a name that is no group counts along a batch axis of the leaf,
-            which is how a scanned stack maps onto numbered layers (the first such name
-            is the first batch axis). Several templates are the modules that a kernel
+            the regex, with dots for its slashes; a name that is no group counts along a
+            batch axis of the leaf, which is how a scanned stack maps onto numbered
+            layers (the first such name is the first batch axis). Several templates are the modules that a kernel
             fused in JAX is made of, along its output axes: equal parts, or of the width
             that `module=width` gives. `module[i]` is part `i` of a module that is fused
             in torch alone.
@@ -254,9 +254,13 @@ def _mechanical(path: str) -> Binding:
 def _bound(path: str, rules: Sequence[tuple[Rule, re.Pattern[str]]]) -> Binding | None:
     module, _, last = path.rpartition("/")
     for order, (rule, pattern) in enumerate(rules):
-        found = pattern.fullmatch(path) or pattern.fullmatch(module)
+        steps = rule.steps()
+        # A template for a module is for the path of a module first; one for a parameter
+        # for that of the leaf.
+        own = [path] if {"experts", "parameter"} & set(steps) else [module, path]
+        tried = [pattern.fullmatch(text) for text in [*own, module] if text]
+        found = next((match for match in tried if match), None)
         if found:
-            steps = rule.steps()
             if last == "embedding":
                 steps.setdefault("embedding", None)
             slots = tuple(_slot(name, found) for name in _several(rule.module))
@@ -270,7 +274,8 @@ def _several(module: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _slot(template: str, found: re.Match[str]) -> Slot:
     groups = found.groupdict()
-    filled = _FIELD.sub(lambda m: groups.get(m[1]) or m[0], template)
+    dotted = lambda name: (groups.get(name) or "").replace("/", ".")
+    filled = _FIELD.sub(lambda m: dotted(m[1]) or m[0], template)
     if part := _PART.fullmatch(filled):
         return Slot(part[1], part=int(part[2]))
     if width := _WIDTH.fullmatch(filled):
