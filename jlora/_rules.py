@@ -43,10 +43,10 @@ class Rule:
         module: the torch module, a template. `{name}` stands for the group `name` of
             the regex, with dots for its slashes; a name that is no group counts along a
             batch axis of the leaf, which is how a scanned stack maps onto numbered
-            layers (the first such name is the first batch axis). Several templates are the modules that a kernel
-            fused in JAX is made of, along its output axes: equal parts, or of the width
-            that `module=width` gives. `module[i]` is part `i` of a module that is fused
-            in torch alone.
+            layers (the first such name is the first batch axis). Several templates are
+            the modules that a kernel fused in JAX is made of, along its output axes:
+            equal parts, or of the width that `module=width` gives. `module[i]` is part
+            `i` of a module that is fused in torch alone.
         transform: how the layouts differ, several joined by "+". None: a Flax kernel
             `(in, out)` is a torch weight `(out, in)`.
 
