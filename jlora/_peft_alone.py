@@ -1,0 +1,122 @@
+"""A PEFT adapter without the params it was made for, as far as its own files tell."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from ._base import Base
+from ._config import LoraConfig
+from ._peft_configs import configs_of
+from ._peft_keys import ModuleTensors
+from ._peft_read import AdapterFiles, adapter_of
+from ._rules import Rule
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+Rules = list[Rule]
+Configs = LoraConfig | tuple[LoraConfig, ...]
+
+
+def adapter_alone(files: AdapterFiles) -> tuple[Configs, dict[str, Any]]:
+    """Returns the configs and the adapter of some files, on the host.
+
+    Raises:
+        AdapterError: if the files contradict themselves.
+    """
+    shapes, rules = params_alone(files)
+    # PEFT may write a frozen table along; there is nothing here to compare it with.
+    named = {name: name.replace(".base_layer.", ".") for name in files.whole}
+    kept = {
+        name: files.whole[name] for name in named if _path_of(named[name]) in shapes
+    }
+    own = dataclasses.replace(files, whole=kept)
+    entries = adapter_of(own, Base.of(shapes, rules))
+    return configs_of(entries, files.config, list(shapes)), entries
+
+
+def params_alone(files: AdapterFiles) -> tuple[Shapes, Rules]:
+    """Returns kernels by path as the mechanical map has them, and the rules for them.
+
+    `a.b` is `params/a/b/kernel`, `(in, out)`; a table is `params/a/b/embedding`, a
+    convolution's kernel `(*window, in, out)`, experts are `(experts, in, out)`.
+    """
+    shapes: Shapes = {}
+    rules: Rules = []
+
+    def add(path: str, shape: tuple[int, ...], dtype: Any, name: str, how: Any) -> None:
+        shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
+        rules.append(Rule(re.escape(path), name, how))
+
+    heads = _tied_heads(files)
+    packed = _parameters(files)
+    for module, tensors in files.modules.items():
+        name = module.replace(".base_layer.", ".")
+        owner = module.split(".base_layer")[0]
+        if module in heads or owner in packed:
+            continue
+        how = "embedding" if tensors.is_table else None
+        if module in heads.values():
+            how = next(
+                f"tied({head})" for head, table in heads.items() if table == module
+            )
+        last = "embedding" if tensors.is_table else "kernel"
+        shape = _kernel_shape(tensors)
+        how = "conv" if len(shape) > 2 else how
+        add(_path(name, last), shape, tensors.a.dtype, name, how)
+    for owner, several in packed.items():
+        for parameter, tensors in several:
+            rank = files.config.rank(f"{owner}.{parameter}")
+            shape = (tensors.a.shape[0] // rank, tensors.a.shape[1], tensors.b.shape[0])
+            name = f"{owner}.{parameter}"
+            add(_path(name, "kernel"), shape, tensors.a.dtype, name, "experts")
+    for key, tensor in files.whole.items():
+        name = key.replace(".base_layer.", ".")
+        if name.removesuffix(".weight") not in {*heads, *heads.values()}:
+            add(_path_of(name), tensor.shape, tensor.dtype, name, "parameter")
+    return shapes, rules
+
+
+def _path_of(name: str) -> str:
+    return "/".join(["params", *name.split(".")])
+
+
+def _path(name: str, last: str) -> str:
+    return "/".join(["params", *name.split("."), last])
+
+
+def _kernel_shape(tensors: ModuleTensors) -> tuple[int, ...]:
+    return (*tensors.a.shape[2:], tensors.a.shape[1], tensors.b.shape[0])
+
+
+def _tied_heads(files: AdapterFiles) -> dict[str, str]:
+    """Returns the heads whose factors repeat those of a table, with the table."""
+    if not files.config.ensure_weight_tying:
+        return {}
+    return {
+        head: table
+        for table, rows in files.modules.items()
+        for head, other in files.modules.items()
+        if rows.is_table and not other.is_table
+        if np.array_equal(other.a, rows.b.T) and np.array_equal(other.b, rows.a.T)
+    }
+
+
+def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, ModuleTensors]]]:
+    """Returns the adapted parameters of each module, innermost first.
+
+    Torch's modules define the input of a feed-forward layer before its output.
+    """
+    chosen = files.config.target_parameters or ()
+    found: dict[str, list[tuple[str, ModuleTensors]]] = {}
+    owners = {module.split(".base_layer")[0] for module in files.modules}
+    for owner in sorted(owners):
+        tails = [p.rpartition(".")[2] for p in chosen]
+        own = [t for t in tails if files.config.selects_parameter(f"{owner}.{t}")]
+        own = sorted(set(own), key=lambda tail: (tail.endswith("down_proj"), tail))
+        depths = [f"{owner}{'.base_layer' * n}" for n in range(len(own))][::-1]
+        if own and all(depth in files.modules for depth in depths):
+            pairs = zip(own, depths, strict=True)
+            found[owner] = [(tail, files.modules[depth]) for tail, depth in pairs]
+    return found

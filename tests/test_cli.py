@@ -1,0 +1,172 @@
+"""The command line, in process: what it prints, writes and returns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import jlora.checkpoint
+import jlora.peft
+import jlora.weights
+from jlora.__main__ import DIFFERENT, FAILED, SAME, main
+
+CASES = Path(__file__).parent / "data" / "peft"
+SHAPES = {"params/up/kernel": (5, 7), "params/down/kernel": (3, 7, 5)}
+CONFIG = jlora.LoraConfig("up|down", rank=2, alpha=3.0)
+
+
+def adapter_of(seed: int = 0) -> dict[str, Any]:
+    """Factors of a dense kernel and of a stack of three, with b off zero."""
+    generator = np.random.default_rng(seed)
+    number = lambda shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
+    found = {}
+    for path, shape in SHAPES.items():
+        batch = tuple(range(len(shape) - 2))
+        axes = jlora.KernelAxes(batch, (len(batch),), (len(batch) + 1,))
+        a, b = map(number, axes.factor_shapes(shape, CONFIG.rank))
+        found[path] = jlora.LoraFactors(a, b, axes, CONFIG.scaling)
+    return found
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of `adapter_of()`."""
+    jlora.checkpoint.save(tmp_path / "saved", adapter_of(), config=CONFIG)
+    return tmp_path / "saved"
+
+
+def dense(seed: int = 0) -> dict[str, Any]:
+    """The dense kernel of `adapter_of`, alone."""
+    return {"params/up/kernel": adapter_of(seed)["params/up/kernel"]}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two adapters are equal to the bit."""
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def test_inspect_prints_norms_and_spectrum(saved: Path, capsys: Any) -> None:
+    assert main(["inspect", str(saved)]) == SAME
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("params/up/kernel"))
+    factors = adapter_of()["params/up/kernel"]
+    values = np.linalg.svd(np.asarray(jlora.delta(factors), np.float64))[1]
+    cells = line.split()
+    assert cells[1:5] == ["5×7", "2", "1.5", "float32"]
+    assert float(cells[7]) == pytest.approx(np.linalg.norm(values), rel=1e-3)
+    assert float(cells[8]) == pytest.approx(values[0], rel=1e-3)
+    assert "2 targets" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "case",
+    sorted(f.name for f in CASES.iterdir() if (f / "arrays.npz").exists()),
+)
+@pytest.mark.filterwarnings("ignore:PEFT up to 0.21 adds the delta")
+def test_every_adapter_of_peft_is_inspected(case: str, capsys: Any) -> None:
+    words = ["inspect", str(CASES / case), "--ignore", "lora_dropout"]
+    assert main(words) == SAME, capsys.readouterr().err
+    assert "targets" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_converted_and_back(tmp_path: Path) -> None:
+    first, peft, back = (tmp_path / name for name in ("first", "peft", "back"))
+    jlora.checkpoint.save(first, dense(), config=CONFIG)
+    assert main(["convert", str(first), str(peft)]) == SAME
+    config = json.loads((peft / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    assert config["target_modules"] == ["up"]
+    assert main(["convert", str(peft), str(back)]) == SAME
+    assert same(jlora.checkpoint.restore(back), dense())
+    assert main(["diff", str(first), str(back)]) == SAME
+    assert main(["diff", str(first), str(peft)]) == SAME
+
+
+def test_names_of_a_family_number_the_layers_of_a_stack(tmp_path: Path) -> None:
+    factors = adapter_of()["params/down/kernel"]
+    adapter = {"params/layers/mlp/down_proj/kernel": factors}
+    config = jlora.LoraConfig("down_proj", rank=2, alpha=3.0)
+    jlora.checkpoint.save(tmp_path / "stack", adapter, config=config)
+    words = ["convert", str(tmp_path / "stack"), str(tmp_path / "peft")]
+    assert main([*words, "--names", "llama"]) == SAME
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    wanted = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert config["target_modules"] == wanted
+
+
+def test_a_model_is_merged(tmp_path: Path, capsys: Any) -> None:
+    arrays = np.load(CASES / "linear" / "arrays.npz")
+    part = lambda group: {
+        k.removeprefix(group): arrays[k] for k in arrays.files if k.startswith(group)
+    }
+    (tmp_path / "model").mkdir()
+    weights = {k: np.ascontiguousarray(v) for k, v in part("base/").items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    out = tmp_path / "merged"
+    words = ["merge", str(tmp_path / "model"), str(CASES / "linear"), str(out)]
+    assert main(words) == SAME
+    assert f"{len(weights)}/{len(weights)} tensors" in capsys.readouterr().err
+    found = jlora.weights.open_weights(out)
+    for name, merged in part("merged/").items():
+        np.testing.assert_allclose(found[name], merged, rtol=0, atol=1e-6)
+    assert main(words) == FAILED
+    assert "there already" in capsys.readouterr().err
+
+
+def test_diff_says_what_and_how_much(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    changed = adapter_of()
+    up = changed["params/up/kernel"]
+    moved = jlora.LoraFactors(up.a, 1.25 * up.b, up.axes, up.scaling)
+    other = {"params/up/kernel": moved}
+    jlora.checkpoint.save(tmp_path / "other", other, config=CONFIG)
+    assert main(["diff", str(saved), str(tmp_path / "other")]) == DIFFERENT
+    out = capsys.readouterr().out
+    assert f"only in {saved}" in out and "params/down/kernel" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("params/up"))
+    assert line.split()[1:] == ["0.25", "values"]
+
+
+def test_the_same_delta_in_other_factors_is_a_distance_of_zero(
+    tmp_path: Path, capsys: Any
+) -> None:
+    up = dense()["params/up/kernel"]
+    turned = jlora.LoraFactors(2 * up.a, up.b / 2, up.axes, up.scaling)
+    for name, factors in (("one", up), ("two", turned)):
+        folder = tmp_path / name
+        jlora.checkpoint.save(folder, {"params/up/kernel": factors}, config=CONFIG)
+    assert main(["diff", str(tmp_path / "one"), str(tmp_path / "two")]) == DIFFERENT
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "params/up" in x)
+    assert float(line.split()[1]) < 1e-7
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["inspect", "nowhere"], "there is no nowhere"),
+        (["diff", "nowhere", "nowhere"], "there is no nowhere"),
+        (["merge", "nowhere", str(CASES / "linear"), "out"], "nowhere"),
+        (["inspect", str(CASES / "dora")], "use_dora"),
+        (["convert", str(CASES / "linear"), str(CASES / "linear")], "linear"),
+    ],
+)
+def test_errors_are_one_line(words: list[str], said: str, capsys: Any) -> None:
+    assert main(words) == FAILED
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert said in line and not printed.out
+
+
+def test_the_module_runs() -> None:
+    command = [sys.executable, "-m", "jlora", "inspect", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert done.stderr == "python -m jlora inspect: there is no nowhere\n"
