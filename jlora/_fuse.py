@@ -27,11 +27,6 @@ class Pair:
         """The size of the axis that `a` and `b` share."""
         return self.a.shape[1]
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether both are zero, so that the kernel is not adapted at all."""
-        return not (self.a.any() or self.b.any())
-
     def scaled_to(self, scaling: float) -> "Pair":
         """Returns the same delta with another scaling; `b` takes the difference.
 

@@ -108,12 +108,16 @@ def _pieces(
             f"{binding.slots[0].template!r} counts {n} of them; name a {{field}} for "
             "each in the rule"
         )
+    packed = len(batch) > n
     for index in np.ndindex(batch):
-        pair = Pair(a[index], b[index], entry.scaling)
-        if n and pair.is_zero:
+        pair, layer = Pair(a[index], b[index], entry.scaling), index[:n]
+        if n and not (a[layer].any() or b[layer].any()):
             continue
         pair = pair.trimmed() if n else pair
         for number, part in enumerate(split_slots(pair, binding)):
+            if part is None and packed:  # of all experts none may be left out
+                width = binding.widths(b.shape[-1])[number]
+                part = Pair(0 * pair.a, 0 * pair.b[:, :width], pair.scaling)
             if part is not None:
                 home = Home(path, number, index[:n])
                 slot = binding.slots[number].module(index[:n])

@@ -8,7 +8,6 @@ import numpy as np
 
 from ._base import Base, Home, check_parts
 from ._errors import AdapterError
-from ._rules import Binding
 from ._torch_layout import (
     kernel_from,
     kernel_matrix,
@@ -240,19 +239,3 @@ def check_all_used(base: Base, given: Iterable[str], ignore: Iterable[str]) -> N
             f"the state dict has {len(rest)} tensors that no leaf takes: {rest[:10]}. "
             "Add rules, or name them (or how they end) in `ignore`"
         )
-
-
-def unmapped(base: Base) -> list[str]:
-    """Returns the leaves that no rule matches."""
-    return [path for path in base.leaves if path not in base.bindings]
-
-
-def binding_of(base: Base, path: str) -> Binding:
-    """Returns what the rules say of a leaf.
-
-    Raises:
-        AdapterError: if no rule matches it.
-    """
-    if path in base.bindings:
-        return base.bindings[path]
-    raise AdapterError(f"no rule of `names` matches {path!r}; add one")
