@@ -14,6 +14,30 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Every use of a kernel is crossed with every wrapper, in each of these modules.
+CROSSED = ("test_uses.py", "test_wrappers.py", "test_zoo.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--sample`, for a second JAX release on which the others have passed."""
+    told = "run one in N of the crossings of uses, wrappers and models (by their names)"
+    parser.addoption("--sample", type=int, default=1, metavar="N", help=told)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leaves crossings out, always the same ones."""
+    n = config.getoption("--sample")
+    out = [
+        item
+        for item in items
+        if item.path.name in CROSSED and zlib.crc32(item.nodeid.encode()) % n
+    ]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in set(out)]
+
+
 @pytest.fixture
 def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
     """A function that returns a new key at every call, the same ones in every run.

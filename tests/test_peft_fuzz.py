@@ -36,6 +36,8 @@ profile = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+pytestmark = pytest.mark.slow
+
 # --- what is altered, and what is asked of it ---
 
 
