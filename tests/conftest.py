@@ -14,6 +14,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Scripts for a Python that has torch and PEFT.
+collect_ignore = ["peft_oracle"]
+
 # Every use of a kernel is crossed with every wrapper, in each of these modules.
 CROSSED = ("test_uses.py", "test_wrappers.py", "test_zoo.py")
 
