@@ -280,16 +280,21 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 def assert_as_near(found: Any, reference: Any, truth: Any) -> None:
-    """As far from the truth as the reference is, for most leaves; far off for none."""
+    """About as far from the truth as the reference for most leaves; far off for none.
+
+    `x·a` and the delta are rounded apart, which the formed kernel is spared.
+    """
 
     def errors(tree: Any) -> Any:
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(truth), strict=True)
-        return [np.linalg.norm(plain(x) - plain(y)) / norm(y) for x, y in pairs]
+        # A leaf without a gradient, in a branch not taken, has none in either.
+        apart = lambda x, y: np.linalg.norm(plain(x) - plain(y))
+        return [apart(x, y) / (norm(y) or 1.0) for x, y in pairs]
 
     own, other = errors(found), errors(reference)
     worst = dict(zip(named_leaves(found), own, strict=True))
     assert max(own) <= 0.2, worst
-    assert np.median(own) <= 1.5 * np.median(other), (own, other)
+    assert np.median(own) <= 2 * np.median(other) + 2.0**-8, (own, other)
 
 
 def distance(found: Any, base: Any) -> float:

@@ -101,7 +101,9 @@ def dataclasses() -> Built:
     return Built(autoencoder, params, (normal(6, 5, 7),), expected)
 
 
-def refiner(params: Tree, image: jax.Array, kind: jax.Array) -> jax.Array:
+def refiner(
+    params: Tree, image: jax.Array, kind: jax.Array, *, half: Any = jnp.float16
+) -> jax.Array:
     """Channels first; a branch chosen at run time; the same kernel three times."""
     conv = partial(lax.conv_general_dilated, dimension_numbers=("NCHW", "OIHW", "NCHW"))
     x = conv(image, params["stem"], (2, 1), "SAME")
@@ -115,8 +117,8 @@ def refiner(params: Tree, image: jax.Array, kind: jax.Array) -> jax.Array:
 
     x = lax.fori_loop(0, 3, step, x)
     # A quarter of the last kernel, in half precision, is enough.
-    last = (0.25 * params["last"][:, :9]).astype(jnp.float16)
-    return x.mean(axis=(2, 3)).astype(jnp.float16) @ last
+    last = (0.25 * params["last"][:, :9]).astype(half)
+    return x.mean(axis=(2, 3)).astype(half) @ last
 
 
 def refining(kind: int) -> Built:
@@ -135,7 +137,8 @@ def refining(kind: int) -> Built:
         "last": DENSE,
     }
     args = (normal(6, 4, 5, 6, 5), jnp.int32(kind))
-    return Built(refiner, params, args, expected, coarse=True)
+    exact = partial(refiner, half=jnp.float32)
+    return Built(refiner, params, args, expected, exact=exact)
 
 
 class Classifier(eqx.Module):
