@@ -28,9 +28,7 @@ def adapter_alone(files: AdapterFiles) -> tuple[Configs, dict[str, Any]]:
     shapes, rules = params_alone(files)
     # PEFT may write a frozen table along; there is nothing here to compare it with.
     named = {name: name.replace(".base_layer.", ".") for name in files.whole}
-    kept = {
-        name: files.whole[name] for name in named if _path_of(named[name]) in shapes
-    }
+    kept = {name: files.whole[name] for name in named if _path(named[name]) in shapes}
     own = dataclasses.replace(files, whole=kept)
     entries = adapter_of(own, Base.of(shapes, rules))
     return configs_of(entries, files.config, list(shapes)), entries
@@ -74,16 +72,12 @@ def params_alone(files: AdapterFiles) -> tuple[Shapes, Rules]:
     for key, tensor in files.whole.items():
         name = key.replace(".base_layer.", ".")
         if name.removesuffix(".weight") not in {*heads, *heads.values()}:
-            add(_path_of(name), tensor.shape, tensor.dtype, name, "parameter")
+            add(_path(name), tensor.shape, tensor.dtype, name, "parameter")
     return shapes, rules
 
 
-def _path_of(name: str) -> str:
-    return "/".join(["params", *name.split(".")])
-
-
-def _path(name: str, last: str) -> str:
-    return "/".join(["params", *name.split("."), last])
+def _path(name: str, *last: str) -> str:
+    return "/".join(["params", *name.split("."), *last])
 
 
 def _kernel_shape(tensors: ModuleTensors) -> tuple[int, ...]:

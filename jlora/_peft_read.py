@@ -358,7 +358,7 @@ class _Reader:
         a, b, scaling = _stack(pairs, batch)
         if order is not None:
             b = b[..., np.argsort(order)]
-        if axes.in_ and "conv" in binding.steps and len(axes.in_) < 2:
+        if "conv" in binding.steps and len(axes.in_) < 2:
             raise AdapterError(f"{path!r} {shape} is no convolution's kernel")
         return factors_from(a, b, axes, shape, scaling)
 
@@ -415,13 +415,9 @@ def _stack(
         return pair.a, pair.b, pair.scaling
     scaling = Counter(pair.scaling for pair in pairs.values()).most_common(1)[0][0]
     rank = max(pair.rank for pair in pairs.values())
-    some = next(iter(pairs.values()))
+    some = next(iter(pairs.values())).padded_to(rank)
     none = Pair(np.zeros_like(some.a), np.zeros_like(some.b), scaling)
-    every = [
-        pairs.get(index, none).scaled_to(scaling).padded_to(rank)
-        if index in pairs
-        else Pair(none.a[:, :1], none.b[:1], scaling).padded_to(rank)
-        for index in np.ndindex(batch)
-    ]
+    full = {i: pair.scaled_to(scaling).padded_to(rank) for i, pair in pairs.items()}
+    every = [full.get(index, none) for index in np.ndindex(batch)]
     a, b = np.stack([p.a for p in every]), np.stack([p.b for p in every])
     return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:]), scaling
