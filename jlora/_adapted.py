@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ._axes import align, contract_rank
+from ._axes import align, contract_rank, expand
+from ._dora import output_scale
+from ._dropout import Dropout, key_words
 from ._factors import LoraFactors
 
 
@@ -23,25 +25,69 @@ class Part:
     a: jax.Array
     b: jax.Array
     scaling: float = dataclasses.field(metadata={"static": True})
+    # The state of a dropout key for each index of the batch axes, laid out likewise.
+    key: jax.Array | None = None
+    dropout: Dropout | None = dataclasses.field(default=None, metadata={"static": True})
 
     def each(self, move: Callable[[jax.Array], jax.Array]) -> "Part":
-        """Returns the part with both arrays moved in the same way."""
-        return dataclasses.replace(self, a=move(self.a), b=move(self.b))
+        """Returns the part with all arrays moved in the same way."""
+        return jax.tree.map(move, self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A frozen value and the parts that are to be added to it."""
+    """A frozen value and the parts that are to be added to it: `(base + Δ)·scale`.
+
+    Attributes:
+        base: the frozen value.
+        parts: what is added.
+        scale: with DoRA what the sum is multiplied by, laid out like a factor of rank
+            one; it varies along the batch and output axes of the kernel.
+    """
 
     base: jax.Array
     parts: tuple[Part, ...]
+    scale: jax.Array | None = None
 
     @classmethod
-    def of(cls, kernel: jax.Array, factors: LoraFactors) -> "Adapted":
-        """Returns `kernel` with its factors."""
-        a, b = align(factors.a, factors.b, factors.axes)
-        return cls(kernel, (Part(a, b, factors.scaling),))
+    def of(
+        cls,
+        kernel: jax.Array,
+        factors: LoraFactors,
+        key: jax.Array | None = None,
+        rate: float = 0.0,
+    ) -> "Adapted":
+        """Returns `kernel` with its factors.
+
+        Args:
+            kernel: the frozen kernel.
+            factors: its factors.
+            key: a PRNG key of its own for dropout, or None for none.
+            rate: the share of inputs that dropout sets to zero.
+        """
+        axes = factors.axes
+        a, b = align(factors.a, factors.b, axes)
+        part = Part(a, b, factors.scaling)
+        if key is not None and rate:
+            batch = tuple(kernel.shape[i] for i in axes.batch)
+            words, dropout = key_words(key, batch, rate)
+            aligned = expand(words, axes.batch, axes.ndim)
+            part = dataclasses.replace(part, key=aligned, dropout=dropout)
+        scale = output_scale(kernel, factors)
+        if scale is not None:
+            scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
+        return cls(kernel, (part,), scale)
+
+    def moved(
+        self, base: jax.Array, move: Callable[[jax.Array], jax.Array]
+    ) -> "Adapted":
+        """Returns `base` with everything else of this value moved in the same way."""
+        return jax.tree.map(move, dataclasses.replace(self, base=None)).with_base(base)
+
+    def with_base(self, base: jax.Array) -> "Adapted":
+        """Returns the same change of another base."""
+        return dataclasses.replace(self, base=base)
 
 
 def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:
@@ -60,6 +106,8 @@ def materialize(value: jax.Array | Adapted) -> jax.Array:
     total = base.astype(jnp.promote_types(base.dtype, jnp.float32))
     for part in value.parts:
         total = total + part_delta(part, base.shape)
+    if value.scale is not None:
+        total = total * value.scale[..., 0]
     return total.astype(base.dtype)
 
 

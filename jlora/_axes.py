@@ -63,6 +63,10 @@ class KernelAxes:
         out = tuple(shape[i] for i in self.out)
         return (*batch, *in_, rank), (*batch, rank, *out)
 
+    def magnitude_shape(self, shape: Sequence[int]) -> Shape:
+        """Returns the shape `(*batch, *out)` of DoRA's magnitude."""
+        return tuple(shape[i] for i in self.batch + self.out)
+
 
 def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:
     """Returns the axes of `ndim` that none of the sequences has.
@@ -84,12 +88,12 @@ def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.
     axes_of_b = (*range(n_batch), *range(n_batch + 1, b.ndim), n_batch)
     b = jax.lax.transpose(b, axes_of_b)
     return (
-        _expand(a, axes.batch + axes.in_, axes.ndim),
-        _expand(b, axes.batch + axes.out, axes.ndim),
+        expand(a, axes.batch + axes.in_, axes.ndim),
+        expand(b, axes.batch + axes.out, axes.ndim),
     )
 
 
-def _expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
+def expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
     """Moves the leading axes of `factor` to the positions `axes` of `ndim` axes."""
     order = sorted(range(len(axes)), key=axes.__getitem__)
     factor = jax.lax.transpose(factor, (*order, len(axes)))

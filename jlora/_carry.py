@@ -21,7 +21,7 @@ from . import _moves as moves
 from ._adapted import Adapted, Part, base_of
 from ._axes import Roles, Shape
 from ._compat import rebind
-from ._gather import gather_axes, gather_rows
+from ._gather import gather_axes, gather_rows, rows_inside
 from ._moves import AxisMap, identity, present, same_axes
 from ._sharding import factor_spec
 
@@ -61,7 +61,7 @@ def _mover(move: Callable[[Any, jax.Array, Shape, list[Any]], jax.Array]) -> Cal
         (base,) = rebind(eqn, [base_of(value), *others])
         shape = value.base.shape
         one = lambda factor: move(eqn, factor, shape, others)
-        return [Adapted(base, tuple(part.each(one) for part in value.parts))]
+        return [value.moved(base, one)]
 
     return run
 
@@ -108,14 +108,14 @@ def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
         factor = factor / amount if divides else factor * amount
         return dataclasses.replace(part, **{side: factor})
 
-    return [Adapted(base, tuple(map(scaled, value.parts)))]
+    return [Adapted(base, tuple(map(scaled, value.parts)), value.scale)]
 
 
 def _negate(eqn: Any, operands: list[Any]) -> list[Any]:
     (value,) = operands
     (base,) = rebind(eqn, [value.base])
     flipped = [dataclasses.replace(part, a=-part.a) for part in value.parts]
-    return [Adapted(base, tuple(flipped))]
+    return [Adapted(base, tuple(flipped), value.scale)]
 
 
 # --- operations that touch the value as a whole ---
@@ -137,7 +137,7 @@ def _barrier_axes(eqn: Any, operand: int) -> list[AxisMap | None]:
 def _barrier(eqn: Any, operands: list[Any]) -> list[Any]:
     bases = rebind(eqn, [base_of(v) for v in operands])
     return [
-        Adapted(base, value.parts) if isinstance(value, Adapted) else base
+        value.with_base(base) if isinstance(value, Adapted) else base
         for base, value in zip(bases, operands, strict=True)
     ]
 
@@ -153,6 +153,16 @@ def _reshard(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arr
     spec = factor_spec(wanted.spec, factor.shape, shape)
     params = {**eqn.params, "dst_sharding": wanted.update(spec=spec)}
     return rebind(eqn.replace(params=params), [factor])[0]
+
+
+def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Takes rows; those that are filled in have no factors and no scale."""
+    value, others = operands[0], operands[1:]
+    (rows,) = _mover(gather_rows)(eqn, operands)
+    if rows.scale is None:
+        return [rows]
+    scale = rows_inside(eqn, rows.scale, value.base.shape, others)
+    return [dataclasses.replace(rows, scale=scale)]
 
 
 def _all_gather_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
@@ -175,7 +185,7 @@ CARRY: dict[str, CarryRule] = {
     "reshape": CarryRule(moves.reshape_axes, _mover(moves.reshape)),
     "slice": CarryRule(same_axes, _mover(moves.slice_)),
     "dynamic_slice": CarryRule(same_axes, _mover(moves.dynamic_slice)),
-    "gather": CarryRule(gather_axes, _mover(gather_rows)),
+    "gather": CarryRule(gather_axes, _gather),
     "split": CarryRule(same_axes, moves.split),
     "unstack": CarryRule(moves.unstack_axes, moves.unstack),
     "stack": CarryRule(moves.stack_axes, moves.stack, operands=None, together=True),

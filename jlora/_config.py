@@ -29,6 +29,11 @@ class LoraConfig:
         rank: the number of columns of `a` and of rows of `b`.
         alpha: the numerator of the scaling.
         rslora: scale by `alpha/√rank` instead of `alpha/rank`.
+        dora: train the norm of each output of the kernel besides: the kernel is
+            `magnitude · (W + ΔW) / ‖W + ΔW‖`, the norm taken over the input axes.
+        dropout: the share of the inputs of the low-rank branch that are set to zero, in
+            [0, 1), where `apply` gets a `lora_dropout_key`; without a key nothing is
+            dropped. Lookups have no dropout: their input is an index.
         init: the initialiser of `a` (`b` is zero): "kaiming_uniform" or "gaussian".
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used.
@@ -49,6 +54,8 @@ class LoraConfig:
         <https://arxiv.org/abs/2106.09685>, 2021.
         Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA,
         <https://arxiv.org/abs/2312.03732>, 2023.
+        Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
+        <https://arxiv.org/abs/2402.09353>, 2024.
     """
 
     target: str | Sequence[str] | None = None
@@ -57,6 +64,8 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
     init: str = "kaiming_uniform"
     dtype: Any = jnp.float32
     full: bool = False
@@ -70,7 +79,8 @@ class LoraConfig:
         object.__setattr__(self, "alpha", _positive("alpha", self.alpha))
         _check_rank(self.rank)
         _check_init(self.init)
-        for field in ("rslora", "full"):
+        object.__setattr__(self, "dropout", _rate(self.dropout))
+        for field in ("rslora", "dora", "full"):
             _check_bool(field, getattr(self, field))
         if self.full and self.target is None:
             raise ValueError(
@@ -154,6 +164,16 @@ def _positive(field: str, value: Any) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(
             f"`LoraConfig.{field}` must be finite and greater than 0, got {value!r}"
+        )
+    return float(value)
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`LoraConfig.dropout` must be a number, got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"`LoraConfig.dropout` must be at least 0 and less than 1, got {value!r}"
         )
     return float(value)
 

@@ -14,10 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, base_of, part_delta
+from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
-from ._compat import rebind
-from ._products import contracted_first, dot_roles, factor_matrix
+from ._compat import rebind, source_line
+from ._errors import MaterializationError
+from ._products import (
+    contracted_first,
+    dot_roles,
+    dropped_input,
+    factor_matrix,
+    part_words,
+    times,
+)
 from ._sharding import explicit_sharding
 
 
@@ -85,8 +93,24 @@ def _conv(eqn: Any, operands: list[Any]) -> list[Any]:
     (y,) = rebind(eqn, [x, value.base])
     for part in value.parts:
         convolve = _conv_depthwise if is_depthwise(eqn) else _conv_part
-        y = y + convolve(eqn, x, value.base, part).astype(y.dtype)
-    return [y]
+        dropped = dropped_input(part, x, part_words(part, ()), ())
+        y = y + convolve(eqn, dropped, value.base, part).astype(y.dtype)
+    return [_conv_scaled(eqn, y, value)]
+
+
+def _conv_scaled(eqn: Any, y: jax.Array, value: Adapted) -> jax.Array:
+    """Applies DoRA's scale along the output channels."""
+    if value.scale is None:
+        return y
+    dims, ndim = eqn.params["dimension_numbers"], value.base.ndim
+    out_axis, sizes = dims.rhs_spec[0], [1] * y.ndim
+    if any(value.scale.shape[i] != 1 for i in free_axes(ndim, [out_axis])):
+        raise MaterializationError(
+            f"a DoRA kernel of shape {value.base.shape} has output axes that a "
+            f"convolution at {source_line(eqn)} sums over; adapt it without `dora=True`"
+        )
+    sizes[dims.out_spec[1]] = y.shape[dims.out_spec[1]]
+    return times(y, complete(value.scale, [out_axis], value.base.shape).reshape(sizes))
 
 
 def _conv_depthwise(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
@@ -170,11 +194,36 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
 
 
 def _ragged_dot(eqn: Any, operands: list[Any]) -> list[Any]:
-    x, value, sizes, *_ = operands
-    (y,) = rebind(eqn, [base_of(v) for v in operands])
+    x, value, sizes, *rest = operands
+    x, after = _ragged_scaled(eqn, x, value, sizes)
+    (y,) = rebind(eqn, [x, *map(base_of, [value, sizes, *rest])])
     for part in value.parts:
-        y = y + _ragged_part(eqn, x, value.base, sizes, part).astype(y.dtype)
-    return [y]
+        dropped = dropped_input(part, x, part_words(part, ()), ())
+        y = y + _ragged_part(eqn, dropped, value.base, sizes, part).astype(y.dtype)
+    return [y if after is None else times(y, after)]
+
+
+def _ragged_scaled(
+    eqn: Any, x: jax.Array, value: Adapted, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns `x` and what the result is multiplied by, with DoRA's scale in either."""
+    if value.scale is None:
+        return x, None
+    dims, shape = _ragged_dims(eqn), value.base.shape
+    (_, contract), (_, batch) = dims.dot_dimension_numbers
+    (group,), (rows,) = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
+    free = free_axes(len(shape), contract, [group, *batch])
+    for axes in (free, contract):
+        others = set(range(len(shape))) - {group, *axes}
+        plain = not batch and x.ndim == 2 and len(axes) == 1 and rows == 0
+        if plain and all(value.scale.shape[i] == 1 for i in others):
+            own = factor_matrix(value.scale, [group, *axes], shape)[..., 0]
+            of_rows = jnp.repeat(own, sizes, axis=0, total_repeat_length=x.shape[0])
+            return (x, of_rows) if axes == free else (times(x, of_rows), None)
+    raise MaterializationError(
+        f"a DoRA kernel of shape {shape} enters a ragged product at {source_line(eqn)} "
+        "in a form that its norm cannot be applied to; adapt it without `dora=True`"
+    )
 
 
 def _ragged_part(
@@ -239,7 +288,7 @@ def add_rows(value: Adapted) -> jax.Array:
         if sharding is not None:
             change = jax.sharding.reshard(change, sharding)
         rows = rows + change
-    return rows
+    return rows if value.scale is None else times(rows, value.scale[..., 0])
 
 
 CONSUME: dict[str, ConsumeRule] = {

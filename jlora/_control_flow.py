@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from ._adapted import Adapted, Part, base_of, materialize
+from ._adapted import Adapted, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
 from ._sharding import factor_spec
@@ -78,8 +78,7 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, Adapted):
-        base = lax.with_sharding_constraint(value.base, sharding)
-        return dataclasses.replace(value, base=base)
+        return value.with_base(lax.with_sharding_constraint(value.base, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -249,8 +248,7 @@ def _specs_like(value: Any, spec: Any) -> Any:
         return spec
     shape = value.base.shape
     follow: Any = lambda factor: factor_spec(spec, factor.shape, shape)
-    parts = [Part(follow(p.a), follow(p.b), p.scaling) for p in value.parts]
-    return Adapted(spec, tuple(parts))
+    return value.moved(spec, follow)
 
 
 CONTROL_FLOW: dict[str, ControlFlowRule] = {

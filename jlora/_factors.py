@@ -18,23 +18,35 @@ PyTree: TypeAlias = Any
 class LoraFactors:
     """The low-rank factors of one kernel: `ΔW = scaling · a · b`.
 
-    A pytree with the leaves `a` and `b`; `axes` and `scaling` are static.
+    A pytree with the leaves `a` and `b`, and with DoRA `magnitude`; `axes` and
+    `scaling` are static.
 
     Attributes:
         a: the input side, of shape `(*batch, *in, rank)`.
         b: the output side, of shape `(*batch, rank, *out)`.
         axes: which axes of the kernel are batch, input and output axes.
         scaling: alpha/rank (or alpha/√rank), a Python float.
+        magnitude: with DoRA the norm that each output of the adapted kernel has, of
+            shape `(*batch, *out)`; else None.
 
     References:
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
         <https://arxiv.org/abs/2106.09685>, 2021, equation 3.
+        Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
+        <https://arxiv.org/abs/2402.09353>, 2024, equation 5.
     """
 
     a: jax.Array
     b: jax.Array
     axes: KernelAxes = dataclasses.field(metadata={"static": True})
     scaling: float = dataclasses.field(metadata={"static": True})
+    magnitude: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        """Returns the fields; a magnitude only where there is one."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        told = {k: v for k, v in fields.items() if k != "magnitude" or v is not None}
+        return f"LoraFactors({', '.join(f'{k}={v!r}' for k, v in told.items())})"
 
     @property
     def rank(self) -> int:
@@ -75,6 +87,8 @@ def delta(factors: LoraFactors, *, dtype: Any = jnp.float32) -> jax.Array:
     """Returns `ΔW = scaling · a · b` in the kernel's own layout.
 
     The product is formed in float32 at the highest precision and then cast to `dtype`.
+    With DoRA this is the change of the direction: the magnitude is not looked at, and
+    `merge` is what gives the adapted kernel.
 
     Args:
         factors: the factors of one kernel, as an adapter holds them.

@@ -117,12 +117,12 @@ def _separate(dims: GroupDims, operands: Operands) -> list[jax.Array]:
     pieces = scaled(dims, h, operands.ranks)
     rows = zip(dims.kernels, operands.kernels, operands.b, pieces, strict=True)
     return [
-        _expand(dims, one, h, b, base_product(dims, one, operands.x, w))
+        expand(dims, one, h, b, base_product(dims, one, operands.x, w))
         for one, w, b, h in rows
     ]
 
 
-def _expand(
+def expand(
     dims: GroupDims, one: KernelDims, h: jax.Array, b: jax.Array, y: jax.Array
 ) -> jax.Array:
     """Returns `y + h·b`, in the dtype and layout of `y`."""

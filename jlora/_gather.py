@@ -105,6 +105,26 @@ def gather_rows(
     )
 
 
+def rows_inside(
+    eqn: Any, scale: jax.Array, shape: Shape, others: list[Any]
+) -> jax.Array:
+    """Returns the scale of the rows of a gather: one where a row is filled in.
+
+    Args:
+        eqn: the gather.
+        scale: the scale of the value, as `gather_rows` has moved it.
+        shape: the shape of the value.
+        others: the indices.
+    """
+    layout = row_layout(eqn)
+    if layout is None or eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return scale
+    single = (*layout.indexed, *layout.batching)
+    here = [n if i in single else 1 for i, n in enumerate(shape)]
+    inside = gather_rows(eqn, jnp.ones((*here, 1), scale.dtype), shape, others)
+    return jnp.where(inside > 0, scale, 1)
+
+
 def _without_indexed(factor: jax.Array, layout: RowLayout) -> jax.Array:
     """Lays a factor that lacks the indexed axes out as the rows that were taken."""
     sources = [i for i in layout.sources if i is not None]

@@ -53,7 +53,7 @@ def _factor_problem(
         return f"{path!r} {shape} has {len(shape)} axes, its factors {factors.axes}"
     wanted = factors.axes.factor_shapes(shape, factors.rank)
     if wanted == (tuple(factors.a.shape), tuple(factors.b.shape)):
-        return None
+        return _magnitude_problem(path, factors, shape)
     hint = ""
     if factors.kernel_shape == shape[::-1]:
         hint = "; they look transposed"
@@ -61,3 +61,15 @@ def _factor_problem(
         f"{path!r} {shape} needs a {wanted[0]} and b {wanted[1]} "
         f"(roles {factors.axes}), got {given}{hint}"
     )
+
+
+def _magnitude_problem(
+    path: str, factors: LoraFactors, shape: tuple[int, ...]
+) -> str | None:
+    if factors.magnitude is None:
+        return None
+    wanted = factors.axes.magnitude_shape(shape)
+    given = tuple(factors.magnitude.shape)
+    if wanted == given:
+        return None
+    return f"{path!r} {shape} needs a magnitude {wanted} of DoRA, got {given}"

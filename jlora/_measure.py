@@ -80,8 +80,9 @@ def _abstract_entry(target: Target) -> Any:
     if axes is None:
         return array(target.shape)
     a, b = map(array, axes.factor_shapes(target.shape, config.rank))
+    magnitude = array(axes.magnitude_shape(target.shape)) if config.dora else None
     factors: Any = LoraFactors
-    return factors(a, b, axes, config.scaling)
+    return factors(a, b, axes, config.scaling, magnitude)
 
 
 # where the arrays live

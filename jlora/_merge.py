@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._axes import KernelAxes, expand
+from ._dora import output_scale
 from ._factors import LoraFactors, PyTree, delta
 from ._match import check_adapter
 from ._paths import FlatParams
@@ -16,7 +18,7 @@ from ._paths import FlatParams
 def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
     """Returns plain params with `W + ΔW` in place of each adapted kernel `W`.
 
-    The sum is formed in float32 (or the kernel's dtype, if wider) and rounded once to
+    With DoRA it is `magnitude · (W + ΔW) / ‖W + ΔW‖`. The sum is formed in float32 (or the kernel's dtype, if wider) and rounded once to
     the dtype of the kernel. The tree keeps its structure, boxes, dtypes and shardings;
     `params` itself is not changed.
 
@@ -63,4 +65,13 @@ def _sum(kernel: jax.Array, entry: LoraFactors | jax.Array) -> jax.Array:
     if not isinstance(entry, LoraFactors):
         return entry.astype(kernel.dtype)
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    return (kernel.astype(wide) + delta(entry, dtype=wide)).astype(kernel.dtype)
+    total = kernel.astype(wide) + delta(entry, dtype=wide)
+    scale = output_scale(kernel, entry)
+    if scale is not None:
+        total = total * _along(scale, entry.axes)
+    return total.astype(kernel.dtype)
+
+
+def _along(scale: jax.Array, axes: KernelAxes) -> jax.Array:
+    """Lays a value of the batch and output axes out along those of the kernel."""
+    return expand(scale[..., None], axes.batch + axes.out, axes.ndim)[..., 0]

@@ -7,6 +7,7 @@ them in its table.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -165,9 +166,10 @@ def split(eqn: Any, operands: list[Any]) -> list[Any]:
             return [factor] * len(bases)
         return lax.split(factor, sizes, axis=axis)
 
-    halves = [(pieces(p.a), pieces(p.b), p.scaling) for p in value.parts]
+    leaves, treedef = jax.tree.flatten(value.with_base(None))
+    cut = [pieces(leaf) for leaf in leaves]
     return [
-        Adapted(base, tuple(Part(a[i], b[i], s) for a, b, s in halves))
+        treedef.unflatten([leaf[i] for leaf in cut]).with_base(base)
         for i, base in enumerate(bases)
     ]
 
@@ -189,8 +191,7 @@ def unstack(eqn: Any, operands: list[Any]) -> list[Any]:
         return lax.index_in_dim(factor, i if here else 0, axis, keepdims=False)
 
     return [
-        Adapted(base, tuple(p.each(lambda f, i=i: entry(f, i)) for p in value.parts))
-        for i, base in enumerate(bases)
+        value.moved(base, functools.partial(entry, i=i)) for i, base in enumerate(bases)
     ]
 
 
@@ -224,7 +225,20 @@ def pad(eqn: Any, operands: list[Any]) -> list[Any]:
     value, fill = operands
     (base,) = rebind(eqn, [value.base, fill])
     config, shape = eqn.params["padding_config"], value.base.shape
-    return [Adapted(base, tuple(_pad_part(p, config, shape) for p in value.parts))]
+    parts = tuple(_pad_part(p, config, shape) for p in value.parts)
+    return [Adapted(base, parts, _pad_scale(value.scale, config, shape))]
+
+
+def _pad_scale(
+    scale: jax.Array | None, config: Sequence[tuple], shape: Shape
+) -> jax.Array | None:
+    """Pads a scale with ones: the base is left as it is where it is padded."""
+    if scale is None:
+        return None
+    scale = complete(
+        scale, [i for i, amounts in enumerate(config) if any(amounts)], shape
+    )
+    return lax.pad(scale, jnp.ones((), scale.dtype), [*config, (0, 0, 0)])
 
 
 def concatenate(eqn: Any, operands: list[Any]) -> list[Any]:
@@ -243,7 +257,22 @@ def _joined(base: jax.Array, operands: Sequence[Any], axis: int) -> Adapted:
             config[axis] = (offset, total - offset - shape[axis], 0)
             parts += [_pad_part(part, config, shape) for part in value.parts]
         offset += shape[axis]
-    return Adapted(base, tuple(parts))
+    return Adapted(base, tuple(parts), _joined_scale(operands, axis))
+
+
+def _joined_scale(operands: Sequence[Any], axis: int) -> jax.Array | None:
+    """Joins the scales of all operands; those without one are scaled by one."""
+    scales = [v.scale if isinstance(v, Adapted) else None for v in operands]
+    known = [scale for scale in scales if scale is not None]
+    if not known:
+        return None
+    sizes = [max(lengths) for lengths in zip(*(s.shape for s in known), strict=True)]
+    pieces = []
+    for scale, value in zip(scales, operands, strict=True):
+        sizes[axis] = base_of(value).shape[axis]
+        one = jnp.ones((), known[0].dtype) if scale is None else scale
+        pieces.append(jnp.broadcast_to(one, sizes))
+    return lax.concatenate(pieces, axis)
 
 
 def stack_axes(eqn: Any, operand: int) -> list[AxisMap]:

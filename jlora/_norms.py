@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from ._dora import change_squares
 from ._factors import LoraFactors, PyTree
 from ._match import check_adapter
 from ._paths import FlatParams
@@ -49,7 +50,7 @@ def delta_norms(
     One jitted call, in float32. ΔW is not formed: with `a` and `b` as matrices,
     ‖ab‖² = trace(aᵀa · bbᵀ), a product of two matrices of rank × rank for each index of
     the batch axes. For a leaf that is trained whole, ΔW is its difference from that of
-    the base.
+    the base; with DoRA that of the adapted kernel from the frozen one.
 
     Args:
         params: the frozen params.
@@ -113,6 +114,8 @@ def _delta_squares(kernel: jax.Array, entry: LoraFactors | jax.Array) -> jax.Arr
     if not isinstance(entry, LoraFactors):
         wide = _wide(kernel.dtype)
         return _sum_of_squares(entry.astype(wide) - kernel.astype(wide))
+    if entry.magnitude is not None:
+        return change_squares(kernel, entry)
     n_batch = len(entry.axes.batch)
     gram_a = _gram(entry.a, range(n_batch, entry.a.ndim - 1), range(n_batch))
     gram_b = _gram(entry.b, range(n_batch + 1, entry.b.ndim), range(n_batch))

@@ -144,7 +144,11 @@ def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
     if replicate:
         kernel = _replicated(kernel)
     a, b = factor_shardings(kernel, axes, _shape(entry.a), _shape(entry.b))
-    return dataclasses.replace(entry, a=a, b=b)
+    magnitude = entry.magnitude
+    if magnitude is not None:
+        kept = axes.batch + axes.out
+        magnitude = _fitting(kernel, kept, _shape(magnitude))
+    return dataclasses.replace(entry, a=a, b=b, magnitude=magnitude)
 
 
 def factor_shardings(

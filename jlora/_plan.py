@@ -217,11 +217,19 @@ def _row(target: Target, trainable: int) -> tuple[str, ...]:
         _axes(target),
         _uses(target),
         _products(target),
-        "full" if target.rank is None else str(target.rank),
+        "full" if target.rank is None else f"{target.rank}{_variant(target)}",
         "" if target.scaling is None else f"{target.scaling:g}",
         f"{target.trainable:,}",
         f"{100 * target.trainable / trainable:.1f} %",
     )
+
+
+def _variant(target: Target) -> str:
+    """Names what the factors of a target have besides."""
+    config = target.config
+    told = [" dora"] if config.dora else []
+    told += [f" dropout {config.dropout:g}"] if config.dropout else []
+    return ",".join(told)
 
 
 def _axes(target: Target) -> str:

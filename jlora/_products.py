@@ -4,6 +4,7 @@ A kernel's parts are brought to two matrices, `a` over what is contracted and `b
 what is free, and all products that share an operand go to `_linear` as one group.
 """
 
+import dataclasses
 import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ from jax import lax
 
 from ._adapted import Adapted, Part, complete
 from ._axes import free_axes
-from ._compat import rebind
+from ._branch import Arrays, Static, add_branch
+from ._compat import rebind, source_line
+from ._dropout import drop
+from ._errors import MaterializationError
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
 from ._linear import low_rank_product
 
@@ -74,26 +78,102 @@ def run_products(
         The output of each equation.
     """
     rows = zip(eqns, operands, kernels, strict=True)
-    members = [_member(eqn, operand, x, kernel) for eqn, operand, kernel in rows]
+    scaled = [Scaled.of(eqn, operand, x, kernel) for eqn, operand, kernel in rows]
+    rows = zip(eqns, operands, scaled, strict=True)
+    members = [_member(eqn, i, one.x, one.kernel) for eqn, i, one in rows]
     groups: dict[Any, list[int]] = {}
     for i, member in enumerate(members):
-        key = ("alone", i) if member is None else _type_of(member.operands.a[0])
+        key: Any = ("alone", i)
+        if member is not None and scaled[i].x is x:
+            key = _type_of(member.operands.a[0])
         groups.setdefault(key, []).append(i)
     outputs: dict[int, jax.Array] = {}
     for which in groups.values():
         found = [m for i in which if (m := members[i]) is not None]
         if not found:
             (i,) = which
-            outputs[i] = _dot_general_any(eqns[i], operands[i], x, kernels[i])
+            one = scaled[i]
+            outputs[i] = _apart(eqns[i], operands[i], one.x, one.kernel, derive)
             continue
         dims, arrays = _join(found)
         products = low_rank_product(dims, arrays, form=form, derive=derive)
         outputs.update(zip(which, products, strict=True))
-    return [outputs[i] for i in range(len(eqns))]
+    return [scaled[i].finish(outputs[i]) for i in range(len(eqns))]
+
+
+class Scaled(NamedTuple):
+    """A product with DoRA's scale moved from the kernel to `x` or to the result.
+
+    Attributes:
+        x: the other operand; scaled where the output axes of the kernel are contracted.
+        kernel: the kernel without its scale.
+        after: what the result is multiplied by, if anything.
+    """
+
+    x: jax.Array
+    kernel: Adapted
+    after: jax.Array | None = None
+
+    @classmethod
+    def of(cls, eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> "Scaled":
+        """Moves the scale of a kernel, if it has one."""
+        scale = kernel.scale
+        if scale is None:
+            return cls(x, kernel)
+        kernel = dataclasses.replace(kernel, scale=None)
+        contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
+        free = free_axes(kernel.base.ndim, contract, batch)
+        if all(scale.shape[i] == 1 for i in contract):
+            return cls(x, kernel, _after(eqn, operand, x, scale, batch, free))
+        if all(scale.shape[i] == 1 for i in free):
+            axes, places = [*batch, *contract], [*x_batch, *x_contract]
+            own = factor_matrix(scale, axes, kernel.base.shape)[..., 0]
+            return cls(times(x, _placed(own, places, x.ndim)), kernel)
+        raise MaterializationError(
+            f"a DoRA kernel of shape {kernel.base.shape} is contracted over a part of "
+            f"its output axes at {source_line(eqn)}, where its norm cannot be applied to "
+            "either side; adapt it without `dora=True`"
+        )
+
+    def finish(self, y: jax.Array) -> jax.Array:
+        """Returns the result with the scale applied."""
+        return y if self.after is None else times(y, self.after)
+
+
+def _after(
+    eqn: Any,
+    operand: int,
+    x: jax.Array,
+    scale: jax.Array,
+    batch: Sequence[int],
+    free: Sequence[int],
+) -> jax.Array:
+    """Lays a scale out as the result: `(batch, free of left, free of right)`."""
+    shape, n = eqn.invars[operand].aval.shape, len(batch)
+    own = factor_matrix(scale, [*batch, *free], shape)[..., 0]
+    ndim = eqn.outvars[0].aval.ndim
+    start = n if operand == 0 else ndim - len(free)
+    return _placed(own, [*range(n), *range(start, start + len(free))], ndim)
+
+
+def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
+    """Lays a value out with its axes at these places among `ndim`, for broadcasting."""
+    value = jnp.transpose(value, sorted(range(len(places)), key=places.__getitem__))
+    return jnp.expand_dims(value, free_axes(ndim, places))
+
+
+def times(value: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns a value times a scale in the scale's precision, in its own dtype."""
+    return (value * scale).astype(value.dtype)
 
 
 def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
-    """Returns a product as a group of one; None if its parts are no two matrices."""
+    """Returns a product as a group of one.
+
+    None if its parts are no two matrices, or have dropout and so an `x` of their own.
+    """
+    if any(part.dropout for part in kernel.parts):
+        return None
     contract, batch, _, _ = dot_dims(eqn, operand)
     matrices = _as_matrices(kernel, contract, batch)
     if matrices is None:
@@ -172,10 +252,56 @@ def factor_matrix(
     return lax.transpose(factor, (*map(kept.index, axes), len(kept)))
 
 
-def _dot_general_any(eqn: Any, index: int, x: jax.Array, value: Adapted) -> jax.Array:
-    """A product that contracts part of each group: two einsums, left to autodiff."""
-    base = [value.base, x] if index == 0 else [x, value.base]
+def _apart(
+    eqn: Any, operand: int, x: jax.Array, value: Adapted, derive: str
+) -> jax.Array:
+    """The base product, and each part by itself."""
+    base = [value.base, x] if operand == 0 else [x, value.base]
     (y,) = rebind(eqn, base)
+    contract, batch, _, x_batch = dot_dims(eqn, operand)
+    kernel = jax.ShapeDtypeStruct(value.base.shape, value.base.dtype)
+    for part in value.parts:
+        words = part_words(part, batch)
+        one = Adapted(value.base, (part,))
+        matrices = _as_matrices(one, contract, batch)
+        if matrices is None:
+            dropped = dropped_input(part, x, words, x_batch)
+            y = _any_part(eqn, operand, dropped, one, y)
+            continue
+        a, b, scaling = matrices
+        static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
+        y = add_branch(static, Arrays(x, a, b, words), y, derive=derive)
+    return y
+
+
+def part_words(part: Part, batch: Sequence[int]) -> jax.Array | None:
+    """Returns the state of a part's keys for the batch axes of a product.
+
+    Along any other axis the first key serves for all.
+    """
+    if part.key is None:
+        return None
+    shape = [max(part.key.shape[i], part.a.shape[i]) for i in range(part.key.ndim - 1)]
+    others = free_axes(len(shape), batch)
+    first = part.key
+    for axis in others:
+        first = lax.slice_in_dim(first, 0, 1, axis=axis)
+    return factor_matrix(first, batch, tuple(shape))
+
+
+def dropped_input(
+    part: Part, x: jax.Array, words: jax.Array | None, batch: Sequence[int]
+) -> jax.Array:
+    """Returns the input of a part's branch, with dropout if it has any."""
+    if part.dropout is None or words is None:
+        return x
+    return drop(x, words, part.dropout, batch)
+
+
+def _any_part(
+    eqn: Any, index: int, x: jax.Array, value: Adapted, y: jax.Array
+) -> jax.Array:
+    """A product that contracts part of each group: two einsums, left to autodiff."""
     contract, batch, x_contract, x_batch = dot_dims(eqn, index)
     letters = iter(string.ascii_lowercase)
     w_labels = [next(letters) for _ in range(value.base.ndim)]

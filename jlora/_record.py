@@ -26,6 +26,7 @@ Configs = LoraConfig | tuple[LoraConfig, ...]
 
 # The arrays of a `LoraFactors`, and the one of a leaf that is trained whole.
 _FACTORS = [f.name for f in dataclasses.fields(LoraFactors) if not f.metadata]
+_OPTIONAL = "magnitude"
 _WHOLE = "value"
 
 
@@ -122,7 +123,8 @@ def arrays_of(entry: Any) -> dict[str, Any]:
     """Returns the arrays of one entry of an adapter, by name."""
     if not isinstance(entry, LoraFactors):
         return {_WHOLE: entry}
-    return {name: getattr(entry, name) for name in _FACTORS}
+    found = {name: getattr(entry, name) for name in _FACTORS}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def entry_with(entry: Any, arrays: Mapping[str, Any]) -> Any:
@@ -223,7 +225,9 @@ def _entry(values: Any, where: str) -> Entry:
         kernel, f"{where}, kernel", shape=list, dtype=_TEXT, samples=_TEXT
     )
     known = Kernel(_shape(shape, where), dtype and _dtype(dtype, where).name, samples)
-    names = [_WHOLE] if whole else _FACTORS
+    names = (
+        [_WHOLE] if whole else [n for n in _FACTORS if n in arrays or n != _OPTIONAL]
+    )
     _fields(arrays, f"{where}, arrays", **dict.fromkeys(names, dict))
     read = {name: _array(arrays[name], f"{where}, {name}") for name in names}
     checksums = {name: arrays[name]["checksum"] for name in names}
@@ -246,6 +250,9 @@ def _factors(
         raise ValueError(f"{where} has a kernel {shape} and the axes {axes}")
     for name, wanted in zip("ab", axes.factor_shapes(shape, rank), strict=True):
         _same_shape(f"{where}, {name}", wanted, arrays[name].shape)
+    if _OPTIONAL in arrays:
+        wanted = axes.magnitude_shape(shape)
+        _same_shape(f"{where}, {_OPTIONAL}", wanted, arrays[_OPTIONAL].shape)
     return LoraFactors(**arrays, axes=axes, scaling=scaling), alpha
 
 

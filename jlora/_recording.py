@@ -119,17 +119,20 @@ def _explains(config: LoraConfig, path: str, entry: Any) -> bool:
     if not isinstance(entry, LoraFactors):
         return config.full
     same = math.isclose(config.scaling, entry.scaling, rel_tol=1e-6)
-    return not config.full and config.rank == entry.rank and same
+    dora = config.dora == (entry.magnitude is not None)
+    return not config.full and config.rank == entry.rank and same and dora
 
 
 def _unexplained(path: str, entry: Any) -> str:
     if not isinstance(entry, LoraFactors):
         return f"{path!r} is trained whole, and no config that matches it is `full`"
     rank, scaling = entry.rank, float(entry.scaling)
+    dora = ", dora=True" if entry.magnitude is not None else ""
     return (
-        f"{path!r} has rank {rank} and scaling {scaling}, and no config that matches "
+        f"{path!r} has rank {rank} and scaling {scaling}"
+        f"{' and a magnitude' if dora else ''}, and no config that matches "
         f"it does; `LoraConfig({re.escape(path)!r}, rank={rank}, "
-        f"alpha={scaling * rank})` would"
+        f"alpha={scaling * rank}{dora})` would"
     )
 
 

@@ -54,9 +54,10 @@ class Target:
         """The number of trained values."""
         if self.axes is None:
             return math.prod(self.shape)
-        return sum(
-            map(math.prod, self.axes.factor_shapes(self.shape, self.config.rank))
-        )
+        shapes = list(self.axes.factor_shapes(self.shape, self.config.rank))
+        if self.config.dora:
+            shapes.append(self.axes.magnitude_shape(self.shape))
+        return sum(map(math.prod, shapes))
 
 
 @dataclasses.dataclass(frozen=True)

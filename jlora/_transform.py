@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
 from ._config import LoraConfig
+from ._dora import kernel_norm
 from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
@@ -86,7 +87,12 @@ class Lora:
         return {t.path: _new_entry(key, t, leaves[t.path]) for t in plan.targets}
 
     def apply(
-        self, params: PyTree, adapter: Mapping[str, Any], *args: Any, **kwargs: Any
+        self,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        *args: Any,
+        lora_dropout_key: jax.Array | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Returns what `fn` returns with `W + ΔW` for each adapted kernel `W`.
 
@@ -98,6 +104,9 @@ class Lora:
             params: the frozen params.
             adapter: the factors by path, as `init` returns them.
             *args: the other arguments of `fn`, in order.
+            lora_dropout_key: a PRNG key, typed or legacy, another for each step: the
+                input of each low-rank branch then has its config's dropout. None is
+                evaluation, without dropout.
             **kwargs: the keyword arguments of `fn`.
 
         Raises:
@@ -111,10 +120,13 @@ class Lora:
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
         program, _ = program_of(traced, axes, self.materialize, self.contraction)
-        inputs = list(traced.inputs)
+        inputs, rates = list(traced.inputs), {}
+        if lora_dropout_key is not None:
+            rates = self._dropout_rates(flat, traced)
         for path, entry in adapter.items():
-            place = traced.positions[path]
-            inputs[place] = _with_entry(inputs[place], entry)
+            place, rate = traced.positions[path], rates.get(path, 0.0)
+            key = key_of(lora_dropout_key, path) if rate else None
+            inputs[place] = _with_entry(inputs[place], entry, key, rate)
         outputs = run(program, inputs, derive=self.backward)
         return traced.rebuild([materialize(out) for out in outputs])
 
@@ -134,6 +146,13 @@ class Lora:
         if traced is not None:
             targets = with_uses(targets, traced, self.materialize, self.contraction)
         return make_plan(params, targets, unusable, traced)
+
+    def _dropout_rates(self, params: FlatParams, traced: Traced) -> dict[str, float]:
+        """Returns the rate of each target, by its path."""
+        if not any(config.dropout for config in self.configs):
+            return {}
+        targets, _ = resolve(params, self.configs, traced)
+        return {target.path: target.config.dropout for target in targets}
 
     def _trace(
         self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
@@ -218,12 +237,15 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.Array:
     config, axes = target.config, target.axes
+    if isinstance(leaf, jax.ShapeDtypeStruct) and (axes is None or config.dora):
+        how = (
+            "is trained whole and so" if axes is None else "has DoRA's magnitude, which"
+        )
+        raise TargetError(
+            f"{target.path!r} {how} starts from the values of its leaf; pass the "
+            "params as arrays, or call `init` under `jax.eval_shape`"
+        )
     if axes is None:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TargetError(
-                f"{target.path!r} is trained whole and so starts from its own values; "
-                "pass the params as arrays, or call `init` under `jax.eval_shape`"
-            )
         return jnp.asarray(leaf, config.dtype)
     shapes = axes.factor_shapes(target.shape, config.rank)
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
@@ -233,10 +255,13 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.A
     make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
     a = make(own_key, shapes[0], fan_in, config.dtype, places[0])
     b = jnp.zeros(shapes[1], config.dtype, out_sharding=places[1])
-    return LoraFactors(a, b, axes, config.scaling)
+    magnitude = None
+    if config.dora:
+        magnitude = kernel_norm(jnp.asarray(leaf), axes).astype(config.dtype)
+    return LoraFactors(a, b, axes, config.scaling, magnitude)
 
 
-def _with_entry(leaf: Any, entry: Any) -> Any:
+def _with_entry(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
     if isinstance(entry, LoraFactors):
-        return Adapted.of(jnp.asarray(leaf), entry)
+        return Adapted.of(jnp.asarray(leaf), entry, key, rate)
     return entry.astype(leaf.dtype)

@@ -328,4 +328,7 @@ def _boxed(entry: Any, box: Any) -> Any:
     )
     a = dataclasses.replace(box, value=entry.a, names=(*batch, *in_, rank))
     b = dataclasses.replace(box, value=entry.b, names=(*batch, rank, *out))
-    return dataclasses.replace(entry, a=a, b=b)
+    magnitude = entry.magnitude
+    if magnitude is not None:
+        magnitude = dataclasses.replace(box, value=magnitude, names=(*batch, *out))
+    return dataclasses.replace(entry, a=a, b=b, magnitude=magnitude)

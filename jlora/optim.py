@@ -73,7 +73,8 @@ _FACTORS = {f.name for f in fields(LoraFactors) if not f.metadata.get("static")}
 def factor_labels(adapter: PyTree) -> PyTree:
     """Returns the adapter's tree with a label in place of each array.
 
-    The label is "a" or "b" for the factors and "full" for a leaf that is trained whole.
+    The label is "a" or "b" for the factors, "magnitude" for that of DoRA, and "full"
+    for a leaf that is trained whole.
 
     Args:
         adapter: an adapter, abstract or not; any tree of the same structure
@@ -100,7 +101,7 @@ def factor_labels(adapter: PyTree) -> PyTree:
 
     def are_factors(node: Any) -> bool:
         # The adapter itself is a mapping too, and may hold leaves called a and b.
-        named = isinstance(node, Mapping) and set(node) == _FACTORS
+        named = isinstance(node, Mapping) and {"a", "b"} <= set(node) <= _FACTORS
         return _is_factors(node) or (named and node is not adapter)
 
     def label(node: Any) -> Any:
@@ -117,8 +118,8 @@ def lora_plus(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns an optimizer of the adapter in which `b` learns `ratio` times faster.
 
-    `b` gets `make_optimizer(ratio · learning_rate)`; `a`, and leaves that are trained
-    whole, get `make_optimizer(learning_rate)`. The two groups do not see each other, so
+    `b` gets `make_optimizer(ratio · learning_rate)`; `a`, the magnitudes of DoRA, and
+    leaves that are trained whole get `make_optimizer(learning_rate)`. The two groups do not see each other, so
     a clip by global norm belongs in front:
     `optax.chain(optax.clip_by_global_norm(1.0), lora_plus(optax.adam, 1e-4))`.
 
@@ -162,7 +163,7 @@ def decay_mask(adapter: PyTree) -> PyTree:
     """Returns True for the arrays of an adapter that weight decay should act on.
 
     These are the factors, and of the leaves that are trained whole those with two or
-    more axes: biases and norm scales are left out. Decay of the factors pulls the model
+    more axes: biases, norm scales and the magnitudes of DoRA are left out. Decay of the factors pulls the model
     back to its base; decay of a leaf that is trained whole pulls that to zero.
 
     Args:

@@ -25,8 +25,20 @@ def materialized(use: Use, params: Any, adapter: Mapping[str, Any]) -> Any:
         factors = adapter[f"layer/{name}"]
         change = delta(kernel, factors.a, factors.b, ALPHA / RANK)
         w = layer[name]
-        layer[name] = (w.astype(jnp.float32) + change).astype(w.dtype)
+        total = w.astype(jnp.float32) + change
+        if factors.magnitude is not None:
+            total = decomposed(kernel, total, factors.magnitude)
+        layer[name] = total.astype(w.dtype)
     return {**params, "layer": layer}
+
+
+def decomposed(kernel: Kernel, total: jax.Array, magnitude: jax.Array) -> jax.Array:
+    """Returns magnitude · V/‖V‖ of DoRA, with the norm as a constant."""
+    batch, in_, out = kernel.axes
+    norm = jnp.sqrt(jnp.sum(total * total, axis=in_, keepdims=True))
+    order = [*batch, *out]
+    aligned = magnitude.transpose([order.index(i) for i in sorted(order)])
+    return jnp.expand_dims(aligned, in_) * total / jax.lax.stop_gradient(norm)
 
 
 def reference(use: Use, fn: Callable[..., Any] | None = None) -> Callable[..., Any]:
