@@ -155,10 +155,8 @@ class Layout(NamedTuple):
     precision: Any
 
     @classmethod
-    def of(
-        cls, dims: GroupDims, one: KernelDims, x: jax.Array, w: jax.Array
-    ) -> "Layout":
-        """Returns the layout of one kernel of a group."""
+    def of(cls, dims: GroupDims, one: KernelDims, x: jax.Array, w: Any) -> "Layout":
+        """Returns the layout of one kernel of a group; only its rank is read."""
         n = len(dims.batch)
         x_free = free_axes(x.ndim, dims.contract, dims.batch)
         w_free = free_axes(w.ndim, one.contract, one.batch)

@@ -18,9 +18,9 @@ from ._paths import FlatParams
 def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
     """Returns plain params with `W + ΔW` in place of each adapted kernel `W`.
 
-    With DoRA it is `magnitude · (W + ΔW) / ‖W + ΔW‖`. The sum is formed in float32 (or the kernel's dtype, if wider) and rounded once to
-    the dtype of the kernel. The tree keeps its structure, boxes, dtypes and shardings;
-    `params` itself is not changed.
+    With DoRA it is `magnitude · (W + ΔW) / ‖W + ΔW‖`. The sum is formed in float32 (or
+    the kernel's dtype, if wider) and rounded once to the dtype of the kernel. The tree
+    keeps its structure, boxes, dtypes and shardings; `params` itself is not changed.
 
     Args:
         params: the frozen params.

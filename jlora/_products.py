@@ -131,8 +131,8 @@ class Scaled(NamedTuple):
             return cls(times(x, _placed(own, places, x.ndim)), kernel)
         raise MaterializationError(
             f"a DoRA kernel of shape {kernel.base.shape} is contracted over a part of "
-            f"its output axes at {source_line(eqn)}, where its norm cannot be applied to "
-            "either side; adapt it without `dora=True`"
+            f"its output axes at {source_line(eqn)}, where its norm fits neither side; "
+            "adapt it without `dora=True`"
         )
 
     def finish(self, y: jax.Array) -> jax.Array:

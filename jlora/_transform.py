@@ -120,13 +120,11 @@ class Lora:
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
         program, _ = program_of(traced, axes, self.materialize, self.contraction)
-        inputs, rates = list(traced.inputs), {}
-        if lora_dropout_key is not None:
-            rates = self._dropout_rates(flat, traced)
+        inputs = list(traced.inputs)
+        dropout = self._dropout(flat, traced, lora_dropout_key)
         for path, entry in adapter.items():
-            place, rate = traced.positions[path], rates.get(path, 0.0)
-            key = key_of(lora_dropout_key, path) if rate else None
-            inputs[place] = _with_entry(inputs[place], entry, key, rate)
+            place = traced.positions[path]
+            inputs[place] = _with_entry(inputs[place], entry, *dropout(path))
         outputs = run(program, inputs, derive=self.backward)
         return traced.rebuild([materialize(out) for out in outputs])
 
@@ -147,12 +145,15 @@ class Lora:
             targets = with_uses(targets, traced, self.materialize, self.contraction)
         return make_plan(params, targets, unusable, traced)
 
-    def _dropout_rates(self, params: FlatParams, traced: Traced) -> dict[str, float]:
-        """Returns the rate of each target, by its path."""
-        if not any(config.dropout for config in self.configs):
-            return {}
+    def _dropout(
+        self, params: FlatParams, traced: Traced, key: jax.Array | None
+    ) -> Callable[[str], tuple[jax.Array | None, float]]:
+        """Returns a function from the path of a target to its key and its rate."""
+        if key is None or not any(config.dropout for config in self.configs):
+            return lambda path: (None, 0.0)
         targets, _ = resolve(params, self.configs, traced)
-        return {target.path: target.config.dropout for target in targets}
+        rates = {target.path: target.config.dropout for target in targets}
+        return lambda path: (key_of(key, path), rates.get(path, 0.0))
 
     def _trace(
         self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]

@@ -119,8 +119,8 @@ def lora_plus(
     """Returns an optimizer of the adapter in which `b` learns `ratio` times faster.
 
     `b` gets `make_optimizer(ratio · learning_rate)`; `a`, the magnitudes of DoRA, and
-    leaves that are trained whole get `make_optimizer(learning_rate)`. The two groups do not see each other, so
-    a clip by global norm belongs in front:
+    leaves that are trained whole get `make_optimizer(learning_rate)`. The two groups do
+    not see each other, so a clip by global norm belongs in front:
     `optax.chain(optax.clip_by_global_norm(1.0), lora_plus(optax.adam, 1e-4))`.
 
     Args:
@@ -163,8 +163,9 @@ def decay_mask(adapter: PyTree) -> PyTree:
     """Returns True for the arrays of an adapter that weight decay should act on.
 
     These are the factors, and of the leaves that are trained whole those with two or
-    more axes: biases, norm scales and the magnitudes of DoRA are left out. Decay of the factors pulls the model
-    back to its base; decay of a leaf that is trained whole pulls that to zero.
+    more axes: biases, norm scales and the magnitudes of DoRA are left out. Decay of the
+    factors pulls the model back to its base; decay of a leaf that is trained whole
+    pulls that to zero.
 
     Args:
         adapter: an adapter, abstract or not, or a tree of the same structure.

@@ -1,4 +1,4 @@
-"""DoRA: the adapted kernel is `magnitude · (W + ΔW) / ‖W + ΔW‖`, which is not formed."""
+"""DoRA: the adapted kernel is `magnitude · (W + ΔW) / ‖W + ΔW‖`, never formed."""
 
 import dataclasses
 from typing import Any

@@ -1,0 +1,227 @@
+"""Dropout on the input of the low-rank branch.
+
+With `a` and `b` the identity (rank = in = out) the branch gives its own input, so that
+a test sees the masks: they are zero or `x/(1 - rate)`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import make_case
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+from use import Use
+from uses import USES
+
+import jlora
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+NAMED = {use.name: use for use in USES}
+RATE, N = 0.25, 6
+KEY = jax.random.key(5)
+DROPOUT = {"dropout": RATE}
+
+
+def adapted(model: Any, params: Any, *args: Any, rank: int = N) -> tuple[Any, Any]:
+    """An adapter whose branch gives its own input, in `model`, and its apply."""
+    config = jlora.LoraConfig(rank=rank, alpha=float(rank), **DROPOUT)
+    lora = jlora.lora(model, config)
+    fresh = lora.init(jax.random.key(0), params, *args)
+    eye = lambda v: jnp.broadcast_to(jnp.eye(*v.shape[-2:]), v.shape)
+    return lora, jax.tree.map(eye, fresh)
+
+
+def masks(y: jax.Array, x: jax.Array) -> np.ndarray:
+    """Which values of `x` a branch has kept, given that it gives its own input."""
+    kept = np.isclose(y, x / (1 - RATE), rtol=1e-5)
+    assert np.all(kept | (np.asarray(y) == 0))
+    return kept
+
+
+def test_a_share_is_zero_and_the_rest_scaled(getkey):
+    model = lambda params, x: x @ params["w"]
+    params, x = {"w": jnp.zeros((N, N))}, jax.random.normal(getkey(), (2000, N))
+    lora, adapter = adapted(model, params, x)
+    kept = masks(lora.apply(params, adapter, x, lora_dropout_key=KEY), x)
+    assert abs(kept.mean() - (1 - RATE)) < 0.02
+    again = lora.apply(params, adapter, x, lora_dropout_key=KEY)
+    other = lora.apply(params, adapter, x, lora_dropout_key=jax.random.key(6))
+    assert np.array_equal(masks(again, x), kept)
+    assert not np.array_equal(masks(other, x), kept)
+
+
+def test_without_a_key_nothing_is_dropped(getkey):
+    case = make_case(NAMED["siblings"], getkey, variant=DROPOUT)
+    plain = dataclasses.replace(
+        case.lora,
+        configs=tuple(dataclasses.replace(c, dropout=0.0) for c in case.lora.configs),
+    )
+    wanted = plain.apply(*case.args)
+    assert_close(case.lora.apply(*case.args), wanted, 0.0)
+    assert_close(plain.apply(*case.args, lora_dropout_key=KEY), wanted, 0.0)
+    dropped = case.lora.apply(*case.args, lora_dropout_key=KEY)
+    assert not np.allclose(jax.tree.leaves(dropped)[0], jax.tree.leaves(wanted)[0])
+
+
+@pytest.mark.parametrize(
+    "seed", [KEY, jax.random.PRNGKey(5), jax.random.key(5, impl="rbg")]
+)
+def test_any_kind_of_key(seed: Any, getkey):
+    model = lambda params, x: x @ params["w"]
+    params, x = {"w": jnp.zeros((N, N))}, jax.random.normal(getkey(), (40, N))
+    lora, adapter = adapted(model, params, x)
+    assert not masks(lora.apply(params, adapter, x, lora_dropout_key=seed), x).all()
+
+
+def test_siblings_have_masks_of_their_own(getkey):
+    model = lambda params, x: [x @ params[name] for name in "qkv"]
+    params = {name: jnp.zeros((N, N)) for name in "qkv"}
+    x = jax.random.normal(getkey(), (50, N))
+    lora, adapter = adapted(model, params, x)
+    found = [masks(y, x) for y in lora.apply(params, adapter, x, lora_dropout_key=KEY)]
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[1], found[2])
+    # The mask of a target does not depend on what else is adapted.
+    alone, own = {"k": params["k"]}, {"k": adapter["k"]}
+    single = jlora.lora(lambda params, x: x @ params["k"], lora.configs)
+    y = single.apply(alone, own, x, lora_dropout_key=KEY)
+    assert np.array_equal(masks(y, x), found[1])
+
+
+def _layers(checkpoint: bool) -> Any:
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        step = lambda carry, w: (carry, x @ w)
+        return lax.scan(jax.checkpoint(step) if checkpoint else step, 0, params["w"])[1]
+
+    return model
+
+
+def test_layers_of_a_scan_have_masks_of_their_own(getkey):
+    params, x = {"w": jnp.zeros((3, N, N))}, jax.random.normal(getkey(), (50, N))
+    lora, adapter = adapted(_layers(False), params, x)
+    ys = lora.apply(params, adapter, x, lora_dropout_key=KEY)
+    found = [masks(y, x) for y in ys]
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[1], found[2])
+
+
+def test_experts_have_masks_of_their_own(getkey):
+    model = lambda params, x: jnp.einsum("bei,eio->beo", x, params["w"])
+    params, x = {"w": jnp.zeros((3, N, N))}, jax.random.normal(getkey(), (50, 1, N))
+    x = jnp.repeat(x, 3, axis=1)
+    lora, adapter = adapted(model, params, x)
+    y = lora.apply(params, adapter, x, lora_dropout_key=KEY)
+    kept = masks(y, x)
+    assert not np.array_equal(kept[:, 0], kept[:, 1])
+    assert abs(kept.mean() - (1 - RATE)) < 0.1
+
+
+@pytest.mark.parametrize("derive", ["custom", "autodiff"])
+def test_gradients_are_those_of_the_masked_product(derive: str, getkey):
+    """The masks are read off once; the reference is plain autodiff with them."""
+    model = lambda params, x: jnp.tanh(x @ params["v"]) @ params["w"]
+    params = {"v": jnp.zeros((N, 5)), "w": jnp.zeros((5, 4))}
+    x = jax.random.normal(getkey(), (7, N))
+    config = jlora.LoraConfig(rank=2, alpha=3.0, **DROPOUT)
+    lora = jlora.lora(model, config, backward=derive)
+    adapter = lora.init(getkey(), params, x)
+    draw = lambda v: jax.random.normal(getkey(), v.shape)
+    adapter = jax.tree.map(draw, adapter)
+    params = jax.tree.map(draw, params)
+    kept = {}
+    for name, size in (("v", N), ("w", 5)):
+        shape = (7, size)
+        probe = jlora.lora(lambda p, x, name=name: x @ p[name], config)
+        eye = dataclasses.replace(
+            adapter[name], a=jnp.eye(size), b=jnp.eye(size), scaling=1.0
+        )
+        zero = {name: jnp.zeros((size, size))}
+        y = probe.apply(zero, {name: eye}, jnp.ones(shape), lora_dropout_key=KEY)
+        kept[name] = masks(y, jnp.ones(shape))
+
+    def product(x: jax.Array, w: jax.Array, factors: Any, name: str) -> jax.Array:
+        masked = jnp.where(kept[name], x / (1 - RATE), 0)
+        return x @ w + 1.5 * masked @ factors.a @ factors.b
+
+    def wanted(adapter: Any, x: jax.Array) -> jax.Array:
+        hidden = jnp.tanh(product(x, params["v"], adapter["v"], "v"))
+        return jnp.sum(product(hidden, params["w"], adapter["w"], "w") ** 2)
+
+    def actual(adapter: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(lora.apply(params, adapter, x, lora_dropout_key=KEY) ** 2)
+
+    differentiate = lambda f: jax.jit(jax.value_and_grad(f, (0, 1)))(adapter, x)
+    assert_close(differentiate(actual), differentiate(wanted), 1e-5)
+
+
+def test_remat_makes_the_same_masks_again(getkey):
+    params, x = {"w": jnp.zeros((3, N, N))}, jax.random.normal(getkey(), (50, N))
+
+    def gradient(checkpoint: bool) -> Any:
+        lora, adapter = adapted(_layers(checkpoint), params, x)
+        apply = lambda a: lora.apply(params, a, x, lora_dropout_key=KEY)
+        return jax.jit(jax.grad(lambda a: jnp.sum(apply(a) ** 2)))(adapter)
+
+    assert_close(gradient(True), gradient(False), 1e-6)
+
+
+def test_no_mask_is_kept_for_the_backward_pass(getkey):
+    model = lambda params, x: x @ params["w"]
+    params, x = {"w": jnp.zeros((N, N))}, jax.random.normal(getkey(), (40, N))
+    lora, adapter = adapted(model, params, x)
+    apply = lambda a: lora.apply(params, a, x, lora_dropout_key=KEY)
+    _, backward = jax.vjp(apply, adapter)
+    kept = [v for v in jax.tree.leaves(backward) if jnp.shape(v) == x.shape]
+    assert not any(v.dtype == bool for v in jax.tree.leaves(backward))
+    assert all(np.array_equal(v, x) for v in kept), "the masked input is a residual"
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_2d_groups", "experts_ragged", "scan_stack", "tied", "dot_settings"]
+)
+def test_the_mean_over_keys_is_evaluation(name: str, getkey):
+    """Dropout is unbiased where the function is linear in the branch."""
+    use: Use = NAMED[name]
+    case = make_case(use, getkey, variant=DROPOUT)
+    zero = jax.tree.map(jnp.zeros_like, case.params)
+    # One kernel deep: the others of the use are left at zero.
+    small = jax.tree.map(lambda v: 0.05 * v, case.adapter)
+    apply = lambda key: case.lora.apply(zero, small, *case.inputs, lora_dropout_key=key)
+    ys = jax.jit(lambda keys: jax.lax.map(apply, keys))(
+        jax.random.split(getkey(), 4000)
+    )
+    mean = jax.tree.map(lambda y: jnp.mean(y, 0), ys)
+    wanted = case.lora.apply(zero, small, *case.inputs)
+    assert_close(mean, wanted, 0.1)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh(kind: AxisType, getkey):
+    """The same masks as on one device."""
+    model = lambda params, x: x @ params["w"]
+    params, x = {"w": jnp.zeros((N, N))}, jax.random.normal(getkey(), (8, N))
+    lora, adapter = adapted(model, params, x)
+    wanted = lora.apply(params, adapter, x, lora_dropout_key=KEY)
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (kind, kind), devices=devices)
+    put = lambda value, *names: jax.device_put(value, NamedSharding(mesh, P(*names)))
+    with jax.set_mesh(mesh):
+        params, x = {"w": put(params["w"], None, "model")}, put(x, "data")
+        axes = adapter["w"].axes
+        a, b = put(adapter["w"].a), put(adapter["w"].b, None, "model")
+        adapter = {"w": jlora.LoraFactors(a, b, axes, 1.0)}
+        step = jax.jit(lambda *args: lora.apply(*args, lora_dropout_key=KEY))
+        actual = step(params, adapter, x)
+    assert_close(np.asarray(actual), np.asarray(wanted), 1e-6)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, True, "0.1", float("nan")])
+def test_bad_rates(rate: Any):
+    with pytest.raises((TypeError, ValueError), match=r"LoraConfig.dropout"):
+        jlora.LoraConfig(dropout=rate)
