@@ -9,18 +9,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ._errors import NonFiniteError
+from ._errors import NonFiniteError, UnsupportedFeatureError
 
 Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The factors of one kernel as matrices: `a (in, rank)`, `b (rank, out)`."""
+    """The factors of one kernel as matrices: `a (in, rank)`, `b (rank, out)`.
+
+    With DoRA it has a magnitude `(out,)` besides.
+    """
 
     a: Array
     b: Array
     scaling: float
+    magnitude: Array | None = None
 
     @property
     def rank(self) -> int:
@@ -43,19 +47,19 @@ class Pair:
                 f"the scalings {self.scaling} and {scaling} of one kernel are too far "
                 f"apart for factors in {b.dtype}"
             )
-        return Pair(self.a, b, scaling)
+        return dataclasses.replace(self, b=b, scaling=scaling)
 
     def padded_to(self, rank: int) -> "Pair":
         """Returns the same delta with a larger rank; what is added stays zero."""
         more = rank - self.rank
         a = np.pad(self.a, ((0, 0), (0, more)))
-        return Pair(a, np.pad(self.b, ((0, more), (0, 0))), self.scaling)
+        return dataclasses.replace(self, a=a, b=np.pad(self.b, ((0, more), (0, 0))))
 
     def trimmed(self) -> "Pair":
         """Returns the same delta without what `padded_to` adds; a rank is left."""
         used = self.a.any(axis=0) | self.b.any(axis=1)
         rank = max(int(np.flatnonzero(used).max(initial=0)) + 1, 1)
-        return Pair(self.a[:, :rank], self.b[:rank], self.scaling)
+        return dataclasses.replace(self, a=self.a[:, :rank], b=self.b[:rank])
 
 
 def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
@@ -85,7 +89,17 @@ def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
             b[row : row + block.shape[0], end - width : end] = block
             row += 0 if shared else block.shape[0]
     a = first.a if shared else np.concatenate([part.a for part in known], axis=1)
-    return Pair(a, b, first.scaling)
+    return Pair(a, b, first.scaling, _joined_magnitude(parts))
+
+
+def _joined_magnitude(parts: Sequence[Pair | None]) -> Array | None:
+    known = [p.magnitude for p in parts if p is not None and p.magnitude is not None]
+    if known and len(known) < len(parts):
+        raise UnsupportedFeatureError(
+            f"{len(known)} of the {len(parts)} parts of one kernel have a magnitude of "
+            "DoRA; the kernel needs one for all of its outputs"
+        )
+    return np.concatenate(known) if known else None
 
 
 def split(whole: Pair, widths: Sequence[int]) -> list[Pair | None]:
@@ -93,18 +107,24 @@ def split(whole: Pair, widths: Sequence[int]) -> list[Pair | None]:
 
     None is a part whose `b` is zero beside others that are not.
     """
-    blocks = np.split(whole.b, np.cumsum(widths)[:-1], axis=1)
+    ends = np.cumsum(widths)[:-1]
+    blocks = np.split(whole.b, ends, axis=1)
     rows = [block.any(axis=1) for block in blocks]
-    adapted = [row.any() for row in rows]
+    magnitudes: list[Array | None] = [None] * len(blocks)
+    if whole.magnitude is not None:
+        magnitudes = [*np.split(whole.magnitude, ends)]
+    adapted = [
+        row.any() or m is not None for row, m in zip(rows, magnitudes, strict=True)
+    ]
     if not any(adapted):
         return [Pair(whole.a, block, whole.scaling) for block in blocks]
-    if _is_block_diagonal(rows):
+    if _is_block_diagonal(rows) and (whole.magnitude is None or all(map(any, rows))):
         spans = [_span(row) for row in rows]
     else:
         spans = [slice(None)] * len(rows)
     return [
-        Pair(whole.a[:, span], block[span], whole.scaling) if used else None
-        for span, block, used in zip(spans, blocks, adapted, strict=True)
+        Pair(whole.a[:, span], block[span], whole.scaling, m) if used else None
+        for span, block, m, used in zip(spans, blocks, magnitudes, adapted, strict=True)
     ]
 
 

@@ -32,7 +32,7 @@ _REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
     "layer_replication": None, "lora_bias": False, "megatron_config": None,
     "monteclora_config": None, "trainable_token_indices": None, "use_bdlora": None,
-    "use_dora": False, "use_qalora": False, "velora_config": None,
+    "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 
 Patterns = str | tuple[str, ...] | None
@@ -48,6 +48,7 @@ class PeftConfig:
     r: int = 8
     lora_alpha: float = 8
     use_rslora: bool = False
+    use_dora: bool = False
     target_modules: Patterns = None
     exclude_modules: Patterns = None
     target_parameters: tuple[str, ...] | None = None
@@ -211,12 +212,6 @@ def _unsupported(config: PeftConfig) -> list[tuple[str, str]]:
             "`path_initial_model_for_weight_conversion`"
         )
         problems.append(("init_lora_weights", told))
-    if config.lora_dropout:
-        told = (
-            f"`lora_dropout` is {config.lora_dropout}, which jlora has not; it acts in "
-            'training alone: load with `ignore=["lora_dropout"]` to do without'
-        )
-        problems.append(("lora_dropout", told))
     return problems
 
 
@@ -257,6 +252,7 @@ _SCALARS = {
     "r": _rank,
     "lora_alpha": _alpha,
     "use_rslora": lambda value: isinstance(value, bool),
+    "use_dora": lambda value: isinstance(value, bool),
     "bias": lambda value: value in ("none", "all", "lora_only"),
     "ensure_weight_tying": lambda value: isinstance(value, bool),
     "init_lora_weights": lambda value: isinstance(value, bool | str),

@@ -29,7 +29,8 @@ def configs_of(
 
 def _kind(entry: Any) -> tuple[Any, ...]:
     if isinstance(entry, LoraFactors):
-        return entry.rank, entry.scaling, str(entry.a.dtype)
+        dora = entry.magnitude is not None
+        return entry.rank, entry.scaling, str(entry.a.dtype), dora
     return (str(entry.dtype),)
 
 
@@ -39,16 +40,20 @@ def _config(
     target = _patterns(own, paths)
     if len(kind) == 1:
         return LoraConfig(target, full=True, dtype=kind[0])
-    rank, scaling, dtype = kind
+    rank, scaling, dtype, dora = kind
+    own_kind: dict[str, Any] = {
+        "rank": rank,
+        "dtype": dtype,
+        "dora": dora,
+        "dropout": float(said.lora_dropout),
+    }
     known = {said.lora_alpha, *said.alpha_pattern.values()}
     for rslora in (said.use_rslora, not said.use_rslora):
         for alpha in (*sorted(known), scaling * (rank**0.5 if rslora else rank)):
-            config = LoraConfig(
-                target, rank=rank, alpha=float(alpha), rslora=rslora, dtype=dtype
-            )
+            config = LoraConfig(target, alpha=float(alpha), rslora=rslora, **own_kind)
             if config.scaling == scaling:
                 return config
-    return LoraConfig(target, rank=rank, alpha=scaling * rank, dtype=dtype)
+    return LoraConfig(target, alpha=scaling * rank, **own_kind)
 
 
 def _patterns(own: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:

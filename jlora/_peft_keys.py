@@ -8,17 +8,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from ._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
+from ._rules import Binding
 
 PREFIX = "base_model.model."
 NAME_LIMIT = 512
+MAGNITUDE = "lora_magnitude_vector"
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_embedding_A"
-    r"|lora_embedding_B)"
+    r"|lora_embedding_B|lora_magnitude_vector)(?P<end>\.weight)?"
 )
 # Tensors of variants that jlora does not read yet, by what is in their names.
 _VARIANTS = {
-    "lora_magnitude_vector": "DoRA's magnitudes",
     "lora_B.bias": "the bias of `lora_bias`",
     "token_adapter.trainable_tokens_delta": "rows of `trainable_token_indices`",
     "lora_E": "AdaLoRA's singular values",
@@ -34,12 +35,15 @@ class ModuleTensors:
     Attributes:
         a: `lora_A.weight (rank, in, *window)`, or `lora_embedding_A (rank, rows)`.
         b: `lora_B.weight (out, rank, 1, …)`, or `lora_embedding_B (features, rank)`.
+        magnitude: with DoRA `lora_magnitude_vector (out,)`; of a convolution
+            `(1, out, 1, …)`.
         is_table: whether they have the names of an embedding's.
     """
 
     a: np.ndarray
     b: np.ndarray
     is_table: bool
+    magnitude: np.ndarray | None = None
 
 
 def sort_keys(
@@ -59,7 +63,8 @@ def sort_keys(
     factors: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
     for key, tensor in zip(_names(tensors, where), tensors.values(), strict=True):
-        if found := _FACTOR.fullmatch(key):
+        found = _FACTOR.fullmatch(key)
+        if found and not (found["end"] and found["kind"] != MAGNITUDE):
             factors.setdefault(found["module"], {})[found["kind"]] = tensor
         else:
             whole[key] = tensor
@@ -107,17 +112,36 @@ _PAIRS = (
 
 
 def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
-    if tuple(sorted(kinds)) not in _PAIRS:
+    factors = sorted(kinds.keys() - {MAGNITUDE})
+    if tuple(factors) not in _PAIRS:
         return f"{module!r} has {sorted(kinds)}; it needs both factors, of one kind"
-    a, b = (kinds[kind] for kind in sorted(kinds))
+    a, b = (kinds[kind] for kind in factors)
     conv = a.ndim > 2 and b.shape[2:] == (1,) * (a.ndim - 2)
     if not (a.ndim == b.ndim and (a.ndim == 2 or conv) and a.size and b.size):
         return f"{module!r} has factors of the shapes {a.shape} and {b.shape}"
     if a.dtype != b.dtype:
         return f"{module!r} has factors of the dtypes {a.dtype} and {b.dtype}"
+    magnitude = kinds.get(MAGNITUDE)
+    if magnitude is not None and magnitude.shape not in (
+        b.shape[:1],
+        (1, b.shape[0], *b.shape[2:]),
+    ):
+        return f"{module!r} has {b.shape[0]} outputs and a magnitude {magnitude.shape}"
     return None
 
 
 def _tensors(kinds: Mapping[str, np.ndarray]) -> ModuleTensors:
-    a, b = (kinds[kind] for kind in sorted(kinds))
-    return ModuleTensors(a, b, "lora_embedding_A" in kinds)
+    a, b = (kinds[kind] for kind in sorted(kinds.keys() - {MAGNITUDE}))
+    return ModuleTensors(a, b, "lora_embedding_A" in kinds, kinds.get(MAGNITUDE))
+
+
+def check_dora(binding: Binding, module: str) -> None:
+    """Raises where PEFT has no DoRA, or means another norm than jlora."""
+    kinds = {
+        "experts": "an adapted parameter, which PEFT has no DoRA for",
+        "mha": "a fused attention, which PEFT has no DoRA for",
+        "tied": "a tied table, of which PEFT's head has a norm of its own",
+    }
+    for step, what in kinds.items():
+        if step in binding.steps:
+            raise UnsupportedFeatureError(f"{module!r} has a magnitude and is {what}")

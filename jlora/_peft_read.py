@@ -13,7 +13,7 @@ from ._factors import LoraFactors
 from ._fuse import Pair, join, split
 from ._paths import nearest
 from ._peft_config import PeftConfig
-from ._peft_keys import ModuleTensors, warn_of_doubling
+from ._peft_keys import ModuleTensors, check_dora, warn_of_doubling
 from ._peft_whole import read_whole
 from ._rules import Binding
 from ._torch_layout import (
@@ -290,7 +290,21 @@ class _Reader:
             raise AdapterError(
                 f"{name!r} has factors of rank {a.shape[1]}, and the config says {said}"
             )
-        return Pair(a, b, self.config.scaling(found.owner, said))
+        magnitude = self._magnitude(found, binding)
+        return Pair(a, b, self.config.scaling(found.owner, said), magnitude)
+
+    def _magnitude(self, found: Found, binding: Binding) -> np.ndarray | None:
+        magnitude, name = found.tensors.magnitude, found.name
+        if (magnitude is not None) != self.config.use_dora:
+            has = "no magnitude" if magnitude is None else "a magnitude"
+            raise AdapterError(
+                f"{name!r} has {has}, and the config says that `use_dora` is "
+                f"{self.config.use_dora}"
+            )
+        if magnitude is None:
+            return None
+        check_dora(binding, name)
+        return magnitude.reshape(-1)
 
     def _parts(self, homes: list[Home], pair: Pair) -> list[Pair | None]:
         if len(homes) == 1:
@@ -356,11 +370,13 @@ class _Reader:
         order = rope_order(binding, fans[1], sizes(shape, axes.out))
         _check_fit(path, shape, fans, batch, pairs)
         a, b, scaling = _stack(pairs, batch)
+        magnitude = _stacked_magnitude(path, pairs, batch)
         if order is not None:
             b = b[..., np.argsort(order)]
+            magnitude = None if magnitude is None else magnitude[..., np.argsort(order)]
         if "conv" in binding.steps and len(axes.in_) < 2:
             raise AdapterError(f"{path!r} {shape} is no convolution's kernel")
-        return factors_from(a, b, axes, shape, scaling)
+        return factors_from(a, b, axes, shape, scaling, magnitude)
 
     def _whole(
         self, binding: Binding, slots: dict[int, Pair], fans: tuple[int, int]
@@ -421,3 +437,20 @@ def _stack(
     every = [full.get(index, none) for index in np.ndindex(batch)]
     a, b = np.stack([p.a for p in every]), np.stack([p.b for p in every])
     return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:]), scaling
+
+
+def _stacked_magnitude(
+    path: str, pairs: Mapping[Index, Pair], batch: Index
+) -> np.ndarray | None:
+    """Returns the magnitudes of all indices; without one an index has no meaning."""
+    known = {i: p.magnitude for i, p in pairs.items() if p.magnitude is not None}
+    if not known:
+        return None
+    missing = [index for index in np.ndindex(batch) if index not in known]
+    if missing:
+        raise UnsupportedFeatureError(
+            f"{path!r} has DoRA's magnitudes in the file, but none at {missing[:5]} "
+            "along its batch axes; a stack has them for all of its layers"
+        )
+    stacked = np.stack([known[index] for index in np.ndindex(batch)])
+    return stacked.reshape(*batch, -1)

@@ -14,12 +14,14 @@ from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._fuse import Pair, join, split
 from ._peft_config import PeftConfig, exact_keys, exact_names
-from ._peft_keys import PREFIX, warn_of_doubling
+from ._peft_keys import MAGNITUDE, PREFIX, check_dora, warn_of_doubling
 from ._rules import Binding
 from ._torch_layout import (
     factor_matrices,
     lora_a,
     lora_b,
+    lora_magnitude,
+    magnitudes,
     pack_a,
     pack_b,
     rope_order,
@@ -101,6 +103,8 @@ def _pieces(
     a, b = factor_matrices(entry)
     order = rope_order(binding, b.shape[-1], sizes(entry.kernel_shape, axes.out))
     b = b if order is None else b[..., order]
+    norms = magnitudes(entry)
+    norms = norms if order is None or norms is None else norms[..., order]
     batch, n = a.shape[:-2], binding.n_fields
     if len(batch) - n != ("experts" in binding.steps and len(batch) > n):
         raise AdapterError(
@@ -110,8 +114,9 @@ def _pieces(
         )
     packed = len(batch) > n
     for index in np.ndindex(batch):
-        pair, layer = Pair(a[index], b[index], entry.scaling), index[:n]
-        if n and not (a[layer].any() or b[layer].any()):
+        norm = None if norms is None else norms[index]
+        pair, layer = Pair(a[index], b[index], entry.scaling, norm), index[:n]
+        if n and norm is None and not (a[layer].any() or b[layer].any()):
             continue
         pair = pair.trimmed() if n else pair
         for number, part in enumerate(split_slots(pair, binding)):
@@ -205,6 +210,10 @@ def tensors_of(modules: Sequence[Module]) -> dict[str, np.ndarray]:
         place = PREFIX + nested.get(module.name, module.name)
         found[f"{place}.{keys[0]}"] = pack_a(a) if len(a) > 1 else a[0]
         found[f"{place}.{keys[1]}"] = pack_b(b) if len(b) > 1 else b[0]
+        norm = module.pairs[0].magnitude
+        if norm is not None:
+            check_dora(binding, module.name)
+            found[f"{place}.{MAGNITUDE}"] = lora_magnitude(norm, binding, inputs)
         if head := binding.steps.get("tied"):
             found[f"{PREFIX}{head}.lora_A.weight"] = b[0].T
             found[f"{PREFIX}{head}.lora_B.weight"] = a[0].T
@@ -242,17 +251,42 @@ def config_of(
     alphas = {m.name: _alpha(m.rank, m.scaling, configs, rslora) for m in own}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
     plain = [m.name for m in modules if not (m.is_parameter or m.is_brought)]
+    dora = _one_of_all({m.name: m.pairs[0].magnitude is not None for m in modules})
     packed = sorted(m.name for m in modules if m.is_parameter)
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
+        use_dora=dora,
+        lora_dropout=_dropout(configs),
         target_modules=exact_names(plain, _kernel_modules(base)) if plain else None,
         target_parameters=tuple(packed) or None,
         ensure_weight_tying=any("tied" in m.binding.steps for m in modules),
         rank_pattern=exact_keys({n: r for n, r in ranks.items() if r != rank}),
         alpha_pattern=exact_keys({n: a for n, a in alphas.items() if a != alpha}),
     )
+
+
+def _one_of_all(dora: Mapping[str, bool]) -> bool:
+    """Returns whether the modules have magnitudes; PEFT has one answer for all."""
+    if len(set(dora.values())) > 1:
+        without = sorted(name for name, has in dora.items() if not has)
+        raise UnsupportedFeatureError(
+            "PEFT has DoRA for all modules or for none; these have no magnitude: "
+            f"{without[:5]}"
+        )
+    return any(dora.values())
+
+
+def _dropout(configs: Sequence[LoraConfig]) -> float:
+    """Returns the rate of all configs that adapt a kernel."""
+    rates = {config.dropout for config in configs if not config.full}
+    if len(rates) > 1:
+        raise UnsupportedFeatureError(
+            f"PEFT has one dropout for all modules, and the configs have "
+            f"{sorted(rates)}; save with configs of one rate"
+        )
+    return rates.pop() if rates else 0.0
 
 
 def _commonest(values: Iterable[Any], default: Any) -> Any:
@@ -305,6 +339,11 @@ def for_vllm(modules: Sequence[Module]) -> list[Module]:
     if wrong:
         raise UnsupportedFeatureError(
             f"vLLM has no adapters of convolutions: {wrong[:5]}; merge them instead"
+        )
+    dora = [m.name for m in modules if m.pairs[0].magnitude is not None]
+    if dora:
+        raise UnsupportedFeatureError(
+            f"vLLM drops the magnitudes of DoRA, {dora[:5]}; merge them instead"
         )
     apart = [single for module in modules for single in _experts_apart(module)]
     largest = max(module.rank for module in apart)

@@ -37,12 +37,35 @@ def factor_matrices(factors: LoraFactors) -> tuple[Array, Array]:
 
 
 def factors_from(
-    a: Array, b: Array, axes: KernelAxes, shape: Shape, scaling: float
+    a: Array,
+    b: Array,
+    axes: KernelAxes,
+    shape: Shape,
+    scaling: float,
+    magnitude: Array | None = None,
 ) -> LoraFactors:
     """Returns the factors of a kernel of a shape, from `factor_matrices` of them."""
     shapes = axes.factor_shapes(shape, a.shape[-1])
     at_host: Any = a.reshape(shapes[0]), b.reshape(shapes[1])
-    return LoraFactors(at_host[0], at_host[1], axes, scaling)
+    if magnitude is not None:
+        magnitude = magnitude.reshape(axes.magnitude_shape(shape))
+    own: Any = magnitude
+    return LoraFactors(at_host[0], at_host[1], axes, scaling, own)
+
+
+def magnitudes(factors: LoraFactors) -> Array | None:
+    """Returns DoRA's magnitude as `(*batch, out)` on the host, if there is one."""
+    if factors.magnitude is None:
+        return None
+    found = np.asarray(factors.magnitude)
+    return found.reshape(*found.shape[: len(factors.axes.batch)], -1)
+
+
+def lora_magnitude(magnitude: Array, binding: Binding, inputs: Shape) -> Array:
+    """Returns a magnitude `(out,)` as torch keeps it."""
+    if "conv" not in binding.steps:
+        return magnitude
+    return magnitude.reshape(1, -1, *[1] * (len(inputs) - 1))
 
 
 def kernel_matrix(kernel: Array, axes: KernelAxes) -> Array:

@@ -15,6 +15,7 @@ class Meaning(NamedTuple):
 
 _FIELDS = ("bias", "ensure_weight_tying", "fan_in_fan_out", "peft_type", "task_type")
 _FIELDS += ("use_rslora", "use_dora", "lora_bias", "trainable_token_indices")
+_FIELDS += ("lora_dropout",)
 
 
 def meaning(config: dict[str, Any], names: list[str]) -> Meaning:

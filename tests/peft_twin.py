@@ -28,11 +28,19 @@ class Pair:
 
     a: np.ndarray
     b: np.ndarray
+    magnitude: np.ndarray | None = None
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns `a (in, rank)` and `b (rank, out)`."""
         rank = self.a.shape[-1]
         return self.a.reshape(-1, rank), self.b.reshape(rank, -1)
+
+
+def magnitude_of(module: str, entry: Pair, shape: tuple[int, ...] = (-1,)) -> State:
+    """Returns DoRA's magnitude, or its gradient, under the name of the file."""
+    if entry.magnitude is None:
+        return {}
+    return {f"{module}.lora_magnitude_vector": entry.magnitude.reshape(shape)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Dense:
         return {
             f"{self.module}.lora_A.weight": a.T,
             f"{self.module}.lora_B.weight": np.concatenate(rows),
+            **magnitude_of(self.module, entry),
         }
 
 
@@ -125,6 +134,7 @@ class Conv:
         return {
             f"{self.module}.lora_A.weight": np.moveaxis(entry.a, (-1, -2), (0, 1)),
             f"{self.module}.lora_B.weight": b.reshape(b.shape + window),
+            **magnitude_of(self.module, entry, (1, -1, *window)),
         }
 
 
@@ -143,6 +153,7 @@ class Table:
         return {
             f"{self.module}.lora_embedding_A": entry.a.T,
             f"{self.module}.lora_embedding_B": entry.b.T,
+            **magnitude_of(self.module, entry),
         }
 
 
@@ -205,7 +216,8 @@ class Stacked:
         """Returns the factors of all layers under the names of the file."""
         found: dict[str, np.ndarray] = {}
         for i, layer in enumerate(self.layers):
-            found |= layer.to_torch(Pair(entry.a[i], entry.b[i]))
+            norm = None if entry.magnitude is None else entry.magnitude[i]
+            found |= layer.to_torch(Pair(entry.a[i], entry.b[i], norm))
         return found
 
 

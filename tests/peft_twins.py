@@ -253,9 +253,10 @@ def _twins() -> dict[str, Twin]:
             "modules_to_save",
             "pissa",
             "olora_rslora",
+            "dora",
         )
     }
-    found["dropout"] = Twin("dropout", mlp, MLP, ignore=("lora_dropout",))
+    found["dropout"] = Twin("dropout", mlp, MLP)
     found |= {
         name: Twin(name, layers, NUMBERED)
         for name in (
@@ -265,9 +266,10 @@ def _twins() -> dict[str, Twin]:
             "exclude_modules",
             "layers_to_transform",
             "all_linear",
+            "dora_stack",
         )
     }
-    for case in ("rslora", "linear_regex", "exclude_modules"):
+    for case in ("rslora", "linear_regex", "exclude_modules", "dora_stack"):
         found[f"{case}/scan"] = Twin(case, scanned, SCANNED, SCANNED_NAMES)
     found["patterns/scan"] = Twin(
         "patterns", scanned, SCANNED, SCANNED_NAMES, exact=False
@@ -282,6 +284,7 @@ def _convolutions() -> dict[str, Twin]:
         "conv2d_1x1": convolution(7, (1, 1)),
         "conv3d": convolution(7, (3, 2, 1), padding="VALID"),
     }
+    fns["dora_conv"] = fns["conv2d"]
     return {name: Twin(name, fn, CONV, CONV_NAMES) for name, fn in fns.items()}
 
 
@@ -293,6 +296,7 @@ def _others() -> dict[str, Twin]:
     turning: Names = [(r"params/(?P<name>fc|proj)", "{name}", "fan_in_fan_out")]
     return {
         "embedding": Twin("embedding", embedded, EMBEDDED),
+        "dora_embedding": Twin("dora_embedding", embedded, EMBEDDED),
         "mha": Twin("mha", attention, _attention_leaves(), ATTENTION_NAMES),
         "fan_in_fan_out": Twin("fan_in_fan_out", transposed, TRANSPOSED, turning),
         "experts_one": doubtful("experts_one", mixture, one, MIXTURE_NAMES),

@@ -372,8 +372,7 @@ def test_text_of_the_config(
     ("no type", {"peft_type": ...}, AdapterError, "None", "LORA"),
     ("other type", {"peft_type": "IA3"}, AdapterError, "IA3", "LORA"),
     ("odd type", {"peft_type": ["LORA"]}, AdapterError, "LORA"),
-    ("dropout", {"lora_dropout": 0.1}, Unsupported, "lora_dropout", "0.1"),
-    ("dora", {"use_dora": True}, Unsupported, "`use_dora`"),
+    ("dora number", {"use_dora": 1}, Corrupt, "use_dora"),
     ("bias of b", {"lora_bias": True}, Unsupported, "`lora_bias`"),
     ("qalora", {"use_qalora": True}, Unsupported, "`use_qalora`"),
     ("bdlora", {"use_bdlora": {"nblocks": 2}}, Unsupported, "`use_bdlora`"),
@@ -388,7 +387,7 @@ def test_text_of_the_config(
     ("rows of", {"trainable_token_indices": {"e": [1]}}, Unsupported, "`tr"),
     ("future", {"use_future": "yes"}, Unsupported, "`use_future`", "yes"),
     ("future object", {"new": {"a": 0}}, Unsupported, "`new`"),
-    ("two at once", {"use_dora": True, "x": 1}, Unsupported, "dora", "`x`"),
+    ("two at once", {"lora_bias": True, "x": 1}, Unsupported, "bias", "`x`"),
     *(
         (init, {"init_lora_weights": init}, Unsupported, init, "base")
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
@@ -400,6 +399,11 @@ def test_fields_of_the_config(
     refusal(write(tmp_path, config(**bad)), error, CONFIG, *words)
 
 
+def test_dora_without_magnitudes(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(use_dora=True))
+    refusal(folder, AdapterError, WEIGHTS, "'q' has no magnitude", "use_dora")
+
+
 @pytest.mark.parametrize("value", [None, False, 0, "", [], {}])
 def test_an_unknown_field_that_says_nothing_is_taken(
     tmp_path: Path, value: Any
@@ -409,9 +413,9 @@ def test_an_unknown_field_that_says_nothing_is_taken(
 
 
 def test_what_is_ignored_by_name(tmp_path: Path) -> None:
-    write(tmp_path, config(lora_dropout=0.1, use_future=3))
-    refusal(tmp_path, Unsupported, "use_future", ignore=["lora_dropout"])
-    jlora.peft.load(tmp_path, PARAMS, ignore=["lora_dropout", "use_future"])
+    write(tmp_path, config(lora_bias=True, use_future=3))
+    refusal(tmp_path, Unsupported, "use_future", ignore=["lora_bias"])
+    jlora.peft.load(tmp_path, PARAMS, ignore=["lora_bias", "use_future"])
 
 
 def test_missing_fields_have_the_defaults_of_peft(tmp_path: Path) -> None:
@@ -587,7 +591,7 @@ LORA_Q = f"{PREFIX}q.lora"
     ("bare key", more(f"{PREFIX}lora_A.weight", 1), AdapterError, "lora_A.weight"),
     ("stranger", more(f"{PREFIX}q.weight", 5, 7), AdapterError, "'q.weight'"),
     ("not in torch", more(f"{PREFIX}x.bias", 5), AdapterError, "'x.bias'"),
-    ("DoRA", more(f"{PREFIX}q.lora_magnitude_vector", 7), Unsupported, "DoRA"),
+    ("DoRA", more(f"{PREFIX}q.lora_magnitude_vector", 7), AdapterError, "use_dora"),
     ("bias of B", more(f"{PREFIX}q.lora_B.bias", 7), Unsupported, "lora_bias"),
     (
         "rows",

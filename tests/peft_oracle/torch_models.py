@@ -310,9 +310,13 @@ def _lora(rank: int, alpha: float, targets: Any, **rest: Any) -> dict[str, Any]:
 
 
 def _conv(
-    conv: Callable[[], nn.Module], features: int, *shape: int, **rest: Any
+    conv: Callable[[], nn.Module],
+    features: int,
+    *shape: int,
+    use_dora: bool = False,
+    **rest: Any,
 ) -> Case:
-    config = _lora(4, 6, ["conv"])
+    config = _lora(4, 6, ["conv"], use_dora=use_dora)
     build = lambda: Convolved(conv(), features)
     return Case(build, config, numbers(2, *shape), **rest)
 
@@ -457,7 +461,14 @@ CASES = {
         numbers(2, 3, 8, 8),
         logits,
     ),
-    "dora": Case(Mlp, _lora(3, 6, ["lin0"], use_dora=True), _MLP, refused=True),
+    "dora": Case(Mlp, _lora(3, 6, ["lin0"], use_dora=True), _MLP),
+    "dora_stack": Case(Stack, _lora(3, 5, ["up", "down"], use_dora=True), _STACK),
+    "dora_conv": _conv(
+        lambda: nn.Conv2d(5, 7, (3, 2), stride=2, padding=1), 7, 5, 8, 6, use_dora=True
+    ),
+    "dora_embedding": Case(
+        Embedded, _lora(3, 6, ["embed", "head"], use_dora=True), tokens(17, 2, 5)
+    ),
     "lora_bias": Case(Mlp, _lora(3, 6, ["lin0"], lora_bias=True), _MLP, refused=True),
     "trainable_tokens": Case(
         Embedded,
