@@ -8,6 +8,8 @@ from importlib import metadata as _metadata
 
 from ._axes import KernelAxes as KernelAxes
 from ._config import LoraConfig as LoraConfig
+from ._entries import SlicedFactors as SlicedFactors
+from ._entries import TrainedRows as TrainedRows
 from ._errors import AdapterError as AdapterError
 from ._errors import BaseMismatchError as BaseMismatchError
 from ._errors import CorruptFileError as CorruptFileError

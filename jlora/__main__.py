@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from . import _peft_alone, _spectrum
+from ._entries import SlicedFactors, TrainedRows
 from ._errors import AdapterError
 from ._factors import LoraFactors
 
@@ -113,7 +114,18 @@ _HEAD = (
 )
 
 
+def _told(entry: Any) -> Any:
+    """Returns slices as the factors they stand for, and rows as their values."""
+    if isinstance(entry, SlicedFactors):
+        return entry.lowered()
+    return entry.values if isinstance(entry, TrainedRows) else entry
+
+
 def _row(path: str, entry: Any) -> tuple[str, ...]:
+    if isinstance(entry, TrainedRows):
+        whole = _row(path, entry.values)
+        return (path, _shape(entry.kernel_shape), f"{len(entry.rows)} rows", *whole[3:])
+    entry = _told(entry)
     if not isinstance(entry, LoraFactors):
         shape, norm = _shape(entry.shape), f"{_norm(entry):.4g}"
         return (path, shape, "full", "", str(entry.dtype), norm, "", "", "", "")
@@ -201,9 +213,12 @@ def _diff(given: Any) -> int:
 
 def _difference(one: Any, other: Any) -> tuple[str, str] | None:
     """Returns the relative distance of two entries, and what differs, if at all."""
+    one, other = _told(one), _told(other)
     kinds = [isinstance(entry, LoraFactors) for entry in (one, other)]
     if kinds[0] != kinds[1]:
         return "", "factors and a whole leaf"
+    if kinds[0] and (one.magnitude is None) != (other.magnitude is None):
+        return "", "DoRA's magnitude"
     leaves = [jax.tree.leaves(entry) for entry in (one, other)]
     what = []
     if kinds[0]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,13 @@ class LoraConfig:
         init: the initialiser of `a` (`b` is zero): "kaiming_uniform" or "gaussian".
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used.
+        bias: which biases are trained whole besides: "none"; "adapted" for those beside
+            the kernels that this config adapts (`a/b/bias` beside `a/b/kernel`); "all"
+            for every leaf called `bias`.
+        rows: the rows of a table that is looked up, to train these alone: the adapter
+            holds their new values. `rank` and `alpha` have no meaning then.
+        slices: runs of outputs of a fused kernel, as `[(0, 512), (1024, 1536)]`, each
+            with factors of its own rank; the other outputs are not adapted.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
 
@@ -69,6 +77,9 @@ class LoraConfig:
     init: str = "kaiming_uniform"
     dtype: Any = jnp.float32
     full: bool = False
+    bias: str = "none"
+    rows: Sequence[int] | None = None
+    slices: Sequence[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         """Normalises patterns and dtype, and checks every field."""
@@ -82,6 +93,11 @@ class LoraConfig:
         object.__setattr__(self, "dropout", _rate(self.dropout))
         for field in ("rslora", "dora", "full"):
             _check_bool(field, getattr(self, field))
+        if self.bias not in BIASES:
+            raise ValueError(f"`LoraConfig.bias` is one of {BIASES}, got {self.bias!r}")
+        object.__setattr__(self, "rows", _rows(self.rows))
+        object.__setattr__(self, "slices", _slices(self.slices))
+        _check_one_kind(self)
         if self.full and self.target is None:
             raise ValueError(
                 "`LoraConfig(full=True)` without a target would train every leaf; name "
@@ -138,6 +154,54 @@ def _patterns(field: str, value: Any) -> str | tuple[str, ...] | None:
                 f"`LoraConfig.{field}` {pattern!r} is no regular expression: {error}"
             ) from error
     return value if isinstance(value, str) else several
+
+
+BIASES = ("none", "adapted", "all")
+
+
+def _rows(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    rows = tuple(value) if isinstance(value, list | tuple | range) else ()
+    fine = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in rows)
+    if not rows or not fine or len(set(rows)) < len(rows):
+        raise ValueError(
+            f"`LoraConfig.rows` takes row numbers, each once, got {value!r}"
+        )
+    return rows
+
+
+def _slices(value: Any) -> tuple[tuple[int, int], ...] | None:
+    if value is None:
+        return None
+    try:
+        slices = tuple((operator.index(i), operator.index(j)) for i, j in value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`LoraConfig.slices` takes pairs of whole numbers, got {value!r}"
+        ) from error
+    ends = [0, *(end for pair in slices for end in pair)]
+    empty = any(i == j for i, j in slices)
+    if not slices or empty or ends != sorted(ends):
+        raise ValueError(
+            "`LoraConfig.slices` takes runs of outputs (first, behind the last) in "
+            f"ascending order that do not overlap, got {value!r}"
+        )
+    return slices
+
+
+def _check_one_kind(config: "LoraConfig") -> None:
+    kinds = {
+        "full": config.full,
+        "rows": config.rows is not None,
+        "slices": config.slices is not None,
+        "dora": config.dora,
+    }
+    chosen = [kind for kind, is_chosen in kinds.items() if is_chosen]
+    if len(chosen) > 1:
+        raise ValueError(f"`LoraConfig` takes one of {chosen} at a time")
+    if config.bias != "none" and (config.full or config.rows is not None):
+        raise ValueError("`LoraConfig.bias` goes with a config that adapts kernels")
 
 
 def _check_rank(rank: Any) -> None:

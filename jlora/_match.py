@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ._entries import Special
 from ._errors import AdapterError
 from ._factors import LoraFactors
 from ._paths import FlatParams, nearest
@@ -35,6 +36,8 @@ def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
     if not is_array(leaves[path]):
         return f"{path!r} is no array but a {type(leaves[path]).__name__}"
     shape = tuple(leaves[path].shape)
+    if isinstance(entry, Special):
+        return _special_problem(path, entry, shape)
     if not isinstance(entry, LoraFactors):
         if not is_array(entry):
             return f"{path!r} holds a {type(entry).__name__}, not factors or an array"
@@ -43,6 +46,17 @@ def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
             return f"{path!r} {shape} is trained whole by an array of shape {given}"
         return None
     return _factor_problem(path, entry, shape)
+
+
+def _special_problem(path: str, entry: Special, shape: tuple[int, ...]) -> str | None:
+    kind = type(entry).__name__
+    if entry.axes.ndim != len(shape) or entry.kernel_shape != shape:
+        return f"{path!r} {shape} has {kind} of a kernel {entry.kernel_shape}"
+    wanted = entry.wanted(shape)
+    given = {name: tuple(getattr(entry, name).shape) for name in wanted}
+    if given == wanted:
+        return None
+    return f"{path!r} {shape} needs {wanted} in its {kind}, got {given}"
 
 
 def _factor_problem(

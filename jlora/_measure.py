@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
-from ._factors import LoraFactors, PyTree
+from ._factors import PyTree
 from ._layout import AnyMesh, Layout
 from ._memory import Memory
 from ._paths import FlatParams
 from ._placement import shardings as shardings_of
 from ._placement import state_shardings
-from ._targets import Target
+from ._targets import Target, entry_of
 from ._trace import is_array
 
 # An array, or its shape and dtype, and how it is laid out; None: whole everywhere.
@@ -75,14 +75,9 @@ def abstract_adapter(targets: Iterable[Target]) -> dict[str, Any]:
 
 
 def _abstract_entry(target: Target) -> Any:
-    config, axes = target.config, target.axes
-    array = lambda shape: jax.ShapeDtypeStruct(shape, config.dtype)
-    if axes is None:
-        return array(target.shape)
-    a, b = map(array, axes.factor_shapes(target.shape, config.rank))
-    magnitude = array(axes.magnitude_shape(target.shape)) if config.dora else None
-    factors: Any = LoraFactors
-    return factors(a, b, axes, config.scaling, magnitude)
+    dtype = target.config.dtype
+    shapes = target.array_shapes.items()
+    return entry_of(target, {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes})
 
 
 # where the arrays live

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from ._axes import KernelAxes, expand
 from ._dora import output_scale
+from ._entries import TrainedRows, lowered
 from ._factors import LoraFactors, PyTree, delta
 from ._match import check_adapter
 from ._paths import FlatParams
@@ -47,7 +48,7 @@ def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
     return flat.replace({p: _merged(leaves[p], entry) for p, entry in adapter.items()})
 
 
-def _merged(kernel: Any, entry: LoraFactors | jax.Array) -> Any:
+def _merged(kernel: Any, entry: Any) -> Any:
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return kernel  # abstract params stay abstract
     traced = any(isinstance(v, Tracer) for v in jax.tree.leaves((kernel, entry)))
@@ -61,7 +62,10 @@ def _merged(kernel: Any, entry: LoraFactors | jax.Array) -> Any:
     return jax.jit(_sum, out_shardings=kernel.sharding)(kernel, entry)
 
 
-def _sum(kernel: jax.Array, entry: LoraFactors | jax.Array) -> jax.Array:
+def _sum(kernel: jax.Array, entry: Any) -> jax.Array:
+    if isinstance(entry, TrainedRows):
+        return entry.placed_in(kernel)
+    entry = lowered(entry, kernel)
     if not isinstance(entry, LoraFactors):
         return entry.astype(kernel.dtype)
     wide = jnp.promote_types(kernel.dtype, jnp.float32)

@@ -9,6 +9,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from ._dora import change_squares
+from ._entries import lowered
 from ._factors import LoraFactors, PyTree
 from ._match import check_adapter
 from ._paths import FlatParams
@@ -110,7 +111,8 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
     return _gram(x, range(x.ndim), range(0))
 
 
-def _delta_squares(kernel: jax.Array, entry: LoraFactors | jax.Array) -> jax.Array:
+def _delta_squares(kernel: jax.Array, entry: Any) -> jax.Array:
+    entry = lowered(entry, kernel)
     if not isinstance(entry, LoraFactors):
         wide = _wide(kernel.dtype)
         return _sum_of_squares(entry.astype(wide) - kernel.astype(wide))

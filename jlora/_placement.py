@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from ._axes import KernelAxes, Shape
+from ._entries import Special, TrainedRows
 from ._factors import LoraFactors, PyTree
 from ._layout import AnyMesh, Layout, Rules, unboxed
 from ._paths import is_box
@@ -136,6 +137,8 @@ def state_shardings(tx: Any, adapter: PyTree, shardings: PyTree) -> PyTree:
 
 def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
     """Returns the shardings of one entry of an adapter, in its structure."""
+    if isinstance(entry, Special):
+        return _placed_special(layout, path, entry, replicate)
     if not isinstance(entry, LoraFactors):
         shape = _shape(entry)
         return _fitting(layout.sharding(path, len(shape)), range(len(shape)), shape)
@@ -149,6 +152,22 @@ def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
         kept = axes.batch + axes.out
         magnitude = _fitting(kernel, kept, _shape(magnitude))
     return dataclasses.replace(entry, a=a, b=b, magnitude=magnitude)
+
+
+def _placed_special(
+    layout: Layout, path: str, entry: Special, replicate: bool
+) -> Special:
+    """Places rows like the outputs of their table, and slices of outputs nowhere."""
+    axes = entry.axes
+    kernel = layout.sharding(path, axes.ndim)
+    if replicate:
+        kernel = _replicated(kernel)
+    if isinstance(entry, TrainedRows):
+        values: Any = _fitting(kernel, (None, *axes.out), _shape(entry.values))
+        return dataclasses.replace(entry, values=values)
+    a: Any = _fitting(kernel, (*axes.batch, *axes.in_, None), _shape(entry.a))
+    b: Any = _fitting(kernel, (*axes.batch, None, None), _shape(entry.b))
+    return dataclasses.replace(entry, a=a, b=b)
 
 
 def factor_shardings(

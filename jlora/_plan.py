@@ -217,19 +217,24 @@ def _row(target: Target, trainable: int) -> tuple[str, ...]:
         _axes(target),
         _uses(target),
         _products(target),
-        "full" if target.rank is None else f"{target.rank}{_variant(target)}",
+        _rank(target),
         "" if target.scaling is None else f"{target.scaling:g}",
         f"{target.trainable:,}",
         f"{100 * target.trainable / trainable:.1f} %",
     )
 
 
-def _variant(target: Target) -> str:
-    """Names what the factors of a target have besides."""
+def _rank(target: Target) -> str:
+    """Tells how many ranks or rows are trained, and what else the factors have."""
     config = target.config
+    if target.axes is None:
+        return "full"
+    if config.rows is not None:
+        return f"{len(config.rows)} rows"
     told = [" dora"] if config.dora else []
+    told += [f" × {len(config.slices)} slices"] if config.slices else []
     told += [f" dropout {config.dropout:g}"] if config.dropout else []
-    return ",".join(told)
+    return f"{config.rank}" + ",".join(told)
 
 
 def _axes(target: Target) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ._axes import KernelAxes, Shape
 from ._config import LoraConfig
+from ._entries import Factored, SlicedFactors, TrainedRows, sliced_shapes
 from ._errors import CorruptFileError, FormatVersionError
 from ._factors import LoraFactors
 from ._fingerprint import Kernel
@@ -44,7 +45,7 @@ class Entry:
     """
 
     path: str
-    value: LoraFactors | jax.ShapeDtypeStruct
+    value: Factored | jax.ShapeDtypeStruct
     alpha: float | None
     kernel: Kernel
     checksums: Mapping[str, str]
@@ -52,12 +53,12 @@ class Entry:
     @property
     def rank(self) -> int | None:
         """The rank; None for a leaf that is trained whole."""
-        return self.value.rank if isinstance(self.value, LoraFactors) else None
+        return getattr(self.value, "rank", None)
 
     @property
     def scaling(self) -> float | None:
         """The scaling; None for a leaf that is trained whole."""
-        return self.value.scaling if isinstance(self.value, LoraFactors) else None
+        return getattr(self.value, "scaling", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +122,16 @@ class Record:
 
 def arrays_of(entry: Any) -> dict[str, Any]:
     """Returns the arrays of one entry of an adapter, by name."""
-    if not isinstance(entry, LoraFactors):
+    if not isinstance(entry, Factored):
         return {_WHOLE: entry}
-    found = {name: getattr(entry, name) for name in _FACTORS}
+    names = [f.name for f in dataclasses.fields(entry) if not f.metadata]
+    found = {name: getattr(entry, name) for name in names}
     return {name: array for name, array in found.items() if array is not None}
 
 
 def entry_with(entry: Any, arrays: Mapping[str, Any]) -> Any:
     """Returns the entry with other arrays, as `arrays_of` names them."""
-    if not isinstance(entry, LoraFactors):
+    if not isinstance(entry, Factored):
         return arrays[_WHOLE]
     return dataclasses.replace(entry, **arrays)
 
@@ -155,12 +157,16 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     }
     kernel = {**dataclasses.asdict(entry.kernel), "shape": list(entry.kernel.shape)}
     plain = {"path": entry.path, "kernel": kernel, "arrays": arrays}
-    if not isinstance(entry.value, LoraFactors):
+    if not isinstance(entry.value, Factored):
         return plain
     axes = entry.value.axes
     roles = {"batch": list(axes.batch), "in": list(axes.in_), "out": list(axes.out)}
+    if isinstance(entry.value, TrainedRows):
+        return {**plain, "rows": list(entry.value.rows), "axes": roles}
     scaling = float(entry.value.scaling)
     numbers = {"rank": entry.value.rank, "alpha": entry.alpha, "scaling": scaling}
+    if isinstance(entry.value, SlicedFactors):
+        numbers["slices"] = [list(pair) for pair in entry.value.slices]
     return {**plain, **numbers, "axes": roles}
 
 
@@ -216,38 +222,67 @@ def _config(values: Any, where: str) -> LoraConfig:
 
 def _entry(values: Any, where: str) -> Entry:
     kinds: dict[str, Any] = {"path": str, "kernel": dict, "arrays": dict}
-    whole = isinstance(values, dict) and "axes" not in values
-    if not whole:
+    has = lambda key: isinstance(values, dict) and key in values
+    whole = not has("axes")
+    if has("rows"):
+        kinds |= {"rows": list, "axes": dict}
+    elif not whole:
         kinds |= {"rank": int, "alpha": float, "scaling": float, "axes": dict}
+        kinds |= {"slices": list} if has("slices") else {}
     path, kernel, arrays, *numbers = _fields(values, where, **kinds)
     where = f"{where}, {path!r}"
     shape, dtype, samples = _fields(
         kernel, f"{where}, kernel", shape=list, dtype=_TEXT, samples=_TEXT
     )
     known = Kernel(_shape(shape, where), dtype and _dtype(dtype, where).name, samples)
-    names = (
-        [_WHOLE] if whole else [n for n in _FACTORS if n in arrays or n != _OPTIONAL]
-    )
+    names = [n for n in _FACTORS if n in arrays or n != _OPTIONAL]
+    names = [_WHOLE] if whole else ["values"] if has("rows") else names
     _fields(arrays, f"{where}, arrays", **dict.fromkeys(names, dict))
     read = {name: _array(arrays[name], f"{where}, {name}") for name in names}
     checksums = {name: arrays[name]["checksum"] for name in names}
     if whole:
         _same_shape(where, known.shape, read[_WHOLE].shape)
         return Entry(path, read[_WHOLE], None, known, checksums)
+    if has("rows"):
+        value: Any = _trained_rows(read, numbers, known.shape, where)
+        return Entry(path, value, None, known, checksums)
     value, alpha = _factors(read, numbers, known.shape, where)
     return Entry(path, value, alpha, known, checksums)
 
 
-def _factors(
-    arrays: Mapping[str, Any], numbers: Sequence[Any], shape: Shape, where: str
-) -> tuple[LoraFactors, float]:
-    rank, alpha, scaling, roles = numbers
+def _axes(roles: Any, shape: Shape, where: str) -> KernelAxes:
     batch, in_, out = _fields(roles, f"{where}, axes", batch=list, **_IN, out=list)
     axes = KernelAxes(*(_shape(role, where) for role in (batch, in_, out)))
-    if not (alpha > 0 and rank > 0):
-        raise ValueError(f"{where} has rank {rank} and alpha {alpha}")
     if axes.ndim != len(shape):
         raise ValueError(f"{where} has a kernel {shape} and the axes {axes}")
+    return axes
+
+
+def _trained_rows(
+    arrays: Mapping[str, Any], statics: Sequence[Any], shape: Shape, where: str
+) -> TrainedRows:
+    rows, roles = statics
+    axes, rows = _axes(roles, shape, where), _shape(rows, where)
+    if axes.batch or len(axes.in_) != 1 or len(set(rows)) < len(rows):
+        raise ValueError(f"{where} has the rows {str(rows)[:80]} of the axes {axes}")
+    length = shape[axes.in_[0]]
+    if not rows or max(rows) >= length:
+        raise ValueError(f"{where} has the rows {str(rows)[:80]} of {length}")
+    found = TrainedRows(arrays["values"], rows, length, axes)
+    wanted = found.wanted(shape)["values"]
+    _same_shape(f"{where}, values", wanted, arrays["values"].shape)
+    return found
+
+
+def _factors(
+    arrays: Mapping[str, Any], numbers: Sequence[Any], shape: Shape, where: str
+) -> tuple[Any, float]:
+    rank, alpha, scaling, roles, *slices = numbers
+    axes = _axes(roles, shape, where)
+    if not (alpha > 0 and rank > 0):
+        raise ValueError(f"{where} has rank {rank} and alpha {alpha}")
+    if slices:
+        return _sliced(arrays, (axes, scaling, slices[0]), rank, shape, where), alpha
     for name, wanted in zip("ab", axes.factor_shapes(shape, rank), strict=True):
         _same_shape(f"{where}, {name}", wanted, arrays[name].shape)
     if _OPTIONAL in arrays:
@@ -256,11 +291,28 @@ def _factors(
     return LoraFactors(**arrays, axes=axes, scaling=scaling), alpha
 
 
+def _sliced(
+    arrays: Mapping[str, Any], statics: Any, rank: int, shape: Shape, where: str
+) -> SlicedFactors:
+    axes, scaling, pairs = statics
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{where} has the slices {str(pairs)[:80]}")
+    slices = tuple((int(i), int(j)) for i, j in (_shape(p, where) for p in pairs))
+    ends = [end for pair in slices for end in pair]
+    fits = bool(ends) and ends == sorted(ends) and ends[-1] <= axes.fans(shape)[1]
+    if not fits or any(i == j for i, j in slices):
+        raise ValueError(f"{where} has the slices {str(pairs)[:80]}")
+    for name, wanted in sliced_shapes(axes, shape, slices, rank).items():
+        _same_shape(f"{where}, {name}", wanted, arrays[name].shape)
+    out = tuple(shape[i] for i in axes.out)
+    return SlicedFactors(arrays["a"], arrays["b"], axes, scaling, slices, out)
+
+
 _TEXT = (str, type(None))
 _IN: dict[str, Any] = {"in": list}  # a keyword of Python
 
 
-def _fields(values: Any, where: str, **kinds: Any) -> list[Any]:
+def _fields(values: Any, where: str, /, **kinds: Any) -> list[Any]:
     """Returns the fields of an object that has exactly these, of these types."""
     if not isinstance(values, dict) or set(values) != set(kinds):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._config import LoraConfig
+from ._entries import Factored, SlicedFactors, Special, TrainedRows
 from ._errors import AdapterError, NonFiniteError
 from ._factors import LoraFactors, PyTree
 from ._fingerprint import Kernel, contents, fingerprint
@@ -84,6 +85,10 @@ def _unfit(what: str, array: Any) -> str | None:
 
 def _consistent(entry: Any) -> bool:
     """Returns whether the shapes of factors are those that their axes say."""
+    if isinstance(entry, Special):
+        wanted = entry.wanted(entry.kernel_shape)
+        given = {name: tuple(getattr(entry, name).shape) for name in wanted}
+        return wanted == given
     if not isinstance(entry, LoraFactors):
         return True
     axes, a, b = entry.axes, tuple(entry.a.shape), tuple(entry.b.shape)
@@ -103,7 +108,7 @@ def _alphas(
         found = [config for config in configs if _explains(config, path, entry)]
         if not found:
             problems.append(_unexplained(path, entry))
-        elif isinstance(entry, LoraFactors):
+        elif isinstance(entry, LoraFactors | SlicedFactors):
             alphas[path] = found[0].alpha
         else:
             alphas[path] = None
@@ -112,22 +117,35 @@ def _alphas(
 
 
 def _explains(config: LoraConfig, path: str, entry: Any) -> bool:
+    if not isinstance(entry, Factored) and path.rpartition("/")[2] == "bias":
+        if config.bias != "none":
+            return True
     several = lambda p: (p,) if isinstance(p, str) else p or ()
     hit = lambda patterns: any(matching(p, [path]) for p in several(patterns))
     if (config.target is not None and not hit(config.target)) or hit(config.exclude):
         return False
-    if not isinstance(entry, LoraFactors):
+    if not isinstance(entry, Factored):
         return config.full
+    if getattr(entry, "rows", None) != config.rows:
+        return False
+    if isinstance(entry, TrainedRows):
+        return True
+    if getattr(entry, "slices", None) != config.slices:
+        return False
+    if not isinstance(entry, LoraFactors | SlicedFactors):
+        return False
     same = math.isclose(config.scaling, entry.scaling, rel_tol=1e-6)
-    dora = config.dora == (entry.magnitude is not None)
+    dora = config.dora == (getattr(entry, "magnitude", None) is not None)
     return not config.full and config.rank == entry.rank and same and dora
 
 
 def _unexplained(path: str, entry: Any) -> str:
-    if not isinstance(entry, LoraFactors):
+    if isinstance(entry, TrainedRows):
+        return f"{path!r} has rows {entry.rows}, and no config that matches it has them"
+    if not isinstance(entry, LoraFactors | SlicedFactors):
         return f"{path!r} is trained whole, and no config that matches it is `full`"
     rank, scaling = entry.rank, float(entry.scaling)
-    dora = ", dora=True" if entry.magnitude is not None else ""
+    dora = ", dora=True" if getattr(entry, "magnitude", None) is not None else ""
     return (
         f"{path!r} has rank {rank} and scaling {scaling}"
         f"{' and a magnitude' if dora else ''}, and no config that matches "
@@ -142,7 +160,7 @@ def _kernels(adapter: Mapping[str, Any], base: PyTree | None) -> dict[str, Kerne
         check_adapter(FlatParams.of(base), adapter)
         return fingerprint(base, adapter)
     return {
-        path: Kernel(e.kernel_shape if isinstance(e, LoraFactors) else tuple(e.shape))
+        path: Kernel(e.kernel_shape if isinstance(e, Factored) else tuple(e.shape))
         for path, e in adapter.items()
     }
 

@@ -1,5 +1,6 @@
 """What a saved adapter is restored as: compared with what is wanted, and placed."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from ._entries import Factored, SlicedFactors
 from ._errors import AdapterError
 from ._factors import LoraFactors
 from ._layout import unboxed
@@ -73,9 +75,15 @@ def _static(entry: Any) -> dict[str, Any]:
     for name, array in arrays.items():
         static[f"shape of {name}"] = tuple(array.shape)
         static[f"dtype of {name}"] = np.dtype(array.dtype).name
-    if isinstance(entry, LoraFactors):
-        static |= {"rank": entry.rank, "scaling": entry.scaling, "roles": entry.axes}
+    if isinstance(entry, Factored):
+        fields = [f.name for f in dataclasses.fields(entry) if f.metadata]
+        static |= {_CALLED.get(name, name): getattr(entry, name) for name in fields}
+    if isinstance(entry, LoraFactors | SlicedFactors):
+        static["rank"] = entry.rank
     return static
+
+
+_CALLED = {"axes": "roles"}
 
 
 def _shardings_of(

@@ -9,11 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from ._analyze import Log, Use, View
-from ._axes import KernelAxes
+from ._axes import KernelAxes, Shape
 from ._config import LoraConfig
 from ._decide import decide
 from ._discover import Vote, discover, settle
+from ._entries import SlicedFactors, TrainedRows, sliced_shapes
 from ._errors import MaterializationError, TargetError
+from ._factors import LoraFactors
 from ._forms import Contraction
 from ._paths import FlatParams, matching, nearest
 from ._trace import Traced, is_array
@@ -40,24 +42,40 @@ class Target:
     uses: tuple[Use, ...] = ()
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether it has factors of its own: it is no leaf or rows trained whole."""
+        return self.axes is not None and self.config.rows is None
+
+    @property
     def rank(self) -> int | None:
-        """The rank, or None if the leaf is trained whole."""
-        return None if self.axes is None else self.config.rank
+        """The rank, or None if the leaf or rows of it are trained whole."""
+        return self.config.rank if self.is_low_rank else None
 
     @property
     def scaling(self) -> float | None:
-        """The scaling, or None if the leaf is trained whole."""
-        return None if self.axes is None else self.config.scaling
+        """The scaling, or None if the leaf or rows of it are trained whole."""
+        return self.config.scaling if self.is_low_rank else None
 
     @property
     def trainable(self) -> int:
         """The number of trained values."""
-        if self.axes is None:
-            return math.prod(self.shape)
-        shapes = list(self.axes.factor_shapes(self.shape, self.config.rank))
-        if self.config.dora:
-            shapes.append(self.axes.magnitude_shape(self.shape))
-        return sum(map(math.prod, shapes))
+        return sum(map(math.prod, self.array_shapes.values()))
+
+    @property
+    def array_shapes(self) -> dict[str, Shape]:
+        """The shapes of its arrays in an adapter, by name."""
+        config, axes, shape = self.config, self.axes, self.shape
+        if axes is None:
+            return {"value": shape}
+        if config.rows is not None:
+            out = tuple(shape[i] for i in axes.out)
+            return {"values": (len(tuple(config.rows)), *out)}
+        if config.slices is not None:
+            return sliced_shapes(axes, shape, tuple(config.slices), config.rank)
+        a, b = axes.factor_shapes(shape, config.rank)
+        if not config.dora:
+            return {"a": a, "b": b}
+        return {"a": a, "b": b, "magnitude": axes.magnitude_shape(shape)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +115,33 @@ def resolve(
         targets.extend(usable[:1])
         unusable.extend([] if usable else tried[:1])
     _check(configs, matches, targets, unusable, params.paths)
-    return targets, unusable
+    targets += _biases(configs, matches, targets, leaves)
+    trained = {target.path for target in targets}
+    order = {path: i for i, path in enumerate(params.paths)}
+    targets.sort(key=lambda target: order[target.path])
+    return targets, [u for u in unusable if u.path not in trained]
+
+
+def _biases(
+    configs: Sequence[LoraConfig],
+    matches: Sequence[set[str]],
+    targets: Sequence[Target],
+    leaves: Mapping[str, Any],
+) -> list[Target]:
+    """Returns the biases that configs train beside their kernels, as `bias` says."""
+    found: dict[str, Target] = {}
+    taken = {target.path for target in targets}
+    for config in configs:
+        if config.bias == "none":
+            continue
+        own = {t.path.rpartition("/")[0] for t in targets if t.config is config}
+        for path, leaf in leaves.items():
+            module, _, name = path.rpartition("/")
+            wanted = config.bias == "all" or module in own
+            if name == "bias" and wanted and path not in taken and _is_floating(leaf):
+                shape = tuple(leaf.shape)
+                found.setdefault(path, Target(path, shape, leaf.dtype, None, config))
+    return list(found.values())
 
 
 def _match(config: LoraConfig, paths: Sequence[str]) -> set[str]:
@@ -198,14 +242,33 @@ def _target(
     if known.axes is None:
         return Unusable(path, shape, known.reason)
     fans = known.axes.fans(shape)
+    reason = _misfit(config, known.axes, shape)
+    if reason:
+        return Unusable(path, shape, reason)
     if config.target is None and known.looked_up:
         return Unusable(
             path, shape, "is a table that is looked up; name it to adapt it"
         )
-    if config.target is None and config.rank > min(fans):
+    low = config.rows is None
+    if config.target is None and low and config.rank > min(fans):
         reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
         return Unusable(path, shape, reason)
     return Target(path, shape, leaf.dtype, known.axes, config)
+
+
+def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
+    """Returns why a kernel has not the rows or slices that a config names."""
+    if config.rows is not None:
+        last = max(config.rows)
+        if axes.batch or len(axes.in_) != 1:
+            return "is no table: `rows` need one input axis and no batch axes"
+        if last >= shape[axes.in_[0]]:
+            return f"has {shape[axes.in_[0]]} rows, and `rows` names row {last}"
+    if config.slices is not None:
+        _, outputs = axes.fans(shape)
+        if config.slices[-1][1] > outputs:
+            return f"has {outputs} outputs, and `slices` end at {config.slices[-1][1]}"
+    return None
 
 
 # --- checks ---
@@ -291,9 +354,11 @@ def _nothing(config: LoraConfig, matched: set[str], usable: set[str]) -> str:
 
 
 def _rank_problem(target: Target) -> str | None:
-    if target.axes is None:
+    if target.axes is None or not target.is_low_rank:
         return None
     fan_in, fan_out = target.axes.fans(target.shape)
+    if target.config.slices is not None:
+        fan_out = min(stop - first for first, stop in target.config.slices)
     if target.config.rank <= min(fan_in, fan_out):
         return None
     return (
@@ -353,3 +418,18 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         "\n".join(lines) + "\nLeave these paths out of `LoraConfig.target`, or pass "
         '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
     )
+
+
+def entry_of(target: Target, arrays: Mapping[str, Any]) -> Any:
+    """Returns the entry of a target in an adapter, from its arrays by name."""
+    config, axes, shape = target.config, target.axes, target.shape
+    if axes is None:
+        return arrays["value"]
+    if config.rows is not None:
+        length = shape[axes.in_[0]]
+        return TrainedRows(arrays["values"], tuple(config.rows), length, axes)
+    if config.slices is not None:
+        out = tuple(shape[i] for i in axes.out)
+        static = axes, config.scaling, tuple(config.slices), out
+        return SlicedFactors(arrays["a"], arrays["b"], *static)
+    return LoraFactors(axes=axes, scaling=config.scaling, **arrays)

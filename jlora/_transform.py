@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ._adapted import Adapted, materialize
 from ._config import LoraConfig
 from ._dora import kernel_norm
+from ._entries import Factored, lowered
 from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
@@ -20,7 +21,7 @@ from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._plan import Plan, make_plan
 from ._sharding import set_sharding
-from ._targets import Target, program_of, resolve, with_uses
+from ._targets import Target, entry_of, program_of, resolve, with_uses
 from ._trace import Traced, trace
 
 Materialize = Literal["error", "allow"]
@@ -118,7 +119,7 @@ class Lora:
         flat = FlatParams.of(params)
         check_adapter(flat, adapter)
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
-        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
+        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
         program, _ = program_of(traced, axes, self.materialize, self.contraction)
         inputs = list(traced.inputs)
         dropout = self._dropout(flat, traced, lora_dropout_key)
@@ -236,33 +237,49 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         )
 
 
-def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.Array:
-    config, axes = target.config, target.axes
-    if isinstance(leaf, jax.ShapeDtypeStruct) and (axes is None or config.dora):
-        how = (
-            "is trained whole and so" if axes is None else "has DoRA's magnitude, which"
-        )
-        raise TargetError(
-            f"{target.path!r} {how} starts from the values of its leaf; pass the "
-            "params as arrays, or call `init` under `jax.eval_shape`"
-        )
+def _new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
+    """Returns the entry that a target has in a new adapter."""
+    config, axes, shapes = target.config, target.axes, target.array_shapes
+    if starts_from_leaf := _starts_from_leaf(target):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TargetError(
+                f"{target.path!r} {starts_from_leaf} starts from the values of its "
+                "leaf; pass the params as arrays, or call `init` under "
+                "`jax.eval_shape`"
+            )
+        leaf = jnp.asarray(leaf)
     if axes is None:
-        return jnp.asarray(leaf, config.dtype)
-    shapes = axes.factor_shapes(target.shape, config.rank)
+        return leaf.astype(config.dtype)
+    if config.rows is not None:
+        taken = jnp.take(leaf, jnp.array(config.rows), axis=axes.in_[0])
+        values = jnp.moveaxis(taken, axes.in_[0], 0).astype(config.dtype)
+        return entry_of(target, {"values": values})
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
     kernel = set_sharding(leaf)
-    places: Any = factor_shardings(kernel, axes, *shapes) if kernel else (None, None)
+    places: Any = (None, None)
+    if kernel and config.slices is None:
+        places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
     fan_in, _ = axes.fans(target.shape)
     make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
-    a = make(own_key, shapes[0], fan_in, config.dtype, places[0])
-    b = jnp.zeros(shapes[1], config.dtype, out_sharding=places[1])
-    magnitude = None
+    a = make(own_key, shapes["a"], fan_in, config.dtype, places[0])
+    b = jnp.zeros(shapes["b"], config.dtype, out_sharding=places[1])
+    arrays = {"a": a, "b": b}
     if config.dora:
-        magnitude = kernel_norm(jnp.asarray(leaf), axes).astype(config.dtype)
-    return LoraFactors(a, b, axes, config.scaling, magnitude)
+        arrays["magnitude"] = kernel_norm(leaf, axes).astype(config.dtype)
+    return entry_of(target, arrays)
+
+
+def _starts_from_leaf(target: Target) -> str | None:
+    """Returns what of a target starts from the values of its leaf, if anything."""
+    if target.axes is None:
+        return "is trained whole and so"
+    if target.config.rows is not None:
+        return "has rows that are trained whole, each of which"
+    return "has DoRA's magnitude, which" if target.config.dora else None
 
 
 def _with_entry(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
+    entry = lowered(entry, leaf)
     if isinstance(entry, LoraFactors):
         return Adapted.of(jnp.asarray(leaf), entry, key, rate)
     return entry.astype(leaf.dtype)

@@ -11,6 +11,7 @@ from flax.core.scope import in_filter, subtract_filters
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._config import LoraConfig
+from ._entries import Factored
 from ._errors import AdapterError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._init import key_of
@@ -316,9 +317,10 @@ def _boxed(entry: Any, box: Any) -> Any:
     """Boxes the factors of a kernel with names from its box; unknown boxes say none."""
     if box is None:
         return entry
-    if not isinstance(entry, LoraFactors):
+    if not isinstance(entry, Factored):
         return box.replace_boxed(entry)
-    if not isinstance(box, nn.Partitioned):
+    # Rows, and slices that cut across axes, have no names.
+    if not isinstance(box, nn.Partitioned) or not isinstance(entry, LoraFactors):
         return entry
     axes = entry.axes
     names = (*box.names, *[None] * (axes.ndim - len(box.names)))

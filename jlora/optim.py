@@ -60,6 +60,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
+from ._entries import Factored, TrainedRows
 from ._factors import LoraFactors, PyTree
 from ._norms import adapter_norms as adapter_norms
 from ._norms import delta_norms as delta_norms
@@ -105,6 +106,8 @@ def factor_labels(adapter: PyTree) -> PyTree:
         return _is_factors(node) or (named and node is not adapter)
 
     def label(node: Any) -> Any:
+        if isinstance(node, TrainedRows):
+            return jax.tree.map(lambda _: "full", node)
         name = lambda path, _: keystr(path[:1], simple=True)
         return tree_map_with_path(name, node) if are_factors(node) else "full"
 
@@ -269,7 +272,7 @@ def freeze_base(
 
 
 def _is_factors(node: Any) -> bool:
-    return isinstance(node, LoraFactors)
+    return isinstance(node, Factored)
 
 
 def _speeds(adapter: PyTree) -> PyTree:

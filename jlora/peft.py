@@ -35,6 +35,7 @@ from safetensors.numpy import save as _serialize
 
 from ._base import Base
 from ._config import LoraConfig
+from ._entries import TrainedRows, lowered
 from ._errors import (
     AdapterError,
     CorruptFileError,
@@ -176,7 +177,8 @@ def save(
     """
     if profile not in ("peft", "vllm"):
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
-    entries = {p: jax.tree.map(_on_host, entry) for p, entry in adapter.items()}
+    _check_rows(adapter)
+    entries = {p: jax.tree.map(_on_host, lowered(e, None)) for p, e in adapter.items()}
     factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}
     arrays = {p: e for p, e in entries.items() if not isinstance(e, LoraFactors)}
     base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
@@ -352,6 +354,15 @@ def _check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
 def _named_arrays(entries: Mapping[str, Any]) -> dict[str, np.ndarray]:
     leaves = jax.tree.leaves_with_path(dict(entries))
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+
+
+def _check_rows(adapter: Mapping[str, Any]) -> None:
+    rows = [path for path, entry in adapter.items() if isinstance(entry, TrainedRows)]
+    if rows:
+        raise UnsupportedFeatureError(
+            f"rows that are trained alone, {rows[:5]}, have no place in the files that "
+            "jlora writes for PEFT (`trainable_token_indices`); merge them instead"
+        )
 
 
 def _check_vllm(arrays: Mapping[str, Any]) -> None:
