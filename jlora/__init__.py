@@ -27,8 +27,8 @@ from ._merge import merge as merge
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan
-from ._targets import Target as Target
-from ._targets import Unusable as Unusable
+from ._target import Target as Target
+from ._target import Unusable as Unusable
 from ._transform import Lora as Lora
 from ._transform import lora as lora
 

@@ -15,7 +15,7 @@ from ._memory import Memory
 from ._paths import FlatParams
 from ._placement import shardings as shardings_of
 from ._placement import state_shardings
-from ._targets import Target, entry_of
+from ._target import Target, entry_of
 from ._trace import is_array
 
 # An array, or its shape and dtype, and how it is laid out; None: whole everywhere.

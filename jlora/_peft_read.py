@@ -1,7 +1,7 @@
 """From the tensors of a PEFT adapter to a jlora adapter."""
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +14,7 @@ from ._fuse import Pair, join, split
 from ._paths import nearest
 from ._peft_config import PeftConfig
 from ._peft_keys import ModuleTensors, check_dora, warn_of_doubling
+from ._peft_stack import check_fit, stack, stacked_magnitude
 from ._peft_whole import read_whole
 from ._rules import Binding
 from ._torch_layout import (
@@ -368,9 +369,9 @@ class _Reader:
             index: self._whole(binding, slots, fans) for index, slots in pieces.items()
         }
         order = rope_order(binding, fans[1], sizes(shape, axes.out))
-        _check_fit(path, shape, fans, batch, pairs)
-        a, b, scaling = _stack(pairs, batch)
-        magnitude = _stacked_magnitude(path, pairs, batch)
+        check_fit(path, shape, fans, batch, pairs)
+        a, b, scaling = stack(pairs, batch)
+        magnitude = stacked_magnitude(path, pairs, batch)
         if order is not None:
             b = b[..., np.argsort(order)]
             magnitude = None if magnitude is None else magnitude[..., np.argsort(order)]
@@ -392,65 +393,3 @@ class _Reader:
                     f"the file and {widths[number]} by the rule"
                 )
         return join([slots.get(i) for i in range(count)], widths)
-
-
-def _check_fit(
-    path: str,
-    shape: tuple[int, ...],
-    fans: tuple[int, int],
-    batch: Index,
-    pairs: Mapping[Index, Pair],
-) -> None:
-    outside = sorted(set(pairs) - set(np.ndindex(batch)))
-    if outside:
-        raise AdapterError(
-            f"{path!r} {shape} has the batch axes {batch}; the file has factors for "
-            f"{outside[:5]} along them"
-        )
-    for index, pair in pairs.items():
-        given = (pair.a.shape[0], pair.b.shape[1])
-        if given != fans:
-            hint = "; they look transposed" if given == fans[::-1] else ""
-            at = f" at {index}" if index else ""
-            raise AdapterError(
-                f"{path!r} {shape}{at} maps {fans[0]} to {fans[1]}, and the factors in "
-                f"the file {given[0]} to {given[1]}{hint}"
-            )
-
-
-def _stack(
-    pairs: Mapping[Index, Pair], batch: Index
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Returns the stacked factors of all indices, and their common scaling.
-
-    Where the file has none, both factors are zero: no delta, and no gradient either.
-    Ranks are padded likewise, and where scalings differ `b` takes the difference.
-    """
-    if not batch:
-        (pair,) = pairs.values()
-        return pair.a, pair.b, pair.scaling
-    scaling = Counter(pair.scaling for pair in pairs.values()).most_common(1)[0][0]
-    rank = max(pair.rank for pair in pairs.values())
-    some = next(iter(pairs.values())).padded_to(rank)
-    none = Pair(np.zeros_like(some.a), np.zeros_like(some.b), scaling)
-    full = {i: pair.scaled_to(scaling).padded_to(rank) for i, pair in pairs.items()}
-    every = [full.get(index, none) for index in np.ndindex(batch)]
-    a, b = np.stack([p.a for p in every]), np.stack([p.b for p in every])
-    return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:]), scaling
-
-
-def _stacked_magnitude(
-    path: str, pairs: Mapping[Index, Pair], batch: Index
-) -> np.ndarray | None:
-    """Returns the magnitudes of all indices; without one an index has no meaning."""
-    known = {i: p.magnitude for i, p in pairs.items() if p.magnitude is not None}
-    if not known:
-        return None
-    missing = [index for index in np.ndindex(batch) if index not in known]
-    if missing:
-        raise UnsupportedFeatureError(
-            f"{path!r} has DoRA's magnitudes in the file, but none at {missing[:5]} "
-            "along its batch axes; a stack has them for all of its layers"
-        )
-    stacked = np.stack([known[index] for index in np.ndindex(batch)])
-    return stacked.reshape(*batch, -1)

@@ -17,7 +17,7 @@ from ._layout import AnyMesh
 from ._measure import measure
 from ._memory import Memory, human
 from ._paths import FlatParams
-from ._targets import Target, Unusable
+from ._target import Target, Unusable
 from ._trace import Traced, is_array
 
 

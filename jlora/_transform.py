@@ -21,7 +21,8 @@ from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._plan import Plan, make_plan
 from ._sharding import set_sharding
-from ._targets import Target, entry_of, program_of, resolve, with_uses
+from ._target import Target, entry_of
+from ._targets import program_of, resolve, with_uses
 from ._trace import Traced, trace
 
 Materialize = Literal["error", "allow"]

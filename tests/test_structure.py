@@ -21,23 +21,24 @@ each_module = pytest.mark.parametrize("name", TREES)
 # A module imports only from those above it.
 ORDER = """
 _axes _compat _errors _fuse _init _memory _paths _patterns
-_config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace
+_config _factors _files _flops _peft_config _rules _sharding _trace
 _untrusted
-_adapted _families _group _layout _match _peft_configs _seal _torch_layout
+_entries _families _group _layout _peft_configs _peft_keys _seal _torch_layout
 _spectrum
-_forms
-_linear
+_dora _dropout _match
+_adapted _forms
+_branch _linear
 _products
 _gather _merge _moves _norms _placement
 _consume _carry
 _analyze _control_flow _siblings
 _discover _decide
-_interpret _targets
-_measure
+_interpret _target
+_measure _targets
 _plan
 _base _transform
 _torch_params
-_peft_whole _peft_write
+_peft_stack _peft_whole _peft_write
 _peft_read
 _peft_alone
 _fingerprint

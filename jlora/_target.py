@@ -1,0 +1,93 @@
+"""A leaf that will be trained, and a leaf that a config matched in vain."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ._analyze import Use
+from ._axes import KernelAxes, Shape
+from ._config import LoraConfig
+from ._entries import SlicedFactors, TrainedRows, sliced_shapes
+from ._factors import LoraFactors
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A leaf that will be trained.
+
+    Attributes:
+        path: its canonical path.
+        shape: its shape.
+        dtype: its dtype.
+        axes: the roles of its axes; None if it is trained whole.
+        config: the config that chose it.
+        uses: where the function uses it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: KernelAxes | None
+    config: LoraConfig
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it has factors of its own: it is no leaf or rows trained whole."""
+        return self.axes is not None and self.config.rows is None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank, or None if the leaf or rows of it are trained whole."""
+        return self.config.rank if self.is_low_rank else None
+
+    @property
+    def scaling(self) -> float | None:
+        """The scaling, or None if the leaf or rows of it are trained whole."""
+        return self.config.scaling if self.is_low_rank else None
+
+    @property
+    def trainable(self) -> int:
+        """The number of trained values."""
+        return sum(map(math.prod, self.array_shapes.values()))
+
+    @property
+    def array_shapes(self) -> dict[str, Shape]:
+        """The shapes of its arrays in an adapter, by name."""
+        config, axes, shape = self.config, self.axes, self.shape
+        if axes is None:
+            return {"value": shape}
+        if config.rows is not None:
+            out = tuple(shape[i] for i in axes.out)
+            return {"values": (len(tuple(config.rows)), *out)}
+        if config.slices is not None:
+            return sliced_shapes(axes, shape, tuple(config.slices), config.rank)
+        a, b = axes.factor_shapes(shape, config.rank)
+        if not config.dora:
+            return {"a": a, "b": b}
+        return {"a": a, "b": b, "magnitude": axes.magnitude_shape(shape)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unusable:
+    """A leaf that a config matched and that is no target, with the reason."""
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def entry_of(target: Target, arrays: Mapping[str, Any]) -> Any:
+    """Returns the entry of a target in an adapter, from its arrays by name."""
+    config, axes, shape = target.config, target.axes, target.shape
+    if axes is None:
+        return arrays["value"]
+    if config.rows is not None:
+        length = shape[axes.in_[0]]
+        return TrainedRows(arrays["values"], tuple(config.rows), length, axes)
+    if config.slices is not None:
+        out = tuple(shape[i] for i in axes.out)
+        static = axes, config.scaling, tuple(config.slices), out
+        return SlicedFactors(arrays["a"], arrays["b"], *static)
+    return LoraFactors(axes=axes, scaling=config.scaling, **arrays)
