@@ -133,7 +133,7 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
     return (
         path,
         _shape(entry.kernel_shape),
-        str(entry.rank),
+        f"{entry.rank}{' dora' if entry.magnitude is not None else ''}",
         f"{entry.scaling:g}",
         str(entry.a.dtype),
         f"{_norm(entry.a):.4g}",

@@ -154,7 +154,7 @@ def test_the_same_delta_in_other_factors_is_a_distance_of_zero(
         (["inspect", "nowhere"], "there is no nowhere"),
         (["diff", "nowhere", "nowhere"], "there is no nowhere"),
         (["merge", "nowhere", str(CASES / "linear"), "out"], "nowhere"),
-        (["inspect", str(CASES / "dora")], "use_dora"),
+        (["inspect", str(CASES / "lora_bias")], "lora_bias"),
         (["convert", str(CASES / "linear"), str(CASES / "linear")], "linear"),
     ],
 )
