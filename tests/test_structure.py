@@ -23,8 +23,9 @@ ORDER = """
 _axes _compat _errors _fuse _init _memory _paths _patterns
 _config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace
 _untrusted
-_adapted _families _group _layout _match _peft_configs _seal _torch_layout
+_adapted _families _group _layout _lowrank _match _peft_configs _seal _torch_layout
 _spectrum
+_algebra
 _forms
 _linear
 _products
