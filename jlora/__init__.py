@@ -11,6 +11,7 @@ from ._algebra import scale as scale
 from ._algebra import subtract as subtract
 from ._algebra import truncate as truncate
 from ._axes import KernelAxes as KernelAxes
+from ._combine import combine as combine
 from ._config import LoraConfig as LoraConfig
 from ._errors import AdapterError as AdapterError
 from ._errors import BaseMismatchError as BaseMismatchError

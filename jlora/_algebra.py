@@ -215,7 +215,8 @@ def scaled(factors: LoraFactors, factor: float | Array) -> LoraFactors:
 def _times(b: Array, factor: float | Array) -> Array:
     """Returns a product in float32 at least, in which a factor loses nothing."""
     wide = widest(b)
-    return b.astype(wide) * jnp.asarray(factor, wide)
+    host = isinstance(b, np.ndarray) and not isinstance(factor, jax.Array)
+    return b.astype(wide) * (np if host else jnp).asarray(factor, wide)
 
 
 # --- sums ---
@@ -241,9 +242,10 @@ def _sum(entries: list[LoraFactors]) -> LoraFactors:
     return LoraFactors(a, b, first.axes, first.scaling if alike else 1.0)
 
 
-def _concatenated(arrays: list[Array], axis: int) -> jax.Array:
+def _concatenated(arrays: list[Array], axis: int) -> Array:
     dtype = common_dtype(*arrays)
-    return jnp.concatenate([x.astype(dtype) for x in arrays], axis)
+    host = all(isinstance(x, np.ndarray) for x in arrays)
+    return (np if host else jnp).concatenate([x.astype(dtype) for x in arrays], axis)
 
 
 # --- ranks ---

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
-from ._sharding import explicit_sharding, spec_of
+from ._sharding import explicit_sharding
 from ._trace import is_array
 
 Array = Any  # of JAX, or of NumPy: on the host, in float64
@@ -147,13 +147,17 @@ def _wide(x: Array) -> Array:
 
 
 def _gathered(x: Array, n_batch: int) -> Array:
-    sharding = None if isinstance(x, np.ndarray) else explicit_sharding(x)
+    sharding = _explicit(x)
     if sharding is None:
         return x
-    spec = PartitionSpec(*spec_of(x)[:n_batch])
+    spec = PartitionSpec(*tuple(sharding.spec)[:n_batch])
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def _placed(x: Array, like: Array) -> Array:
-    sharding = None if isinstance(like, np.ndarray) else explicit_sharding(like)
+    sharding = _explicit(like)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def _explicit(x: Array) -> NamedSharding | None:
+    return None if isinstance(x, np.ndarray) else explicit_sharding(x)

@@ -26,6 +26,7 @@ _untrusted
 _adapted _families _group _layout _lowrank _match _peft_configs _seal _torch_layout
 _spectrum
 _algebra
+_combine
 _forms
 _linear
 _products
