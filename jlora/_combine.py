@@ -233,7 +233,8 @@ def _largest(tensor: Array, density: Any, key: jax.Array | None) -> jax.Array:
 
 def _random(tensor: Array, density: Any, key: Any) -> jax.Array:
     """Returns values kept with the probability `density`, so that the mean stays."""
-    return tensor * jax.random.bernoulli(key, density, tensor.shape) / density
+    kept = jax.random.bernoulli(key, float(density), tensor.shape)
+    return tensor * kept / density
 
 
 # How each method thins the factors out, and whether signs are elected.
