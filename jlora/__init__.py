@@ -6,7 +6,12 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 
 from importlib import metadata as _metadata
 
+from ._algebra import add as add
+from ._algebra import scale as scale
+from ._algebra import subtract as subtract
+from ._algebra import truncate as truncate
 from ._axes import KernelAxes as KernelAxes
+from ._combine import combine as combine
 from ._config import LoraConfig as LoraConfig
 from ._entries import SlicedFactors as SlicedFactors
 from ._entries import TrainedRows as TrainedRows
@@ -27,6 +32,11 @@ from ._merge import merge as merge
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan
+from ._spectrum import effective_rank as effective_rank
+from ._spectrum import energy_kept as energy_kept
+from ._spectrum import entropy_rank as entropy_rank
+from ._spectrum import spectrum as spectrum
+from ._spectrum import stable_rank as stable_rank
 from ._target import Target as Target
 from ._target import Unusable as Unusable
 from ._transform import Lora as Lora

@@ -129,7 +129,7 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
     if not isinstance(entry, LoraFactors):
         shape, norm = _shape(entry.shape), f"{_norm(entry):.4g}"
         return (path, shape, "full", "", str(entry.dtype), norm, "", "", "", "")
-    values = _spectrum.singular_values(entry)
+    values = _spectrum.singular_values(_on_host(entry))
     return (
         path,
         _shape(entry.kernel_shape),
@@ -140,7 +140,7 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
         f"{_norm(entry.b):.4g}",
         f"{np.linalg.norm(values):.4g}",
         f"{values.max():.4g}",
-        str(_spectrum.effective_rank(values)),
+        str(_spectrum.effective_rank(values).max()),
     )
 
 
@@ -239,6 +239,7 @@ def _relative(one: Any, other: Any) -> str:
     elif one.axes != other.axes or one.kernel_shape != other.kernel_shape:
         return ""
     else:
+        one, other = _on_host(one), _on_host(other)
         own = float(np.linalg.norm(_spectrum.singular_values(one)))
         apart = _spectrum.distance(one, other)
     return f"{apart / own:.3g}" if own else f"{apart:.3g} (of zero)"
@@ -267,6 +268,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
+
+
+def _on_host(factors: LoraFactors) -> LoraFactors:
+    """Returns factors of NumPy arrays, whose spectrum is one in float64."""
+    return jax.tree.map(np.asarray, factors)
 
 
 def _norm(array: Any) -> float:

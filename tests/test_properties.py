@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factored import factored_kernels, factors_of, normal, subset
 from hypothesis import Phase, given, settings
 from jax import lax
 from jax.tree_util import keystr
@@ -34,12 +34,6 @@ flags = st.booleans()
 seeds = st.integers(0, 2**31)
 
 
-def normal(seed: int, *shapes: Sequence[int]) -> list[np.ndarray]:
-    """Float32 values, one array for each shape."""
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-
-
 def adapted(
     fn: Any, w: np.ndarray, x: np.ndarray, rank: int
 ) -> tuple[jlora.Lora, jlora.LoraFactors]:
@@ -61,11 +55,6 @@ def run(
 
     grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(factors, x)
     return out, {"a": grads[0].a, "b": grads[0].b, "x": grads[1]}
-
-
-def subset(letters: str, of: str) -> str:
-    """The letters that are in `of`, in their order."""
-    return "".join(letter for letter in letters if letter in of)
 
 
 def exact(spec: str, *operands: Any) -> np.ndarray:
@@ -233,28 +222,6 @@ def test_any_convolution(conv: Convolution, seed: int):
 
 
 # --- factors, delta, merge ---
-
-
-@st.composite
-def factored_kernels(draw: st.DrawFn) -> tuple[str, str, str, dict[str, int]]:
-    """The letters of a kernel, of `a` and of `b`, and their sizes."""
-    some = lambda letters, least: letters[: draw(st.integers(least, len(letters)))]
-    batch, in_, out = some("xyz", 0), some("ijk", 1), some("opq", 1)
-    kernel = "".join(draw(st.permutations(batch + in_ + out)))
-    batch, in_, out = (subset(kernel, group) for group in (batch, in_, out))
-    size = {letter: draw(st.integers(1, 4)) for letter in kernel + "r"}
-    return kernel, batch + in_ + "r", batch + "r" + out, size
-
-
-def factors_of(kernel: tuple[Any, ...], scaling: float, seed: int) -> Any:
-    letters, a, b, size = kernel
-    place = lambda group: tuple(map(letters.index, group))
-    batch = subset(a, b).replace("r", "")
-    in_, out = ("".join(v for v in factor if v not in batch + "r") for factor in (a, b))
-    shape = lambda names: tuple(size[letter] for letter in names)
-    arrays = map(jnp.asarray, normal(seed, shape(a), shape(b)))
-    axes = jlora.KernelAxes(batch=place(batch), in_=place(in_), out=place(out))
-    return jlora.LoraFactors(*arrays, axes=axes, scaling=scaling)
 
 
 @fewer

@@ -20,30 +20,22 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _errors _fuse _init _memory _paths _patterns
-_config _factors _files _flops _peft_config _rules _sharding _trace
-_untrusted
-_entries _families _group _layout _peft_configs _peft_keys _seal _torch_layout
-_spectrum
-_dora _dropout _match
-_adapted _forms
-_branch _linear
-_products
-_gather _merge _moves _norms _placement
-_consume _carry
-_analyze _control_flow _siblings
-_discover _decide
-_interpret _target
-_measure _targets
-_plan
+_axes _compat _errors _init _memory _paths _patterns
+_config _factors _files _flops _fuse _peft_config _rules _sharding _trace _untrusted
+_entries _families _fingerprint _group _layout _lowrank _peft_configs _peft_keys
+_peft_stack _seal _torch_layout
+_dora _dropout _forms _match _placement _record _spectrum
+_adapted _algebra _branch _linear _merge _norms _recording _restoring
+_combine _gather _moves _products
+_analyze _carry _consume _siblings
+_control_flow _target
+_decide _discover _interpret _measure
+_plan _targets
 _base _transform
-_torch_params
-_peft_stack _peft_whole _peft_write
+_peft_write _torch_params
+_peft_whole
 _peft_read
 _peft_alone
-_fingerprint
-_record
-_recording _restoring
 """.split()
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}
