@@ -25,6 +25,10 @@ from ._merge import merge as merge
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan
+from ._stack import put as put
+from ._stack import stack as stack
+from ._stack import take as take
+from ._stack import unstack as unstack
 from ._targets import Target as Target
 from ._targets import Unusable as Unusable
 from ._transform import Lora as Lora

@@ -24,9 +24,9 @@ _axes _compat _errors _fuse _init _memory _paths _patterns
 _config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace
 _untrusted
 _adapted _families _group _layout _match _peft_configs _seal _torch_layout
-_spectrum
-_forms
-_linear
+_spectrum _stackable
+_forms _stack
+_linear _mixed
 _products
 _gather _merge _moves _norms _placement
 _consume _carry
