@@ -37,6 +37,10 @@ from ._spectrum import energy_kept as energy_kept
 from ._spectrum import entropy_rank as entropy_rank
 from ._spectrum import spectrum as spectrum
 from ._spectrum import stable_rank as stable_rank
+from ._stack import put as put
+from ._stack import stack as stack
+from ._stack import take as take
+from ._stack import unstack as unstack
 from ._target import Target as Target
 from ._target import Unusable as Unusable
 from ._transform import Lora as Lora

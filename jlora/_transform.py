@@ -17,6 +17,7 @@ from ._forms import Contraction
 from ._init import INITIALIZERS, key_of
 from ._interpret import run
 from ._match import check_adapter
+from ._mixed import run_mixed
 from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._plan import Plan, make_plan
@@ -129,6 +130,50 @@ class Lora:
             inputs[place] = _with_entry(inputs[place], entry, *dropout(path))
         outputs = run(program, inputs, derive=self.backward)
         return traced.rebuild([materialize(out) for out in outputs])
+
+    def apply_mixed(
+        self,
+        params: PyTree,
+        stacked: Mapping[str, Any],
+        index: Any,
+        *args: Any,
+        in_axes: Any = 0,
+        out_axes: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns what `apply` returns when each example has an adapter of its own.
+
+        The base product stays one product over all examples; each low-rank product
+        takes the factors of its example. `fn` sees one example at a time, with an axis
+        of size 1 in the place of the examples: what it computes over a batch (a mean
+        loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
+        same shapes (`jlora.put`) and other indices run the same program.
+
+        Args:
+            params: the frozen params.
+            stacked: the adapters, as `jlora.stack` returns them.
+            index: which adapter each example uses, of shape (examples,); a negative one
+                is none, the base alone. Out of range is an error; where it is traced,
+                so that nobody can look at it, that example's outputs are NaN.
+            *args: the other arguments of `fn`. Arrays have the examples along axis 0;
+                anything else, such as a flag, is the same for all.
+            in_axes: where the examples are, if elsewhere; None for what all examples
+                share (a PRNG key, a mask). An int for every argument, a tuple with one
+                entry for each positional argument after `index`, or a dict from
+                position (from 0) or name to it, the others being 0. An entry may be a
+                tree, as in `jax.vmap`.
+            out_axes: where the examples are in the outputs, likewise; None for outputs
+                without an axis for them (a scalar loss), of which there is then one for
+                each example, along axis 0.
+            **kwargs: the keyword arguments of `fn`.
+
+        Raises:
+            AdapterError: if `stacked` is no stacked adapter or does not fit the params.
+            IndexError: if a concrete index is out of range.
+            ValueError: if an array has not one entry for each example.
+        """
+        call = (args, kwargs, in_axes, out_axes)
+        return run_mixed(self.apply, params, stacked, index, *call)
 
     def _params_of(self, args: Sequence[Any]) -> PyTree:
         if self.argnum >= len(args):

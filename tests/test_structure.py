@@ -23,9 +23,9 @@ ORDER = """
 _axes _compat _errors _init _memory _paths _patterns
 _config _factors _files _flops _fuse _peft_config _rules _sharding _trace _untrusted
 _entries _families _fingerprint _group _layout _lowrank _peft_configs _peft_keys
-_peft_stack _seal _torch_layout
-_dora _dropout _forms _match _placement _record _spectrum
-_adapted _algebra _branch _linear _merge _norms _recording _restoring
+_peft_stack _seal _stackable _torch_layout
+_dora _dropout _forms _match _placement _record _spectrum _stack
+_adapted _algebra _branch _linear _merge _mixed _norms _recording _restoring
 _combine _gather _moves _products
 _analyze _carry _consume _siblings
 _control_flow _target

@@ -1,0 +1,212 @@
+"""One batch whose examples use different adapters: the body of `Lora.apply_mixed`.
+
+Every example picks its own row of the stacked adapter and is mapped over by `jax.vmap`,
+which leaves the base, mapped over by nothing, one operand of one product.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ._factors import Adapter, LoraFactors, PyTree
+from ._paths import FlatParams
+from ._stack import row_of
+from ._stackable import count_of
+from ._trace import is_array
+
+Axes = Any  # an int, None, or a tree of them that is a prefix of another
+
+
+def run_mixed(
+    apply: Callable[..., Any],
+    params: PyTree,
+    stacked: Mapping[str, Any],
+    index: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    in_axes: Axes,
+    out_axes: Axes,
+) -> Any:
+    """Returns `apply(params, adapter, *args, **kwargs)` with an adapter per example."""
+    count = count_of(stacked)
+    index = _checked(index, count)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    axes = _argument_axes(in_axes, args, kwargs)
+    _check_sizes(axes, (args, kwargs), index.shape[0])
+    mapped = [i for i, axis in enumerate(axes) if axis is not None]
+    base = FlatParams.of(params).by_path()
+    outputs = _Outputs(out_axes)
+
+    def one(index: jax.Array, examples: Sequence[jax.Array]) -> list[jax.Array]:
+        filled = list(leaves)
+        for i, example in zip(mapped, examples, strict=True):
+            filled[i] = jnp.expand_dims(example, axes[i])
+        args, kwargs = treedef.unflatten(filled)
+        adapter = _picked(stacked, index, count, base)
+        return outputs.strip(apply(params, adapter, *args, **kwargs))
+
+    # Out axes are known once `one` has been traced: put where they belong afterwards.
+    each = jax.vmap(one, in_axes=(0, [axes[i] for i in mapped]))
+    return outputs.rebuild(each(index, [leaves[i] for i in mapped]))
+
+
+def _picked(
+    stacked: Mapping[str, Any], index: jax.Array, count: int, base: Mapping[str, Any]
+) -> Adapter:
+    """Returns one adapter; below 0 one that changes nothing, from `count` on NaNs."""
+    inside = (index >= 0) & (index < count)
+    fill = jnp.where(index < 0, 0.0, jnp.nan)
+    adapter = row_of(dict(stacked), index)
+    for path, entry in adapter.items():
+        if isinstance(entry, LoraFactors):
+            # With b zero the delta is; a need not be looked at.
+            b = jnp.where(inside, entry.b, fill.astype(entry.b.dtype))
+            adapter[path] = LoraFactors(entry.a, b, entry.axes, entry.scaling)
+        elif path in base:  # if it is not, `apply` says so
+            own = jnp.asarray(base[path])
+            other = jnp.where(index < 0, own, jnp.nan)
+            adapter[path] = jnp.where(inside, entry.astype(own.dtype), other)
+    return adapter
+
+
+def _checked(index: Any, count: int) -> Any:
+    """Returns the indices as an array; concrete ones must be below `count`."""
+    index = index if isinstance(index, Tracer | jax.Array) else np.asarray(index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(
+            "`index` is a whole number for each example, of shape (examples,); got "
+            f"shape {index.shape} of {index.dtype}. One adapter for all is "
+            "`lora.apply(params, jlora.take(stacked, index), ...)`"
+        )
+    traced = isinstance(index, Tracer)
+    if traced or not getattr(index, "is_fully_addressable", True):
+        return index
+    values = np.asarray(index)
+    wrong = [f"{values[i]} for example {i}" for i in np.flatnonzero(values >= count)]
+    if wrong:
+        raise IndexError(
+            f"there are {count} adapters, from 0 (negative is none); got "
+            f"{', '.join(wrong)}"
+        )
+    return index
+
+
+# --- where the examples are ---
+
+
+def _argument_axes(in_axes: Axes, args: tuple[Any, ...], kwargs: Any) -> list[Any]:
+    """Returns the axis of the examples of every leaf, None for one without."""
+    by_name = dict.fromkeys(kwargs, 0)
+    if in_axes is None or _is_axis(in_axes):
+        positional = [in_axes] * len(args)
+        by_name = dict.fromkeys(kwargs, in_axes)
+    elif isinstance(in_axes, Mapping):
+        known = [*range(len(args)), *kwargs]
+        if unknown := [key for key in in_axes if key not in known]:
+            raise ValueError(
+                f"`in_axes` names {unknown}, which are no arguments; these are {known}"
+            )
+        positional = [in_axes.get(i, 0) for i in range(len(args))]
+        by_name = {name: in_axes.get(name, 0) for name in kwargs}
+    elif isinstance(in_axes, list | tuple) and len(in_axes) == len(args):
+        positional = list(in_axes)
+    else:
+        raise ValueError(
+            "`in_axes` is an axis, one for each positional argument after the index "
+            f"({len(args)} here), or a dict from position or name; got {in_axes!r}"
+        )
+    axes = _spread("in_axes", (tuple(positional), by_name), (args, kwargs))
+    leaves = jax.tree.leaves((args, kwargs))
+    rows = zip(axes, leaves, strict=True)
+    return [axis if is_array(leaf) else None for axis, leaf in rows]
+
+
+def _is_axis(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _spread(name: str, prefix: Axes, tree: PyTree) -> list[Any]:
+    """Returns one axis for every leaf, of a tree of axes that is a prefix of `tree`."""
+    axes: list[Any] = []
+
+    def add(axis: Any, subtree: PyTree) -> None:
+        if axis is not None and not _is_axis(axis):
+            raise TypeError(f"`{name}` holds {axis!r}; an axis is an int or None")
+        axes.extend([axis] * len(jax.tree.leaves(subtree)))
+
+    try:
+        jax.tree.map(add, prefix, tree, is_leaf=lambda v: v is None)
+    except ValueError as error:
+        raise ValueError(f"`{name}` {prefix!r} is no prefix: {error}") from error
+    return axes
+
+
+def _check_sizes(axes: Sequence[Any], arguments: PyTree, examples: int) -> None:
+    """Raises with every array that has not one entry for each example."""
+    wrong = []
+    flat = jax.tree_util.tree_leaves_with_path(arguments)
+    for axis, (path, leaf) in zip(axes, flat, strict=True):
+        if axis is None:
+            continue
+        size = leaf.shape[axis] if -leaf.ndim <= axis < leaf.ndim else None
+        if size != examples:
+            inner = jax.tree_util.keystr(path[2:])
+            where = f"{getattr(path[1], 'idx', getattr(path[1], 'key', ''))!r}{inner}"
+            wrong.append(f"argument {where} of shape {leaf.shape}: axis {axis}")
+    if wrong:
+        raise ValueError(
+            f"`index` is for {examples} examples, which these are not (with "
+            "`in_axes={argument: None}` all examples see an argument whole):\n"
+            + "\n".join(wrong)
+        )
+
+
+class _Outputs:
+    """The outputs of an example: without their axis of one, and put together again."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.prefix = axes
+
+    def strip(self, out: PyTree) -> list[jax.Array]:
+        """Returns the arrays without their example axis, and keeps all else."""
+        flat, self.treedef = jax.tree_util.tree_flatten_with_path(out)
+        self.axes = _spread("out_axes", self.prefix, out)
+        self.static = [None if is_array(leaf) else leaf for _, leaf in flat]
+        self.traced = [is_array(leaf) for _, leaf in flat]
+        wrong, arrays = [], []
+        for i, (path, leaf) in enumerate(flat):
+            if not self.traced[i]:
+                continue
+            axis = self.axes[i]
+            if axis is not None and not _is_single(leaf, axis):
+                name = jax.tree_util.keystr(path)
+                wrong.append(f"output {name} of shape {leaf.shape}: axis {axis}")
+            elif axis is not None:
+                self.axes[i] = axis % leaf.ndim
+                leaf = jnp.squeeze(leaf, axis)
+            arrays.append(leaf)
+        if wrong:
+            raise ValueError(
+                "one example must give outputs of size 1 along the axis of the "
+                "examples; `out_axes=None` stacks outputs without such an axis:\n"
+                + "\n".join(wrong)
+            )
+        return arrays
+
+    def rebuild(self, arrays: Sequence[jax.Array]) -> PyTree:
+        """Returns the outputs of all examples in their structure."""
+        rows = iter(arrays)
+        kept = zip(self.axes, self.traced, self.static, strict=True)
+        found = [
+            jnp.moveaxis(next(rows), 0, axis or 0) if traced else leaf
+            for axis, traced, leaf in kept
+        ]
+        return self.treedef.unflatten(found)
+
+
+def _is_single(leaf: Any, axis: int) -> bool:
+    return -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] == 1
