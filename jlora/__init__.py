@@ -22,6 +22,10 @@ from ._factors import LoraFactors as LoraFactors
 from ._factors import delta as delta
 from ._memory import Memory as Memory
 from ._merge import merge as merge
+from ._moving_init import loftq as loftq
+from ._moving_init import milora as milora
+from ._moving_init import olora as olora
+from ._moving_init import pissa as pissa
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan

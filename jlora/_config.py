@@ -29,7 +29,10 @@ class LoraConfig:
         rank: the number of columns of `a` and of rows of `b`.
         alpha: the numerator of the scaling.
         rslora: scale by `alpha/√rank` instead of `alpha/rank`.
-        init: the initialiser of `a` (`b` is zero): "kaiming_uniform" or "gaussian".
+        init: the initialiser: "kaiming_uniform" or "gaussian" for `a` (`b` is zero);
+            "zero_a" for `b` (`a` is zero); "orthogonal" for both, with `a·b = 0` and
+            an even rank. For those that look at kernels, gradients or inputs see
+            `jlora.pissa` and its relatives, which take a new adapter.
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used.
         full: train the matched leaves whole instead of adapting them (norm scales,
@@ -69,7 +72,7 @@ class LoraConfig:
         object.__setattr__(self, "dtype", _floating(self.dtype))
         object.__setattr__(self, "alpha", _positive("alpha", self.alpha))
         _check_rank(self.rank)
-        _check_init(self.init)
+        _check_init(self.init, self.rank)
         for field in ("rslora", "full"):
             _check_bool(field, getattr(self, field))
         if self.full and self.target is None:
@@ -137,10 +140,15 @@ def _check_rank(rank: Any) -> None:
         raise ValueError(f"`LoraConfig.rank` must be at least 1, got {rank}")
 
 
-def _check_init(init: Any) -> None:
+def _check_init(init: Any, rank: int) -> None:
     if init not in INITIALIZERS:
         known = ", ".join(map(repr, INITIALIZERS))
         raise ValueError(f"`LoraConfig.init` must be one of {known}; got {init!r}")
+    if init == "orthogonal" and rank % 2:
+        raise ValueError(
+            "`LoraConfig(init='orthogonal')` shares an orthogonal matrix between both "
+            f"factors and needs an even rank, got {rank}"
+        )
 
 
 def _check_bool(field: str, value: Any) -> None:

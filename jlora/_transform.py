@@ -12,7 +12,7 @@ from ._config import LoraConfig
 from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
-from ._init import INITIALIZERS, key_of
+from ._init import INITIALIZERS, Wanted, key_of
 from ._interpret import run
 from ._match import check_adapter
 from ._paths import FlatParams
@@ -67,7 +67,7 @@ class Lora:
         return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
 
     def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> Adapter:
-        """Returns a new adapter: `a` from the initialiser, `b` zero, so that ΔW = 0.
+        """Returns a new adapter from the configs' initialisers, such that ΔW = 0.
 
         Args:
             key: a PRNG key, typed or legacy. Each target folds a hash of its path in,
@@ -229,10 +229,8 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.A
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
     kernel = set_sharding(leaf)
     places: Any = factor_shardings(kernel, axes, *shapes) if kernel else (None, None)
-    fan_in, _ = axes.fans(target.shape)
-    make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
-    a = make(own_key, shapes[0], fan_in, config.dtype, places[0])
-    b = jnp.zeros(shapes[1], config.dtype, out_sharding=places[1])
+    wanted = Wanted(axes, target.shape, config.rank, config.dtype, places)
+    a, b = INITIALIZERS[config.init](key_of(key, target.path), wanted)
     return LoraFactors(a, b, axes, config.scaling)
 
 

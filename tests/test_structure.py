@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _errors _fuse _init _memory _paths _patterns
+_axes _compat _errors _fuse _init _low_rank _memory _paths _patterns
 _config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace
 _untrusted
 _adapted _families _group _layout _match _peft_configs _seal _torch_layout
@@ -34,6 +34,8 @@ _analyze _control_flow _siblings
 _discover _decide
 _interpret _targets
 _measure
+_moving
+_moving_init
 _plan
 _base _transform
 _torch_params
