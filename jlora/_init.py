@@ -135,7 +135,7 @@ def orthogonal(key: jax.Array, wanted: Wanted) -> Factors:
     odd rows are orthogonal to its even ones. `G: (in, rank/2)` and `H: (rank/2, out)`
     are Gaussian. This is PEFT's "orthogonal". Both factors have gradients at the first
     step, and ΔW is zero but for rounding; in bfloat16 the output moves by that of
-    `x·a`, which is 2⁻⁹ of its size. The rank must be even.
+    `x·a`, which is 2⁻⁸ of its size. The rank must be even.
 
     Args:
         key: a PRNG key.

@@ -157,9 +157,7 @@ def in_place(
 
 def _places(kernel: jax.Array, entry: LoraFactors) -> Any:
     devices = kernel.sharding.device_set
-    places = factor_shardings(
-        kernel.sharding, entry.axes, entry.a.shape, entry.b.shape
-    )
+    places = factor_shardings(kernel.sharding, entry.axes, entry.a.shape, entry.b.shape)
     if all(
         isinstance(v, jax.Array) and v.sharding.device_set == devices
         for v in (entry.a, entry.b)

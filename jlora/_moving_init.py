@@ -36,7 +36,7 @@ def pissa(
     So `merge` gives the old params back, and training begins at the old outputs.
 
     The residual is formed in float32 and rounded once to the kernel's dtype. In a
-    bfloat16 base that rounding (2⁻⁹ of the residual's values) is the distance from the
+    bfloat16 base that rounding (2⁻⁸ of the residual's values) is the distance from the
     old outputs: as much as merging an adapter costs. Cast the params to float32 first,
     or quantise the residual as QPiSSA does, if that matters.
 
@@ -79,7 +79,9 @@ def pissa(
     if method not in ("exact", "fast"):
         raise ValueError(f'`method` must be "exact" or "fast", got {method!r}')
     if method == "fast" and key is None:
-        raise ValueError('`jlora.pissa(method="fast")` draws a projection: give a `key`')
+        raise ValueError(
+            '`jlora.pissa(method="fast")` draws a projection: give a `key`'
+        )
     _check_count("n_iter", n_iter, 0)
     check_entries("pissa", params, adapter)
     if key is None or method == "exact":
