@@ -54,7 +54,7 @@ def pissa(
         Save both, or their difference: the adapter alone fits no other base.
 
     Raises:
-        AdapterError: if the adapter does not belong to `params`, or a rank is too large.
+        AdapterError: if the adapter does not fit `params`, or a rank is too large.
         UnsupportedFeatureError: for an entry that is more than two factors.
         ValueError: if `method` is unknown, or has no key.
 
@@ -119,7 +119,7 @@ def milora(params: PyTree, adapter: Mapping[str, Any]) -> tuple[PyTree, Adapter]
         The moved params and the adapter, as `pissa` does.
 
     Raises:
-        AdapterError: if the adapter does not belong to `params`, or a rank is too large.
+        AdapterError: if the adapter does not fit `params`, or a rank is too large.
         UnsupportedFeatureError: for an entry that is more than two factors.
 
     Example:
@@ -132,8 +132,9 @@ def milora(params: PyTree, adapter: Mapping[str, Any]) -> tuple[PyTree, Adapter]
         [3, 2, 0]
 
     References:
-        Wang et al., MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient
-        LLM Finetuning, <https://arxiv.org/abs/2406.09044>, 2024, section 3.
+        Wang et al., MiLoRA: Harnessing Minor Singular Components for
+        Parameter-Efficient LLM Finetuning, <https://arxiv.org/abs/2406.09044>,
+        2024, section 3.
     """
     check_entries("milora", params, adapter)
     return move(params, adapter, _minor, {})
@@ -160,7 +161,7 @@ def olora(params: PyTree, adapter: Mapping[str, Any]) -> tuple[PyTree, Adapter]:
         The moved params and the adapter, as `pissa` does.
 
     Raises:
-        AdapterError: if the adapter does not belong to `params`, or a rank is too large.
+        AdapterError: if the adapter does not fit `params`, or a rank is too large.
         UnsupportedFeatureError: for an entry that is more than two factors.
 
     Example:
@@ -215,7 +216,7 @@ def loftq(
         kernel (arrays in the kernel's dtype), and the adapter.
 
     Raises:
-        AdapterError: if the adapter does not belong to `params`, or a rank is too large.
+        AdapterError: if the adapter does not fit `params`, or a rank is too large.
         UnsupportedFeatureError: for an entry that is more than two factors.
         TypeError: if what is quantised (and dequantised) is no array.
         ValueError: if it has another shape than the kernel, or `steps` is below 1.

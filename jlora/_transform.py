@@ -13,6 +13,7 @@ from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
 from ._init import INITIALIZERS, Wanted, key_of
+from ._inputs import InputStats, input_stats
 from ._interpret import run
 from ._match import check_adapter
 from ._paths import FlatParams
@@ -117,6 +118,57 @@ class Lora:
             inputs[place] = _with_entry(inputs[place], entry)
         outputs = run(program, inputs, derive=self.backward)
         return traced.rebuild([materialize(out) for out in outputs])
+
+    def inputs(
+        self, *args: Any, lora_sketch: int | None = None, **kwargs: Any
+    ) -> dict[str, InputStats]:
+        """Returns the second moments `Σ xᵀ·x` of what goes into each target.
+
+        One forward pass of `fn` with its own params, in which every use of a target as
+        `x·W` counts: each step of a loop, each expert with its own rows, each patch of
+        a convolution, each lookup as a row of the identity. Shared kernels add up their
+        uses. Not counted are transposed uses (of a tied head), products whose result
+        nobody needs, the conditions of while loops, and what is materialized.
+
+        Args:
+            *args: the arguments of `fn`, as for `plan`, as arrays.
+            lora_sketch: the number of columns `k` of a random projection `Ω`, for
+                `Σ xᵀ·(x·Ω)` in place of the whole matrix, whose size is that of the
+                input squared. A few times the rank is enough for `jlora.eva`.
+            **kwargs: the keyword arguments of `fn`.
+
+        Returns:
+            `InputStats` by path, without the leaves that are trained whole. Sums: add
+            those of more batches by `jax.tree.map(jnp.add, stats, more)`. Under
+            `jax.jit` nothing is kept but these sums; on a mesh they are reduced.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+            UnsupportedFeatureError: if a kernel is used inside of a `shard_map` with
+                `check_vma=False`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, jlora
+            >>> lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig(rank=2))
+            >>> x = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+            >>> stats = jax.jit(lora.inputs)({"w": jnp.ones((3, 4))}, x)
+            >>> stats["w"].moment.tolist()
+            [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0], [2.0, 1.0, 5.0]]
+            >>> int(stats["w"].rows)
+            2
+
+        References:
+            Paischer et al., One Initialization to Rule them All: Fine-tuning via
+            Explained Variance Adaptation, <https://arxiv.org/abs/2410.07170>, 2024.
+        """
+        params = FlatParams.of(self._params_of(args))
+        traced = trace(self.fn, self.argnum, args, kwargs, params)
+        targets, _ = resolve(params, self.configs, traced)
+        axes = {t.path: t.axes for t in targets if t.axes is not None}
+        program, _ = program_of(traced, axes, self.materialize, "factored")
+        return input_stats(traced, program, axes, lora_sketch)
 
     def _params_of(self, args: Sequence[Any]) -> PyTree:
         if self.argnum >= len(args):

@@ -119,7 +119,7 @@ def test_factors_have_the_dtype_of_the_config(init: str, getkey: Key) -> None:
 def test_orthogonal_needs_an_even_rank() -> None:
     with pytest.raises(ValueError, match="even rank, got 3"):
         jlora.LoraConfig("w", rank=3, init="orthogonal")
-    with pytest.raises(ValueError, match="one of .*'orthogonal', 'zero_a'"):
+    with pytest.raises(ValueError, match=r"one of .*'orthogonal', 'zero_a'"):
         jlora.LoraConfig("w", init="pissa")
 
 

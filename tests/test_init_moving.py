@@ -230,7 +230,7 @@ def test_under_jit_and_on_shapes(name: str) -> None:
 
 
 def test_the_residual_is_rounded_once(getkey: Key) -> None:
-    """In bfloat16: the new kernel is the nearest to `W − ΔW` as the factors are kept."""
+    """In bfloat16: the new kernel is the nearest to `W − ΔW` of the kept factors."""
     for dtype in (jnp.float32, jnp.bfloat16):
         config = jlora.LoraConfig("w", rank=RANK, alpha=ALPHA, dtype=dtype)
         lora = jlora.lora(lambda p, x: x @ p["w"], config)
@@ -352,11 +352,11 @@ def test_loftq_with_quantised_arrays() -> None:
 def test_loftq_says_what_it_cannot_read() -> None:
     _, params, adapter, _ = make()
     adapter = {"dense": adapter["dense"]}
-    with pytest.raises(TypeError, match="'dense' is a tuple.*dequantize"):
+    with pytest.raises(TypeError, match=r"'dense' is a tuple.*dequantize"):
         jlora.loftq(params, adapter, quantize=lambda w: (w, 1.0))
     with pytest.raises(ValueError, match=r"'dense'.*\(35,\).*\(5, 7\)"):
         jlora.loftq(params, adapter, quantize=lambda w: w.ravel())
-    with pytest.raises(ValueError, match="`steps`.*0"):
+    with pytest.raises(ValueError, match=r"`steps`.*0"):
         jlora.loftq(params, adapter, quantize=lambda w: w, steps=0)
 
 
@@ -365,11 +365,11 @@ def test_loftq_says_what_it_cannot_read() -> None:
 
 def test_bad_arguments_are_named(getkey: Key) -> None:
     _, params, adapter, _ = make()
-    with pytest.raises(ValueError, match="`method`.*'slow'"):
+    with pytest.raises(ValueError, match=r"`method`.*'slow'"):
         jlora.pissa(params, adapter, method="slow")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give a `key`"):
         jlora.pissa(params, adapter, method="fast")
-    with pytest.raises(ValueError, match="`n_iter`.*-1"):
+    with pytest.raises(ValueError, match=r"`n_iter`.*-1"):
         jlora.pissa(params, adapter, method="fast", n_iter=-1, key=getkey())
 
 
@@ -394,7 +394,7 @@ def test_entries_that_do_not_fit_are_named(name: str) -> None:
     assert "conv" not in text
     shapes = {path: jax.typeof(v) for path, v in params.items()}
     shapes = {p: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in shapes.items()}
-    with pytest.raises(jlora.AdapterError, match="'dense' is a shape.*eval_shape"):
+    with pytest.raises(jlora.AdapterError, match=r"'dense' is a shape.*eval_shape"):
         move(shapes, adapter)
 
 

@@ -30,9 +30,9 @@ _linear
 _products
 _gather _merge _moves _norms _placement
 _consume _carry
-_analyze _control_flow _siblings
+_analyze _control_flow _linear_use _siblings
 _discover _decide
-_interpret _targets
+_inputs _interpret _targets
 _measure
 _moving
 _moving_init
