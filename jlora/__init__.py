@@ -8,6 +8,9 @@ from importlib import metadata as _metadata
 
 from ._axes import KernelAxes as KernelAxes
 from ._config import LoraConfig as LoraConfig
+from ._data_init import corda as corda
+from ._data_init import eva as eva
+from ._data_init import lora_ga as lora_ga
 from ._errors import AdapterError as AdapterError
 from ._errors import BaseMismatchError as BaseMismatchError
 from ._errors import CorruptFileError as CorruptFileError

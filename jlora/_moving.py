@@ -87,9 +87,7 @@ def matrix_of_a(entry: LoraFactors) -> jax.Array:
 # --- which entries are taken ---
 
 
-def check_entries(
-    name: str, params: PyTree, adapter: Mapping[str, Any], *, abstract: bool = False
-) -> None:
+def check_entries(name: str, params: PyTree, adapter: Mapping[str, Any]) -> None:
     """Raises with every entry that an initialiser cannot treat.
 
     Leaves that are trained whole are taken, and stay as they are.
@@ -102,16 +100,21 @@ def check_entries(
     flat = FlatParams.of(params)
     check_adapter(flat, adapter)
     leaves = flat.by_path()
-    known = [p for p, e in adapter.items() if (is_array(e) or _is_plain(e))]
-    if len(known) < len(adapter):
-        raise UnsupportedFeatureError(
-            f"`jlora.{name}` sets the two factors of a kernel, and these entries are "
-            f"more, or something else: {sorted(set(adapter) - set(known))}. Leave them "
-            "out of the adapter that it gets, and put them back into what it returns"
-        )
-    problems = [_problem(p, e, leaves[p], abstract) for p, e in adapter.items()]
+    check_plain(name, adapter)
+    problems = [_problem(p, e, leaves[p]) for p, e in adapter.items()]
     if found := [problem for problem in problems if problem]:
         raise AdapterError(f"`jlora.{name}`:\n" + "\n".join(found))
+
+
+def check_plain(name: str, adapter: Mapping[str, Any]) -> None:
+    """Raises with every entry that is neither two factors nor a leaf trained whole."""
+    others = [p for p, e in adapter.items() if not (is_array(e) or _is_plain(e))]
+    if others:
+        raise UnsupportedFeatureError(
+            f"`jlora.{name}` sets the two factors of a kernel, and these entries are "
+            f"more, or something else: {sorted(others)}. Leave them out of the adapter "
+            "that it gets, and put them back into what it returns"
+        )
 
 
 def _is_plain(entry: Any) -> bool:
@@ -119,10 +122,10 @@ def _is_plain(entry: Any) -> bool:
     return plain and getattr(entry, "magnitude", None) is None
 
 
-def _problem(path: str, entry: Any, leaf: Any, abstract: bool) -> str | None:
+def _problem(path: str, entry: Any, leaf: Any) -> str | None:
     if not isinstance(entry, LoraFactors):
         return None
-    if isinstance(leaf, jax.ShapeDtypeStruct) and not abstract:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
         return f"{path!r} is a shape; its values are needed (or use `jax.eval_shape`)"
     fans = entry.axes.fans(entry.kernel_shape)
     if entry.rank > min(fans):

@@ -35,7 +35,7 @@ _discover _decide
 _inputs _interpret _targets
 _measure
 _moving
-_moving_init
+_moving_init _data_init
 _plan
 _base _transform
 _torch_params
