@@ -13,6 +13,9 @@ from ._algebra import truncate as truncate
 from ._axes import KernelAxes as KernelAxes
 from ._combine import combine as combine
 from ._config import LoraConfig as LoraConfig
+from ._data_init import corda as corda
+from ._data_init import eva as eva
+from ._data_init import lora_ga as lora_ga
 from ._entries import SlicedFactors as SlicedFactors
 from ._entries import TrainedRows as TrainedRows
 from ._errors import AdapterError as AdapterError
@@ -27,8 +30,13 @@ from ._errors import UnsupportedFeatureError as UnsupportedFeatureError
 from ._factors import Adapter as Adapter
 from ._factors import LoraFactors as LoraFactors
 from ._factors import delta as delta
+from ._inputs import InputStats as InputStats
 from ._memory import Memory as Memory
 from ._merge import merge as merge
+from ._moving_init import loftq as loftq
+from ._moving_init import milora as milora
+from ._moving_init import olora as olora
+from ._moving_init import pissa as pissa
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan

@@ -67,6 +67,22 @@ class KernelAxes:
         """Returns the shape `(*batch, *out)` of DoRA's magnitude."""
         return tuple(shape[i] for i in self.batch + self.out)
 
+    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+        """Returns a kernel in the canonical view `(*batch, in, out)`.
+
+        >>> KernelAxes((0,), (2, 3), (1,)).to_matrix(jnp.ones((4, 7, 2, 3))).shape
+        (4, 6, 7)
+        """
+        batch = tuple(kernel.shape[i] for i in self.batch)
+        moved = jnp.transpose(kernel, self.batch + self.in_ + self.out)
+        return moved.reshape(*batch, *self.fans(kernel.shape))
+
+    def from_matrix(self, matrix: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Returns a matrix `(*batch, in, out)` as a kernel of this shape."""
+        order = self.batch + self.in_ + self.out
+        split = matrix.reshape(*(shape[i] for i in order))
+        return jnp.transpose(split, [order.index(i) for i in range(len(order))])
+
 
 def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:
     """Returns the axes of `ndim` that none of the sequences has.

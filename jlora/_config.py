@@ -35,7 +35,10 @@ class LoraConfig:
         dropout: the share of the inputs of the low-rank branch that are set to zero, in
             [0, 1), where `apply` gets a `lora_dropout_key`; without a key nothing is
             dropped. Lookups have no dropout: their input is an index.
-        init: the initialiser of `a` (`b` is zero): "kaiming_uniform" or "gaussian".
+        init: the initialiser: "kaiming_uniform" or "gaussian" for `a` (`b` is zero);
+            "zero_a" for `b` (`a` is zero); "orthogonal" for both, with `a·b = 0` and
+            an even rank. For those that look at kernels, gradients or inputs see
+            `jlora.pissa` and its relatives, which take a new adapter.
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used.
         bias: which biases are trained whole besides: "none"; "adapted" for those beside
@@ -89,7 +92,7 @@ class LoraConfig:
         object.__setattr__(self, "dtype", _floating(self.dtype))
         object.__setattr__(self, "alpha", _positive("alpha", self.alpha))
         _check_rank(self.rank)
-        _check_init(self.init)
+        _check_init(self.init, self.rank)
         object.__setattr__(self, "dropout", _rate(self.dropout))
         for field in ("rslora", "dora", "full"):
             _check_bool(field, getattr(self, field))
@@ -211,10 +214,15 @@ def _check_rank(rank: Any) -> None:
         raise ValueError(f"`LoraConfig.rank` must be at least 1, got {rank}")
 
 
-def _check_init(init: Any) -> None:
+def _check_init(init: Any, rank: int) -> None:
     if init not in INITIALIZERS:
         known = ", ".join(map(repr, INITIALIZERS))
         raise ValueError(f"`LoraConfig.init` must be one of {known}; got {init!r}")
+    if init == "orthogonal" and rank % 2:
+        raise ValueError(
+            "`LoraConfig(init='orthogonal')` shares an orthogonal matrix between both "
+            f"factors and needs an even rank, got {rank}"
+        )
 
 
 def _check_bool(field: str, value: Any) -> None:

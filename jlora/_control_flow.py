@@ -120,7 +120,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
     params, (program,) = eqn.params, step.programs
     n_consts, n_carry = scan_counts(params)
     consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
-    xs = [_Rows.of(v) for v in values[n_consts + n_carry :]]
+    xs = [Rows.of(v) for v in values[n_consts + n_carry :]]
 
     def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         slices = [x.restore(row) for x, row in zip(xs, rows, strict=True)]
@@ -139,7 +139,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
     """A scanned value: the arrays to slice, and those that are the same at each step.
 
     A factor without the leading axis of its kernel is the same at each step.
@@ -150,7 +150,7 @@ class _Rows:
     treedef: Any
 
     @classmethod
-    def of(cls, value: Any) -> "_Rows":
+    def of(cls, value: Any) -> "Rows":
         leaves, treedef = jax.tree.flatten(value)
         length = leaves[0].shape[0]
         fixed = [None if v.shape[0] == length else v[0] for v in leaves]
@@ -230,7 +230,7 @@ def _analyze_shard_map(
 
 def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     params, (program,) = eqn.params, step.programs
-    specs = map(_specs_like, values, params["in_specs"])
+    specs = map(specs_like, values, params["in_specs"])
     body = lambda *args: tuple(_formed(run(program, args), step.wanted))
     return jax.shard_map(
         body,
@@ -242,7 +242,7 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
     )(*values)
 
 
-def _specs_like(value: Any, spec: Any) -> Any:
+def specs_like(value: Any, spec: Any) -> Any:
     """Returns `spec` for a kernel and, for its factors, the entries of their axes."""
     if not isinstance(value, Adapted):
         return spec

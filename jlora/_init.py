@@ -1,14 +1,54 @@
-"""The initialisers of `a`, one function each. `b` starts at zero, so that ΔW = 0."""
+"""The initialisers, one function each. Whatever they draw, ΔW = 0 at the start.
 
+Most draw `a` and leave `b` zero. `INITIALIZERS` has, by the names of `LoraConfig.init`,
+what gives both factors.
+"""
+
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-Initializer = Callable[
+from ._axes import KernelAxes, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The factors that are to be made.
+
+    Attributes:
+        axes: the roles of the kernel's axes.
+        shape: the kernel's shape.
+        rank: their rank.
+        dtype: their dtype.
+        places: the shardings of `a` and `b` on an Explicit mesh.
+    """
+
+    axes: KernelAxes
+    shape: Shape
+    rank: int
+    dtype: Any
+    places: tuple[Any, Any] = (None, None)
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """The shapes of `a` and `b`."""
+        return self.axes.factor_shapes(self.shape, self.rank)
+
+    @property
+    def fan_in(self) -> int:
+        """The product of the input axes."""
+        return self.axes.fans(self.shape)[0]
+
+
+Factors = tuple[jax.Array, jax.Array]
+Initializer = Callable[[jax.Array, Wanted], Factors]
+DrawA = Callable[
     [jax.Array, tuple[int, ...], int, jnp.dtype, NamedSharding | None], jax.Array
 ]
 
@@ -67,9 +107,83 @@ def gaussian(
     return values / shape[-1]
 
 
+def zero_a(key: jax.Array, wanted: Wanted) -> Factors:
+    """Returns `a = 0` and `b ~ U(-1/√rank, 1/√rank)`: the start from the other side.
+
+    Hayou et al. call it Init[B]; the variance of `b` is of the order of 1/rank, its
+    fan-in. They find that the usual start, Init[A], allows larger learning rates.
+
+    Args:
+        key: a PRNG key.
+        wanted: the factors that are to be made.
+
+    References:
+        Hayou, Ghosh and Yu, The Impact of Initialization on LoRA Finetuning Dynamics,
+        <https://arxiv.org/abs/2406.08447>, 2024, section 3.
+    """
+    (a, b), dtype = wanted.shapes, wanted.dtype
+    return (
+        jnp.zeros(a, dtype, out_sharding=wanted.places[0]),
+        kaiming_uniform(key, b, wanted.rank, dtype, wanted.places[1]),
+    )
+
+
+def orthogonal(key: jax.Array, wanted: Wanted) -> Factors:
+    """Returns `a = G·Q_odd/10` and `b = Q_evenᵀ·H/10`, both random, with `a·b = 0`.
+
+    `Q` is a random orthogonal matrix, rank × rank, one for each slice of a stack: its
+    odd rows are orthogonal to its even ones. `G: (in, rank/2)` and `H: (rank/2, out)`
+    are Gaussian. This is PEFT's "orthogonal". Both factors have gradients at the first
+    step, and ΔW is zero but for rounding; in bfloat16 the output moves by that of
+    `x·a`, which is 2⁻⁸ of its size. The rank must be even.
+
+    Args:
+        key: a PRNG key.
+        wanted: the factors that are to be made.
+
+    References:
+        Datta, Rethinking LoRA Initialisation,
+        <https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation>.
+    """
+    (a, b), (place_a, place_b) = wanted.shapes, wanted.places
+    n, half = len(wanted.axes.batch), wanted.rank // 2
+    wide = jnp.promote_types(wanted.dtype, jnp.float32)
+    keys, draw = jax.random.split(key, 3), jax.random.normal
+    g = draw(keys[0], (*a[:-1], half), wide, out_sharding=place_a)
+    h = draw(keys[1], (*b[:n], half, *b[n + 1 :]), wide, out_sharding=place_b)
+    q = jnp.linalg.qr(draw(keys[2], (*a[:n], wanted.rank, wanted.rank), wide)).Q
+    if place_a is not None:  # its batch axes must lie as those of the factors
+        own = PartitionSpec(*tuple(place_a.spec)[:n])
+        q = jax.sharding.reshard(q, place_a.update(spec=own))
+    batch = tuple(range(n)), tuple(range(n))
+    product = lambda x, i, y, j, place: jax.lax.dot_general(
+        x,
+        y,
+        (((i,), (j,)), batch),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=place,
+    )
+    a = product(g, len(a) - 1, q[..., 0::2, :], n, place_a) / 10
+    b = product(q[..., 1::2, :], n, h, n, place_b) / 10
+    return a.astype(wanted.dtype), b.astype(wanted.dtype)
+
+
+def _with_zero_b(draw: DrawA) -> Initializer:
+    """Makes both factors with an initialiser of `a`."""
+
+    def initialize(key: jax.Array, wanted: Wanted) -> Factors:
+        (shape_a, shape_b), (place_a, place_b) = wanted.shapes, wanted.places
+        a = draw(key, shape_a, wanted.fan_in, wanted.dtype, place_a)
+        return a, jnp.zeros(shape_b, wanted.dtype, out_sharding=place_b)
+
+    return initialize
+
+
 INITIALIZERS: dict[str, Initializer] = {
-    "kaiming_uniform": kaiming_uniform,
-    "gaussian": gaussian,
+    "kaiming_uniform": _with_zero_b(kaiming_uniform),
+    "gaussian": _with_zero_b(gaussian),
+    "orthogonal": orthogonal,
+    "zero_a": zero_a,
 }
 
 

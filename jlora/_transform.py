@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
+from ._axes import KernelAxes
 from ._config import LoraConfig
 from ._dora import kernel_norm
 from ._entries import Factored, lowered
 from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
-from ._init import INITIALIZERS, key_of
+from ._init import INITIALIZERS, Initializer, Wanted, key_of
+from ._inputs import InputStats, input_stats
 from ._interpret import run
 from ._match import check_adapter
 from ._mixed import run_mixed
@@ -71,7 +73,7 @@ class Lora:
         return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
 
     def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> Adapter:
-        """Returns a new adapter: `a` from the initialiser, `b` zero, so that ΔW = 0.
+        """Returns a new adapter from the configs' initialisers, such that ΔW = 0.
 
         Args:
             key: a PRNG key, typed or legacy. Each target folds a hash of its path in,
@@ -174,6 +176,57 @@ class Lora:
         """
         call = (args, kwargs, in_axes, out_axes)
         return run_mixed(self.apply, params, stacked, index, *call)
+
+    def inputs(
+        self, *args: Any, lora_sketch: int | None = None, **kwargs: Any
+    ) -> dict[str, InputStats]:
+        """Returns the second moments `Σ xᵀ·x` of what goes into each target.
+
+        One forward pass of `fn` with its own params, in which every use of a target as
+        `x·W` counts: each step of a loop, each expert with its own rows, each patch of
+        a convolution, each lookup as a row of the identity. Shared kernels add up their
+        uses. Not counted are transposed uses (of a tied head), products whose result
+        nobody needs, the conditions of while loops, and what is materialized.
+
+        Args:
+            *args: the arguments of `fn`, as for `plan`, as arrays.
+            lora_sketch: the number of columns `k` of a random projection `Ω`, for
+                `Σ xᵀ·(x·Ω)` in place of the whole matrix, whose size is that of the
+                input squared. A few times the rank is enough for `jlora.eva`.
+            **kwargs: the keyword arguments of `fn`.
+
+        Returns:
+            `InputStats` by path, without the leaves that are trained whole. Sums: add
+            those of more batches by `jax.tree.map(jnp.add, stats, more)`. Under
+            `jax.jit` nothing is kept but these sums; on a mesh they are reduced.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+            UnsupportedFeatureError: if a kernel is used inside of a `shard_map` with
+                `check_vma=False`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, jlora
+            >>> lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig(rank=2))
+            >>> x = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+            >>> stats = jax.jit(lora.inputs)({"w": jnp.ones((3, 4))}, x)
+            >>> stats["w"].moment.tolist()
+            [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0], [2.0, 1.0, 5.0]]
+            >>> int(stats["w"].rows)
+            2
+
+        References:
+            Paischer et al., One Initialization to Rule them All: Fine-tuning via
+            Explained Variance Adaptation, <https://arxiv.org/abs/2410.07170>, 2024.
+        """
+        params = FlatParams.of(self._params_of(args))
+        traced = trace(self.fn, self.argnum, args, kwargs, params)
+        targets, _ = resolve(params, self.configs, traced)
+        axes = {t.path: t.axes for t in targets if t.axes is not None}
+        program, _ = program_of(traced, axes, self.materialize, "factored")
+        return input_stats(traced, program, axes, lora_sketch)
 
     def _params_of(self, args: Sequence[Any]) -> PyTree:
         if self.argnum >= len(args):
@@ -305,14 +358,35 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
     places: Any = (None, None)
     if kernel and config.slices is None:
         places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
-    fan_in, _ = axes.fans(target.shape)
+    wanted = Wanted(axes, target.shape, config.rank, config.dtype, places)
     make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
-    a = make(own_key, shapes["a"], fan_in, config.dtype, places[0])
-    b = jnp.zeros(shapes["b"], config.dtype, out_sharding=places[1])
+    if config.slices is not None:
+        a, b = _each_slice(make, own_key, wanted, config.slices)
+    else:
+        a, b = make(own_key, wanted)
     arrays = {"a": a, "b": b}
     if config.dora:
         arrays["magnitude"] = kernel_norm(leaf, axes).astype(config.dtype)
     return entry_of(target, arrays)
+
+
+def _each_slice(
+    make: Initializer, key: jax.Array, wanted: Wanted, slices: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, jax.Array]:
+    """Makes the factors of each slice as those of a kernel of its own."""
+    axes, shape = wanted.axes, wanted.shape
+    lead = tuple(shape[i] for i in axes.batch + axes.in_)
+    n, end = len(axes.batch), len(lead)
+    plain = KernelAxes(tuple(range(n)), tuple(range(n, end)), (end,))
+    made = [
+        make(
+            jax.random.fold_in(key, i),
+            dataclasses.replace(wanted, axes=plain, shape=(*lead, stop - first)),
+        )
+        for i, (first, stop) in enumerate(slices)
+    ]
+    a, b = zip(*made, strict=True)
+    return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-1)
 
 
 def _starts_from_leaf(target: Target) -> str | None:

@@ -20,17 +20,17 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _errors _init _memory _paths _patterns
-_config _factors _files _flops _fuse _peft_config _rules _sharding _trace _untrusted
-_entries _families _fingerprint _group _layout _lowrank _peft_configs _peft_keys
-_peft_stack _seal _stackable _torch_layout
-_dora _dropout _forms _match _placement _record _spectrum _stack
-_adapted _algebra _branch _linear _merge _mixed _norms _recording _restoring
-_combine _gather _moves _products
+_axes _compat _errors _low_rank _memory _paths _patterns
+_factors _files _flops _fuse _init _peft_config _rules _sharding _trace _untrusted
+_config _entries _families _fingerprint _group _layout _lowrank _peft_keys _peft_stack
+_seal _stackable _torch_layout
+_dora _dropout _forms _match _peft_configs _placement _record _spectrum _stack
+_adapted _algebra _branch _linear _merge _mixed _moving _norms _recording _restoring
+_combine _gather _moves _moving_init _products
 _analyze _carry _consume _siblings
-_control_flow _target
-_decide _discover _interpret _measure
-_plan _targets
+_control_flow _linear_use _target
+_decide _discover _inputs _interpret _measure
+_data_init _plan _targets
 _base _transform
 _peft_write _torch_params
 _peft_whole

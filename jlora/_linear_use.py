@@ -1,0 +1,155 @@
+"""What one use of a kernel does, done to a probe of its inputs; see `_inputs.py`.
+
+Every use is linear in the kernel, so that a probe `Ω` in the place of the kernel gives
+`h = x·Ω`, and the transpose of that map takes `h` to `xᵀ·(x·Ω)`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._adapted import Adapted, Part, complete
+from ._analyze import indexed_axes
+from ._axes import Shape, free_axes
+from ._compat import rebind
+from ._group import dot
+from ._products import dot_dims
+
+# A probe, and what it gathers.
+Term = tuple[jax.Array, jax.Array]
+
+
+def is_input_side(eqn: Any, operand: int, part: Part, shape: Shape) -> bool:
+    """Whether a use sums over input axes of the kernel.
+
+    A transposed use (a tied head, the backward pass of an inner gradient) sums over the
+    output axes: what it multiplies is no input of the kernel.
+    """
+    summed = _summed_axes(eqn, operand)
+    return all(shape[i] == 1 or part.b.shape[i] == 1 for i in summed)
+
+
+def _summed_axes(eqn: Any, operand: int) -> Sequence[int]:
+    if eqn.primitive.name == "dot_general":
+        return dot_dims(eqn, operand)[0]
+    if eqn.primitive.name == "conv_general_dilated":
+        out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+        return free_axes(eqn.invars[1].aval.ndim, [out_axis])
+    dims = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return dims[0][1]
+
+
+def use_terms(
+    eqn: Any, operand: int, part: Part, values: Sequence[Any]
+) -> Iterator[Term]:
+    """Returns what the columns of a probe gather in a product or convolution."""
+    shape, x = values[operand].base.shape, values[1 - operand]
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    probe, ones = part.a[..., :-1], part.a[..., -1:]
+    if eqn.primitive.name == "dot_general":
+        apply = lambda probe: _dot(eqn, operand, x, probe, shape)
+        ones = complete(ones, dot_dims(eqn, operand)[1], shape)
+    elif eqn.primitive.name == "conv_general_dilated":
+        apply = lambda probe: _conv(eqn, x, probe, shape)
+    else:
+        apply = lambda probe: _ragged(eqn, x, values[2:], probe, shape)
+        ones = complete(ones, _ragged_shared(eqn), shape)
+    h, pull = jax.vjp(apply, lax.stop_gradient(probe))
+    yield probe, pull(h)[0]
+    summed = _summed_axes(eqn, operand)
+    ones = complete(ones, summed, shape)
+    yield ones, _counted(ones, _rows(eqn, operand, values), summed)
+
+
+def lookup_terms(eqn: Any, value: Adapted, rows: Sequence[Adapted]) -> Iterator[Term]:
+    """Returns what probes gather in a lookup: its inputs are the rows of an identity.
+
+    Rows that are out of bounds may be NaN; they are no rows.
+    """
+    indexed, shape = indexed_axes(eqn), value.base.shape
+    for part, row in zip(value.parts, rows[0].parts, strict=True):
+        if all(shape[i] == 1 or part.b.shape[i] == 1 for i in indexed):
+            probe, ones = row.a[..., :-1], row.a[..., -1:]
+            yield probe, jnp.where(jnp.isnan(probe), 0, probe)
+            yield ones, _counted(ones, 1, ())
+
+
+def _counted(ones: jax.Array, rows: Any, summed: Sequence[int]) -> jax.Array:
+    """Returns what makes a probe of ones gather `rows`, once over the summed axes.
+
+    A probe that was scaled by `c` on its way has its gradient scaled by `c` on its way
+    back; where it was padded it is zero.
+    """
+    here = (ones != 0) & ~jnp.isnan(ones)
+    times = jnp.maximum(here.sum(tuple(summed), keepdims=True), 1)
+    scale = jnp.where(here, lax.stop_gradient(ones), 1)
+    return jnp.where(here, rows / (times * scale), 0)
+
+
+def _rows(eqn: Any, operand: int, values: Sequence[Any]) -> Any:
+    """Returns the number of inputs of one use: for each group if it is ragged."""
+    params, out = eqn.params, eqn.outvars[0].aval
+    if eqn.primitive.name == "dot_general":
+        _, _, contract, batch = dot_dims(eqn, operand)
+        shape = values[1 - operand].shape
+        return math.prod(shape[i] for i in free_axes(len(shape), contract, batch))
+    if eqn.primitive.name == "conv_general_dilated":
+        channels = params["dimension_numbers"].out_spec[1]
+        positions = [n for i, n in enumerate(out.shape) if i != channels]
+        return math.prod(positions) * params["feature_group_count"]
+    (group,) = params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+    ndim = values[1].base.ndim + 1
+    sizes = values[2].astype(jnp.float32)
+    return sizes.reshape([-1 if i == group else 1 for i in range(ndim)])
+
+
+# --- the uses, with a probe in the place of the kernel ---
+
+
+def _dot(eqn: Any, operand: int, x: jax.Array, probe: jax.Array, shape: Shape) -> Any:
+    """The product; the columns of the probe are one more free axis."""
+    contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
+    probe = complete(probe, [*contract, *batch], shape)
+    axes = (x_contract, contract), (x_batch, batch)
+    return dot(x, probe, *axes, x.dtype, lax.Precision.HIGHEST)
+
+
+def _conv(eqn: Any, x: jax.Array, probe: jax.Array, shape: Shape) -> jax.Array:
+    """The convolution, to as many channels as the probe has columns, in each group."""
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    kernel = _as_kernel(complete(probe, _summed_axes(eqn, 1), shape), out_axis)
+    repeats = [1] * kernel.ndim
+    repeats[out_axis] = eqn.params["feature_group_count"]
+    return _precisely(eqn, [x, jnp.tile(kernel, repeats)])
+
+
+def _ragged(
+    eqn: Any, x: jax.Array, rest: Sequence[Any], probe: jax.Array, shape: Shape
+) -> jax.Array:
+    """The ragged product; rows of each group with the probe of that group."""
+    taken = [*_summed_axes(eqn, 1), *_ragged_shared(eqn)]
+    first, *_ = free_axes(len(shape), taken)
+    return _precisely(eqn, [x, _as_kernel(complete(probe, taken, shape), first), *rest])
+
+
+def _ragged_shared(eqn: Any) -> list[int]:
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    return [*dims.rhs_group_dimensions, *dims.dot_dimension_numbers[1][1]]
+
+
+def _as_kernel(probe: jax.Array, out_axis: int) -> jax.Array:
+    """Puts the columns of a probe where the kernel has an output axis."""
+    return jnp.moveaxis(lax.squeeze(probe, [out_axis]), -1, out_axis)
+
+
+def _precisely(eqn: Any, operands: list[Any]) -> jax.Array:
+    """Evaluates an equation in float32 on float32 operands."""
+    high = lax.Precision.HIGHEST
+    precision = (high, high) if eqn.primitive.name.startswith("conv") else high
+    dtype = operands[0].dtype
+    params = {"precision": precision, "preferred_element_type": dtype}
+    return rebind(eqn.replace(params={**eqn.params, **params}), operands)[0]
