@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ._axes import align, contract_rank
 from ._factors import LoraFactors
+from ._lazy import Lazy, dense
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +36,11 @@ class Part:
 class Adapted:
     """A frozen value and the parts that are to be added to it."""
 
-    base: jax.Array
+    base: jax.Array | Lazy
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, kernel: jax.Array, factors: LoraFactors) -> "Adapted":
+    def of(cls, kernel: jax.Array | Lazy, factors: LoraFactors) -> "Adapted":
         """Returns `kernel` with its factors."""
         a, b = align(factors.a, factors.b, factors.axes)
         return cls(kernel, (Part(a, b, factors.scaling),))
@@ -52,18 +54,18 @@ def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(part.scaling * product, shape)
 
 
-def materialize(value: jax.Array | Adapted) -> jax.Array:
+def materialize(value: Any) -> jax.Array:
     """Returns the value with its deltas added in float32 and rounded once."""
     if not isinstance(value, Adapted):
-        return value
-    base = value.base
+        return dense(value)
+    base = dense(value.base)
     total = base.astype(jnp.promote_types(base.dtype, jnp.float32))
     for part in value.parts:
         total = total + part_delta(part, base.shape)
     return total.astype(base.dtype)
 
 
-def base_of(value: jax.Array | Adapted) -> jax.Array:
+def base_of(value: Any) -> Any:
     """Returns the frozen value."""
     return value.base if isinstance(value, Adapted) else value
 

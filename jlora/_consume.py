@@ -17,6 +17,7 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind
+from ._lazy import called, dense
 from ._products import contracted_first, dot_roles, factor_matrix
 from ._sharding import explicit_sharding
 
@@ -80,9 +81,9 @@ def _conv_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     return is_depthwise(eqn) or (single and roles[out_feature] not in others)
 
 
-def _conv(eqn: Any, operands: list[Any]) -> list[Any]:
+def _conv(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value = operands
-    (y,) = rebind(eqn, [x, value.base])
+    (y,) = called(eqn, [x, value.base], derive)
     for part in value.parts:
         convolve = _conv_depthwise if is_depthwise(eqn) else _conv_part
         y = y + convolve(eqn, x, value.base, part).astype(y.dtype)
@@ -169,9 +170,9 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     return all(w == r for w, r in pairs) or all(swapped[w] == r for w, r in pairs)
 
 
-def _ragged_dot(eqn: Any, operands: list[Any]) -> list[Any]:
+def _ragged_dot(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *_ = operands
-    (y,) = rebind(eqn, [base_of(v) for v in operands])
+    (y,) = called(eqn, [base_of(v) for v in operands], derive)
     for part in value.parts:
         y = y + _ragged_part(eqn, x, value.base, sizes, part).astype(y.dtype)
     return [y]
@@ -229,7 +230,7 @@ def _grouped(
 
 def add_rows(value: Adapted) -> jax.Array:
     """Returns looked-up rows with their deltas `s·a[ids]·b` added, in their dtype."""
-    rows = value.base
+    rows = dense(value.base)
     for part in value.parts:
         a, b = part.a.astype(rows.dtype), part.b.astype(rows.dtype)
         scaled = part.scaling * a
@@ -253,8 +254,8 @@ CONSUME: dict[str, ConsumeRule] = {
         "ragged_dot", (1,), _ragged_roles, _ragged_supports
     ),
 }
-# `(eqn, operands) -> [output]`
-EVALUATE: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
+# `(eqn, operands, derive) -> [output]`
+EVALUATE: dict[str, Callable[[Any, list[Any], str], list[Any]]] = {
     "conv_general_dilated": _conv,
     "ragged_dot_general": _ragged_dot,
 }

@@ -16,6 +16,8 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
+from ._lazy import Lazy, dense
+from ._lazy_moves import Slices, lazy_specs
 from ._sharding import factor_spec
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -43,7 +45,7 @@ def _note_outputs(
 def _formed(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     """Materializes the outputs that are used; nobody looks at the others."""
     pairs = zip(values, wanted, strict=True)
-    return [materialize(v) if used else base_of(v) for v, used in pairs]
+    return [materialize(v) if used else dense(base_of(v)) for v, used in pairs]
 
 
 def _no_views(eqn: Any) -> list[Views]:
@@ -78,8 +80,10 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, Adapted):
-        base = lax.with_sharding_constraint(value.base, sharding)
+        base = _constrain(value.base, sharding)
         return dataclasses.replace(value, base=base)
+    if isinstance(value, Lazy):
+        return value  # XLA lays it out as its quantised arrays are
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -121,7 +125,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
     params, (program,) = eqn.params, step.programs
     n_consts, n_carry = scan_counts(params)
     consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
-    xs = [_Rows.of(v) for v in values[n_consts + n_carry :]]
+    xs = [_rows(v, params["length"]) for v in values[n_consts + n_carry :]]
 
     def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         slices = [x.restore(row) for x, row in zip(xs, rows, strict=True)]
@@ -139,6 +143,38 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
     return [*carry, *ys]
 
 
+def _rows(value: Any, length: int) -> Any:
+    if isinstance(value, Lazy):
+        return _LazyRows.of(value)
+    if isinstance(value, Adapted) and isinstance(value.base, Lazy):
+        return _LazyRows.of(value.base, _Rows.of(value.parts, length))
+    return _Rows.of(value, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LazyRows:
+    """The same of a lazy value, alone or with the parts of an adapted one."""
+
+    slices: Slices
+    parts: "_Rows | None"
+
+    @classmethod
+    def of(cls, base: Lazy, parts: "_Rows | None" = None) -> "_LazyRows":
+        """Takes a lazy value apart."""
+        return cls(Slices.of(base), parts)
+
+    @property
+    def scanned(self) -> list[list[jax.Array]]:
+        """The arrays to slice."""
+        own = self.slices.scanned()
+        return [own] if self.parts is None else [own, self.parts.scanned]
+
+    def restore(self, row: list[list[jax.Array]]) -> Any:
+        """Returns the value at one step."""
+        base = self.slices.entry(row[0])
+        return base if self.parts is None else Adapted(base, self.parts.restore(row[1]))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """A scanned value: the arrays to slice, and those that are the same at each step.
@@ -151,9 +187,9 @@ class _Rows:
     treedef: Any
 
     @classmethod
-    def of(cls, value: Any) -> "_Rows":
+    def of(cls, value: Any, length: int) -> "_Rows":
+        """Takes a value apart, given the number of steps."""
         leaves, treedef = jax.tree.flatten(value)
-        length = leaves[0].shape[0]
         fixed = [None if v.shape[0] == length else v[0] for v in leaves]
         return cls([v for v in leaves if v.shape[0] == length], fixed, treedef)
 
@@ -231,7 +267,10 @@ def _analyze_shard_map(
 
 def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     params, (program,) = eqn.params, step.programs
-    specs = map(_specs_like, values, params["in_specs"])
+    specs = []
+    for i, spec in enumerate(params["in_specs"]):
+        values[i], like = _specs_like(values[i], spec, params["mesh"])
+        specs.append(like)
     body = lambda *args: tuple(_formed(run(program, args), step.wanted))
     return jax.shard_map(
         body,
@@ -243,14 +282,21 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
     )(*values)
 
 
-def _specs_like(value: Any, spec: Any) -> Any:
-    """Returns `spec` for a kernel and, for its factors, the entries of their axes."""
+def _specs_like(value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:
+    """Returns the value and its specs: for factors, the entries of their axes.
+
+    A lazy value whose pieces cannot be made from pieces is made here.
+    """
+    if isinstance(value, Lazy):
+        specs = lazy_specs(value, spec, mesh)
+        return (dense(value), spec) if specs is None else (value, specs)
     if not isinstance(value, Adapted):
-        return spec
+        return value, spec
     shape = value.base.shape
     follow: Any = lambda factor: factor_spec(spec, factor.shape, shape)
     parts = [Part(follow(p.a), follow(p.b), p.scaling) for p in value.parts]
-    return Adapted(spec, tuple(parts))
+    base, like = _specs_like(value.base, spec, mesh)
+    return dataclasses.replace(value, base=base), Adapted(like, tuple(parts))
 
 
 CONTROL_FLOW: dict[str, ControlFlowRule] = {

@@ -14,8 +14,8 @@ from jax import lax
 
 from ._adapted import Adapted, Part, complete
 from ._axes import free_axes
-from ._compat import rebind
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
+from ._lazy import called
 from ._linear import low_rank_product
 
 
@@ -84,7 +84,9 @@ def run_products(
         found = [m for i in which if (m := members[i]) is not None]
         if not found:
             (i,) = which
-            outputs[i] = _dot_general_any(eqns[i], operands[i], x, kernels[i])
+            outputs[i] = _dot_general_any(
+                eqns[i], operands[i], x, kernels[i], derive
+            )
             continue
         dims, arrays = _join(found)
         products = low_rank_product(dims, arrays, form=form, derive=derive)
@@ -172,10 +174,12 @@ def factor_matrix(
     return lax.transpose(factor, (*map(kept.index, axes), len(kept)))
 
 
-def _dot_general_any(eqn: Any, index: int, x: jax.Array, value: Adapted) -> jax.Array:
+def _dot_general_any(
+    eqn: Any, index: int, x: jax.Array, value: Adapted, derive: str
+) -> jax.Array:
     """A product that contracts part of each group: two einsums, left to autodiff."""
     base = [value.base, x] if index == 0 else [x, value.base]
-    (y,) = rebind(eqn, base)
+    (y,) = called(eqn, base, derive)
     contract, batch, x_contract, x_batch = dot_dims(eqn, index)
     letters = iter(string.ascii_lowercase)
     w_labels = [next(letters) for _ in range(value.base.ndim)]

@@ -14,10 +14,12 @@ from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
 from ._init import INITIALIZERS, key_of
 from ._interpret import run
+from ._lazy import Lazy, check_frozen
 from ._match import check_adapter
 from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._plan import Plan, make_plan
+from ._quantized import Quantized
 from ._sharding import set_sharding
 from ._targets import Target, program_of, resolve, with_uses
 from ._trace import Traced, trace
@@ -111,7 +113,7 @@ class Lora:
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, LoraFactors)}
         program, _ = program_of(traced, axes, self.materialize, self.contraction)
-        inputs = list(traced.inputs)
+        inputs = _lazily(traced)
         for path, entry in adapter.items():
             place = traced.positions[path]
             inputs[place] = _with_entry(inputs[place], entry)
@@ -236,7 +238,18 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.A
     return LoraFactors(a, b, axes, config.scaling)
 
 
+def _lazily(traced: Traced) -> list[Any]:
+    """Returns the inputs, quantised kernels as lazy values."""
+    inputs = list(traced.inputs)
+    for path, place in traced.positions.items():
+        if isinstance(inputs[place], Quantized):
+            check_frozen(path, inputs[place])
+            inputs[place] = Lazy.of(inputs[place])
+    return inputs
+
+
 def _with_entry(leaf: Any, entry: Any) -> Any:
     if isinstance(entry, LoraFactors):
-        return Adapted.of(jnp.asarray(leaf), entry)
+        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
+        return Adapted.of(leaf, entry)
     return entry.astype(leaf.dtype)

@@ -21,14 +21,17 @@ each_module = pytest.mark.parametrize("name", TREES)
 # A module imports only from those above it.
 ORDER = """
 _axes _compat _errors _fuse _init _memory _paths _patterns
-_config _factors _files _flops _peft_config _peft_keys _rules _sharding _trace
-_untrusted
+_config _factors _files _flops _peft_config _peft_keys _quantized _rules _sharding
+_trace _untrusted
+_lazy
 _adapted _families _group _layout _match _peft_configs _seal _torch_layout
 _spectrum
 _forms
 _linear
 _products
-_gather _merge _moves _norms _placement
+_gather _merge _norms _placement
+_lazy_moves
+_moves
 _consume _carry
 _analyze _control_flow _siblings
 _discover _decide
@@ -53,6 +56,7 @@ DOORS = {
     "optim": "optax",
     "checkpoint": "orbax",
     "peft": "safetensors",
+    "quant": "qwix",
     "weights": "safetensors",
 }
 
