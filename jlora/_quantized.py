@@ -7,11 +7,13 @@ known by its fields, so that qwix need not be imported.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from ._axes import KernelAxes, Shape
@@ -39,7 +41,10 @@ NF4 = (
     1.0,
 )
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
-_FLOATS = ("mxfp8", "mxfp4", "nvfp4", "float4_e2m1fn")
+# What `jlora.quantize` makes; of these the code of a value is the value itself, but for
+# nf4. Block formats (mxfp4, nvfp4) want tiles of their own and are read only.
+QTYPES = ("nf4", *_INTEGERS, "float8_e4m3fn", "float8_e5m2")
+_READ = ("mxfp8", "mxfp4", "nvfp4", "float4_e2m1fn")
 
 
 @jax.tree_util.register_dataclass
@@ -130,11 +135,11 @@ def dequantized(leaf: Any, path: str = "") -> Any:
 
 def _problem(value: Quantized) -> str | None:
     """Says what is wrong with a quantised value, if anything is."""
-    known = value.qtype in ("nf4", *_INTEGERS, *_FLOATS)
-    if not known and not value.qtype.startswith("float8_"):
+    known = (*QTYPES, *_READ)
+    if value.qtype not in known:
         return (
-            f"has the qtype {value.qtype!r}; known are nf4, int2 to int8, float8_… and "
-            "mxfp4, mxfp8, nvfp4. Quantise it with `jlora.quantize`"
+            f"has the qtype {value.qtype!r}; known are {', '.join(known)}. Quantise it "
+            "with `jlora.quantize`"
         )
     if not jnp.issubdtype(value.scale.dtype, jnp.floating):
         return f"has scales of {value.scale.dtype}, which are not floating"
@@ -159,18 +164,12 @@ def _decoded(codes: jax.Array, qtype: str) -> jax.Array:
 
 @jax.jit
 def _nf4(codes: jax.Array) -> jax.Array:
-    """Returns the quantiles of 4-bit codes.
+    """Returns the quantiles of 4-bit codes, from a table that the program makes.
 
-    A tree of selects on their bits: it is fused with what follows, as the lookup in a
-    table of sixteen is not everywhere, and it captures no constant.
+    An array of them would be a captured constant of every program.
     """
-    codes = codes.astype(jnp.int32)
-    level: list[Any] = [jnp.float32(value) for value in NF4]
-    for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
-        pairs = zip(level[::2], level[1::2], strict=True)
-        level = [jnp.where(is_set, high, low) for low, high in pairs]
-    return level[0]
+    table = lax.concatenate([lax.full((1,), v, jnp.float32) for v in NF4], 0)
+    return table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 def _tiled(
@@ -191,7 +190,7 @@ def _tiled(
 
 
 def tile_sizes(
-    shape: Sequence[int], axes: KernelAxes, tile: int, *, rows: bool
+    shape: Sequence[int], axes: KernelAxes, tile: int | None, *, rows: bool
 ) -> Mapping[int, int]:
     """Returns the size of a tile along each axis of which it takes more than one value.
 
@@ -200,7 +199,7 @@ def tile_sizes(
     an axis that `tile` does not divide it takes the largest divisor below. With `rows`
     (a table that is looked up) it runs along the output axes: a row has its own scales.
     """
-    sizes, left = {}, tile
+    sizes, left = {}, tile or math.prod(shape)
     for axis in reversed(axes.out if rows else axes.in_):
         size = next(n for n in range(min(left, shape[axis]), 0, -1) if not shape[axis] % n)
         if size > 1:

@@ -178,6 +178,17 @@ def _named(path: str, leaf: Any) -> _Kernel:
     return _Kernel(None, _DOUBT)
 
 
+def named_axes(path: str, leaf: Any) -> tuple[KernelAxes, bool]:
+    """Returns the axes of a leaf of two or more, and whether it is a table of rows.
+
+    Where its name says nothing the last two are the input and the output axis.
+    """
+    known, ndim = _named(path, leaf), len(leaf.shape)
+    if known.axes is not None:
+        return known.axes, known.looked_up
+    return KernelAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,)), False
+
+
 _DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
