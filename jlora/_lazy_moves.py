@@ -177,6 +177,11 @@ def _apart(q: Quantized, axis: int) -> bool:
     return all(found)
 
 
+def _each(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
+    """The operation itself, on each array: it does not look at axes."""
+    return [q.each(lambda v: rebind(eqn, [v])[0])]
+
+
 def _transpose(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
     return [q.each(lambda v: lax.transpose(v, eqn.params["permutation"]))]
 
@@ -280,7 +285,9 @@ def _cut(
         return found
 
     q.each(bounds)
-    return q.each(lambda v: lax.slice(v, *zip(*bounds(v), strict=True))) if fits else None
+    return (
+        q.each(lambda v: lax.slice(v, *zip(*bounds(v), strict=True))) if fits else None
+    )
 
 
 def _slice(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
@@ -290,7 +297,9 @@ def _slice(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
     return None if found is None else [found]
 
 
-def _pieces(q: Quantized, axis: int, sizes: Sequence[int]) -> Sequence[Quantized] | None:
+def _pieces(
+    q: Quantized, axis: int, sizes: Sequence[int]
+) -> Sequence[Quantized] | None:
     found, start = [], 0
     for size in sizes:
         starts, limits = [0] * q.ndim, list(q.shape)
@@ -374,6 +383,8 @@ _MOVES: dict[str, Callable[[Any, Quantized, list[Any]], Moved]] = {
         q.each(lambda v: lax.rev(v, eqn.params["dimensions"]))
     ],
     "sharding_constraint": _constrain,
+    "pvary": _each,
+    "pcast": _each,
 }
 _ENTRYWISE = (
     "convert_element_type",
@@ -384,6 +395,4 @@ _ENTRYWISE = (
     "copy",
     "copy_p",
     "name",
-    "pvary",
-    "pcast",
 )

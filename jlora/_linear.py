@@ -17,6 +17,7 @@ from ._compat import manual_axes, vary
 from ._forms import Backward, backward, forward, scaled, shrink
 from ._group import Form, GroupDims, Layout, Operands, as_type_of, per_kernel
 from ._lazy import (
+    Lazy,
     dense,
     instantiate,
     is_lazy,
@@ -43,7 +44,8 @@ def low_rank_product(
         One array per kernel, laid out as the base product lays it out.
     """
     varying = frozenset().union(*map(manual_axes, jax.tree.leaves(operands)))
-    operands = jax.tree.map(lambda array: vary(array, varying), operands)
+    spread = lambda v: v if isinstance(v, Lazy) else vary(v, varying)
+    operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
     if derive == "custom":
         return _product((dims, form), operands)
     form = "separate" if form == "extended" else form
@@ -55,7 +57,13 @@ def low_rank_product(
 
 def _opened(operands: Operands) -> Operands:
     """Returns the operands with quantised kernels made dense."""
-    return operands._replace(kernels=tuple(map(dense, operands.kernels)))
+    return operands._replace(kernels=tuple(_made(operands.x, operands.kernels)))
+
+
+def _made(x: jax.Array, kernels: Sequence[Any]) -> list[jax.Array]:
+    """Makes kernels dense, varying along the shard_map axes along which `x` does."""
+    make = lambda w: vary(dense(w), manual_axes(x)) if isinstance(w, Lazy) else w
+    return [make(w) for w in kernels]
 
 
 def _one_kernel_for_all(
@@ -158,5 +166,6 @@ def _grad_kernel(
     """
     if all(mark is None for mark in wanted):
         return None
-    dw = layout.grad_kernel(x, dy, dense(w))
-    return pulled(dense, w, wanted, dw) if is_lazy([w]) else dw
+    make = lambda w: _made(x, [w])[0]
+    dw = layout.grad_kernel(x, dy, make(w))
+    return pulled(make, w, wanted, dw) if isinstance(w, Lazy) else dw

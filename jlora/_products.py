@@ -84,9 +84,7 @@ def run_products(
         found = [m for i in which if (m := members[i]) is not None]
         if not found:
             (i,) = which
-            outputs[i] = _dot_general_any(
-                eqns[i], operands[i], x, kernels[i], derive
-            )
+            outputs[i] = _dot_general_any(eqns[i], operands[i], x, kernels[i], derive)
             continue
         dims, arrays = _join(found)
         products = low_rank_product(dims, arrays, form=form, derive=derive)

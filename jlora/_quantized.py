@@ -201,7 +201,9 @@ def tile_sizes(
     """
     sizes, left = {}, tile or math.prod(shape)
     for axis in reversed(axes.out if rows else axes.in_):
-        size = next(n for n in range(min(left, shape[axis]), 0, -1) if not shape[axis] % n)
+        size = next(
+            n for n in range(min(left, shape[axis]), 0, -1) if not shape[axis] % n
+        )
         if size > 1:
             sizes[axis] = size
         if size < shape[axis]:

@@ -46,7 +46,9 @@ def _with_quantized(params: FlatParams) -> Any:
 
 def _as_seen(leaf: Any) -> Any:
     """Returns what the function sees: of a quantised kernel the dense one."""
-    return jax.eval_shape(Quantized.dense, leaf) if isinstance(leaf, Quantized) else leaf
+    return (
+        jax.eval_shape(Quantized.dense, leaf) if isinstance(leaf, Quantized) else leaf
+    )
 
 
 def trace(
