@@ -44,7 +44,7 @@ _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
 # What `jlora.quantize` makes; of these the code of a value is the value itself, but for
 # nf4. Block formats (mxfp4, nvfp4) want tiles of their own and are read only.
 QTYPES = ("nf4", *_INTEGERS, "float8_e4m3fn", "float8_e5m2")
-_READ = ("mxfp8", "mxfp4", "nvfp4", "float4_e2m1fn")
+KNOWN = (*QTYPES, "mxfp8", "mxfp4", "nvfp4", "float4_e2m1fn")
 
 
 @jax.tree_util.register_dataclass
@@ -135,10 +135,9 @@ def dequantized(leaf: Any, path: str = "") -> Any:
 
 def _problem(value: Quantized) -> str | None:
     """Says what is wrong with a quantised value, if anything is."""
-    known = (*QTYPES, *_READ)
-    if value.qtype not in known:
+    if value.qtype not in KNOWN:
         return (
-            f"has the qtype {value.qtype!r}; known are {', '.join(known)}. Quantise it "
+            f"has the qtype {value.qtype!r}; known are {', '.join(KNOWN)}. Quantise it "
             "with `jlora.quantize`"
         )
     if not jnp.issubdtype(value.scale.dtype, jnp.floating):

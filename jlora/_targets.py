@@ -15,7 +15,8 @@ from ._decide import decide
 from ._discover import Vote, discover, settle
 from ._errors import MaterializationError, TargetError
 from ._forms import Contraction
-from ._paths import FlatParams, matching, nearest
+from ._paths import FlatParams, is_quantized, matching, nearest
+from ._quantized import qtype_of
 from ._trace import Traced, is_array
 
 
@@ -30,6 +31,7 @@ class Target:
         axes: the roles of its axes; None if it is trained whole.
         config: the config that chose it.
         uses: where the function uses it.
+        qtype: how it is quantised, if it is; `dtype` is that of the dense kernel.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Target:
     axes: KernelAxes | None
     config: LoraConfig
     uses: tuple[Use, ...] = ()
+    qtype: str | None = None
 
     @property
     def rank(self) -> int | None:
@@ -189,6 +192,7 @@ def named_axes(path: str, leaf: Any) -> tuple[KernelAxes, bool]:
     return KernelAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,)), False
 
 
+_FROZEN = "its values are frozen and cannot be trained whole"
 _DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
@@ -201,6 +205,8 @@ def _target(
 ) -> Target | Unusable:
     shape = tuple(getattr(leaf, "shape", ()))
     known = kernels[path]
+    if config.full and is_quantized(leaf):
+        return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {_FROZEN}")
     if config.full:
         if _is_floating(leaf):
             return Target(path, shape, leaf.dtype, None, config)
@@ -215,7 +221,8 @@ def _target(
     if config.target is None and config.rank > min(fans):
         reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
         return Unusable(path, shape, reason)
-    return Target(path, shape, leaf.dtype, known.axes, config)
+    qtype = qtype_of(leaf) if is_quantized(leaf) else None
+    return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
 
 
 # --- checks ---
@@ -235,6 +242,12 @@ def _check(
         for problem in _config_problems(config, matched, targets, unusable, paths)
     ]
     problems += [p for target in targets if (p := _rank_problem(target))]
+    frozen = [u for u in unusable if u.reason.endswith(_FROZEN)]
+    problems += [
+        f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out with "
+        "`exclude`, or adapt it"
+        for u in frozen
+    ]
     doubtful = [u.path for u in unusable if u.reason == _DOUBT]
     if doubtful:
         problems.append(

@@ -19,7 +19,7 @@ from ._match import check_adapter
 from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._plan import Plan, make_plan
-from ._quantized import Quantized
+from ._quantized import Quantized, arrays_of
 from ._sharding import set_sharding
 from ._targets import Target, program_of, resolve, with_uses
 from ._trace import Traced, trace
@@ -229,7 +229,7 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> LoraFactors | jax.A
         return jnp.asarray(leaf, config.dtype)
     shapes = axes.factor_shapes(target.shape, config.rank)
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
-    kernel = set_sharding(leaf)
+    kernel = set_sharding(arrays_of(leaf)[0])
     places: Any = factor_shardings(kernel, axes, *shapes) if kernel else (None, None)
     fan_in, _ = axes.fans(target.shape)
     make, own_key = INITIALIZERS[config.init], key_of(key, target.path)

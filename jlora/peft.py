@@ -260,7 +260,8 @@ def params_to_torch(
     """Returns the state dict of the torch model with these params.
 
     Args:
-        params: the params, as arrays; merged ones, for example.
+        params: the params, as arrays; merged ones, for example. Quantised kernels are
+            made dense.
         names: as for `load`.
         plan: a plan that knows the roles of the kernels' axes, where they are in doubt.
 
@@ -276,7 +277,7 @@ def params_to_torch(
     known = {t.path: t.axes for t in plan.targets if t.axes} if plan else {}
     base = Base.of(params, names, known)
     bind_all(list(base.leaves), names)
-    value = lambda path: np.asarray(_on_host(base.leaves[path]))
+    value = lambda path: np.asarray(_on_host(dequantized(base.leaves[path], path)))
     return leaves_to_torch(base, base.leaves, value)
 
 

@@ -76,7 +76,7 @@ LAYER_OF: dict[str, Layer] = {
     "conv": lambda x, p: lax.conv_general_dilated(
         x[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     )[0],
-    "experts": lambda x, p: jnp.einsum("ti,eio->to", x, p["w"]),
+    "experts": lambda x, p: jnp.einsum("ti,eio->eto", x, p["w"]).sum(0),
     "scaled": lambda x, p: x @ (p["w"] * jnp.sum(x[0, :1]))[0],
     "cast": lambda x, p: x @ p["w"].astype(jnp.bfloat16).astype(x.dtype)[1],
     "transposed": lambda x, p: x @ p["w"][0].T,
