@@ -5,6 +5,8 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 """
 
 from importlib import metadata as _metadata
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from ._algebra import add as add
 from ._algebra import scale as scale
@@ -60,3 +62,15 @@ except (
     _metadata.PackageNotFoundError
 ):  # a checkout that is on the path but not installed
     __version__ = "0.0.0"
+
+if _TYPE_CHECKING:
+    from .quant import quantize as quantize
+
+
+def __getattr__(name: str) -> _Any:
+    """Opens the door to Qwix for `jlora.quantize`, and not before."""
+    if name == "quantize":
+        from .quant import quantize as found
+
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

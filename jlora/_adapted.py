@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from ._axes import align, contract_rank, expand
 from ._dora import output_scale
 from ._dropout import Dropout, key_words
 from ._factors import LoraFactors
+from ._lazy import Lazy, dense
 
 
 @jax.tree_util.register_dataclass
@@ -46,14 +48,14 @@ class Adapted:
             one; it varies along the batch and output axes of the kernel.
     """
 
-    base: jax.Array
+    base: jax.Array | Lazy
     parts: tuple[Part, ...]
     scale: jax.Array | None = None
 
     @classmethod
     def of(
         cls,
-        kernel: jax.Array,
+        kernel: jax.Array | Lazy,
         factors: LoraFactors,
         key: jax.Array | None = None,
         rate: float = 0.0,
@@ -74,18 +76,17 @@ class Adapted:
             words, dropout = key_words(key, batch, rate)
             aligned = expand(words, axes.batch, axes.ndim)
             part = dataclasses.replace(part, key=aligned, dropout=dropout)
-        scale = output_scale(kernel, factors)
-        if scale is not None:
-            scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
+        scale = None
+        if factors.magnitude is not None:
+            found: Any = output_scale(dense(kernel), factors)
+            scale = expand(found[..., None], axes.batch + axes.out, axes.ndim)
         return cls(kernel, (part,), scale)
 
-    def moved(
-        self, base: jax.Array, move: Callable[[jax.Array], jax.Array]
-    ) -> "Adapted":
+    def moved(self, base: Any, move: Callable[[jax.Array], jax.Array]) -> "Adapted":
         """Returns `base` with everything else of this value moved in the same way."""
         return jax.tree.map(move, dataclasses.replace(self, base=None)).with_base(base)
 
-    def with_base(self, base: jax.Array) -> "Adapted":
+    def with_base(self, base: Any) -> "Adapted":
         """Returns the same change of another base."""
         return dataclasses.replace(self, base=base)
 
@@ -98,11 +99,11 @@ def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(part.scaling * product, shape)
 
 
-def materialize(value: jax.Array | Adapted) -> jax.Array:
+def materialize(value: Any) -> jax.Array:
     """Returns the value with its deltas added in float32 and rounded once."""
     if not isinstance(value, Adapted):
-        return value
-    base = value.base
+        return dense(value)
+    base = dense(value.base)
     total = base.astype(jnp.promote_types(base.dtype, jnp.float32))
     for part in value.parts:
         total = total + part_delta(part, base.shape)
@@ -111,7 +112,7 @@ def materialize(value: jax.Array | Adapted) -> jax.Array:
     return total.astype(base.dtype)
 
 
-def base_of(value: jax.Array | Adapted) -> jax.Array:
+def base_of(value: Any) -> Any:
     """Returns the frozen value."""
     return value.base if isinstance(value, Adapted) else value
 

@@ -143,3 +143,25 @@ def contract_rank(
     order = both + only_a + only_b
     out = jnp.transpose(out, [order.index(i) for i in range(rank_axis)])
     return out.reshape(shape)
+
+
+def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Matches the axes of a reshape in the smallest groups of equal size.
+
+    Axes of size one form groups of their own.
+
+    >>> reshape_groups((4, 6), (4, 2, 3))
+    [([0], [0]), ([1], [1, 2])]
+    """
+    groups = [([i], []) for i, n in enumerate(old) if n == 1]
+    groups += [([], [j]) for j, n in enumerate(new) if n == 1]
+    left = [i for i, n in enumerate(old) if n != 1]
+    right = [j for j, n in enumerate(new) if n != 1]
+    while left:
+        took, gave = [left.pop(0)], [right.pop(0)]
+        while (m := math.prod(old[i] for i in took)) != (
+            n := math.prod(new[j] for j in gave)
+        ):
+            (took if m < n else gave).append((left if m < n else right).pop(0))
+        groups.append((took, gave))
+    return groups

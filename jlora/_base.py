@@ -14,6 +14,7 @@ from ._axes import KernelAxes
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._paths import FlatParams
 from ._plan import Plan
+from ._quantized import dequantized
 from ._rules import Binding, Names, bind
 from ._torch_layout import guess_axes
 from ._trace import is_array
@@ -143,8 +144,11 @@ class Base:
         return math.prod(self.shape(path)) // max(batch * fan_in, 1)
 
     def value(self, path: str) -> np.ndarray | None:
-        """Returns the values of a leaf on the host, or None if it is abstract."""
-        leaf = self.leaves[path]
+        """Returns the values of a leaf on the host, or None if it is abstract.
+
+        Those of a quantised one are what it is when it is made dense.
+        """
+        leaf = dequantized(self.leaves[path], path)
         return None if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
 
     # --- from torch's names ---

@@ -22,6 +22,7 @@ from ._adapted import Adapted, Part, base_of
 from ._axes import Roles, Shape
 from ._compat import rebind
 from ._gather import gather_axes, gather_rows, rows_inside
+from ._lazy_moves import carried
 from ._moves import AxisMap, identity, present, same_axes
 from ._sharding import factor_spec
 
@@ -58,7 +59,7 @@ def _mover(move: Callable[[Any, jax.Array, Shape, list[Any]], jax.Array]) -> Cal
 
     def run(eqn: Any, operands: list[Any]) -> list[Any]:
         value, others = operands[0], operands[1:]
-        (base,) = rebind(eqn, [base_of(value), *others])
+        (base,) = carried(eqn, [base_of(value), *others])
         shape = value.base.shape
         one = lambda factor: move(eqn, factor, shape, others)
         return [value.moved(base, one)]
@@ -96,7 +97,7 @@ def _scale_supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
     index = 0 if isinstance(operands[0], Adapted) else 1
     value, other = operands[index], operands[1 - index]
-    (base,) = rebind(eqn, [base_of(v) for v in operands])
+    (base,) = carried(eqn, [base_of(v) for v in operands])
     varies = _scale_varies_along(eqn, index)
     amount = other.astype(jnp.promote_types(other.dtype, jnp.float32))
     amount = amount[..., None] if amount.ndim else amount
@@ -113,7 +114,7 @@ def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _negate(eqn: Any, operands: list[Any]) -> list[Any]:
     (value,) = operands
-    (base,) = rebind(eqn, [value.base])
+    (base,) = carried(eqn, [value.base])
     flipped = [dataclasses.replace(part, a=-part.a) for part in value.parts]
     return [Adapted(base, tuple(flipped), value.scale)]
 
@@ -135,7 +136,7 @@ def _barrier_axes(eqn: Any, operand: int) -> list[AxisMap | None]:
 
 
 def _barrier(eqn: Any, operands: list[Any]) -> list[Any]:
-    bases = rebind(eqn, [base_of(v) for v in operands])
+    bases = carried(eqn, [base_of(v) for v in operands])
     return [
         value.with_base(base) if isinstance(value, Adapted) else base
         for base, value in zip(bases, operands, strict=True)

@@ -18,6 +18,7 @@ from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind, source_line
 from ._errors import MaterializationError
+from ._lazy import called, dense
 from ._products import (
     contracted_first,
     dot_roles,
@@ -88,9 +89,9 @@ def _conv_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     return is_depthwise(eqn) or (single and roles[out_feature] not in others)
 
 
-def _conv(eqn: Any, operands: list[Any]) -> list[Any]:
+def _conv(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value = operands
-    (y,) = rebind(eqn, [x, value.base])
+    (y,) = called(eqn, [x, value.base], derive)
     for part in value.parts:
         convolve = _conv_depthwise if is_depthwise(eqn) else _conv_part
         dropped = dropped_input(part, x, part_words(part, ()), ())
@@ -193,10 +194,10 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     return all(w == r for w, r in pairs) or all(swapped[w] == r for w, r in pairs)
 
 
-def _ragged_dot(eqn: Any, operands: list[Any]) -> list[Any]:
+def _ragged_dot(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _ragged_scaled(eqn, x, value, sizes)
-    (y,) = rebind(eqn, [x, *map(base_of, [value, sizes, *rest])])
+    (y,) = called(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
     for part in value.parts:
         dropped = dropped_input(part, x, part_words(part, ()), ())
         y = y + _ragged_part(eqn, dropped, value.base, sizes, part).astype(y.dtype)
@@ -278,7 +279,7 @@ def _grouped(
 
 def add_rows(value: Adapted) -> jax.Array:
     """Returns looked-up rows with their deltas `s·a[ids]·b` added, in their dtype."""
-    rows = value.base
+    rows = dense(value.base)
     for part in value.parts:
         a, b = part.a.astype(rows.dtype), part.b.astype(rows.dtype)
         scaled = part.scaling * a
@@ -302,8 +303,8 @@ CONSUME: dict[str, ConsumeRule] = {
         "ragged_dot", (1,), _ragged_roles, _ragged_supports
     ),
 }
-# `(eqn, operands) -> [output]`
-EVALUATE: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
+# `(eqn, operands, derive) -> [output]`
+EVALUATE: dict[str, Callable[[Any, list[Any], str], list[Any]]] = {
     "conv_general_dilated": _conv,
     "ragged_dot_general": _ragged_dot,
 }

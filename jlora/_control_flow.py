@@ -16,6 +16,8 @@ from jax import lax
 from ._adapted import Adapted, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
+from ._lazy import Lazy, dense
+from ._lazy_moves import Slices, lazy_specs
 from ._sharding import factor_spec
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -43,7 +45,7 @@ def _note_outputs(
 def _formed(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     """Materializes the outputs that are used; nobody looks at the others."""
     pairs = zip(values, wanted, strict=True)
-    return [materialize(v) if used else base_of(v) for v, used in pairs]
+    return [materialize(v) if used else dense(base_of(v)) for v, used in pairs]
 
 
 def _no_views(eqn: Any) -> list[Views]:
@@ -78,7 +80,9 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, Adapted):
-        return value.with_base(lax.with_sharding_constraint(value.base, sharding))
+        return value.with_base(_constrain(value.base, sharding))
+    if isinstance(value, Lazy):
+        return value  # XLA lays it out as its quantised arrays are
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -120,7 +124,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
     params, (program,) = eqn.params, step.programs
     n_consts, n_carry = scan_counts(params)
     consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
-    xs = [Rows.of(v) for v in values[n_consts + n_carry :]]
+    xs = [rows_of(v, params["length"]) for v in values[n_consts + n_carry :]]
 
     def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         slices = [x.restore(row) for x, row in zip(xs, rows, strict=True)]
@@ -138,6 +142,39 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
     return [*carry, *ys]
 
 
+def rows_of(value: Any, length: int) -> Any:
+    """Takes a scanned value apart, given the number of steps."""
+    if isinstance(value, Lazy):
+        return _LazyRows.of(value)
+    if isinstance(value, Adapted) and isinstance(value.base, Lazy):
+        return _LazyRows.of(value.base, Rows.of(value.with_base(None), length))
+    return Rows.of(value, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LazyRows:
+    """The same of a lazy value, alone or with the rest of an adapted one."""
+
+    slices: Slices
+    rest: "Rows | None"
+
+    @classmethod
+    def of(cls, base: Lazy, rest: "Rows | None" = None) -> "_LazyRows":
+        """Takes a lazy value apart."""
+        return cls(Slices.of(base), rest)
+
+    @property
+    def scanned(self) -> list[list[jax.Array]]:
+        """The arrays to slice."""
+        own = self.slices.scanned()
+        return [own] if self.rest is None else [own, self.rest.scanned]
+
+    def restore(self, row: list[list[jax.Array]]) -> Any:
+        """Returns the value at one step."""
+        base = self.slices.entry(row[0])
+        return base if self.rest is None else self.rest.restore(row[1]).with_base(base)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """A scanned value: the arrays to slice, and those that are the same at each step.
@@ -150,9 +187,9 @@ class Rows:
     treedef: Any
 
     @classmethod
-    def of(cls, value: Any) -> "Rows":
+    def of(cls, value: Any, length: int) -> "Rows":
+        """Takes a value apart, given the number of steps."""
         leaves, treedef = jax.tree.flatten(value)
-        length = leaves[0].shape[0]
         fixed = [None if v.shape[0] == length else v[0] for v in leaves]
         return cls([v for v in leaves if v.shape[0] == length], fixed, treedef)
 
@@ -230,7 +267,10 @@ def _analyze_shard_map(
 
 def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     params, (program,) = eqn.params, step.programs
-    specs = map(specs_like, values, params["in_specs"])
+    specs = []
+    for i, spec in enumerate(params["in_specs"]):
+        values[i], like = specs_like(values[i], spec, params["mesh"])
+        specs.append(like)
     body = lambda *args: tuple(_formed(run(program, args), step.wanted))
     return jax.shard_map(
         body,
@@ -242,13 +282,20 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
     )(*values)
 
 
-def specs_like(value: Any, spec: Any) -> Any:
-    """Returns `spec` for a kernel and, for its factors, the entries of their axes."""
+def specs_like(value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:
+    """Returns the value and its specs: for factors, the entries of their axes.
+
+    A lazy value whose pieces cannot be made from pieces is made here.
+    """
+    if isinstance(value, Lazy):
+        specs = lazy_specs(value, spec, mesh)
+        return (dense(value), spec) if specs is None else (value, specs)
     if not isinstance(value, Adapted):
-        return spec
+        return value, spec
     shape = value.base.shape
     follow: Any = lambda factor: factor_spec(spec, factor.shape, shape)
-    return value.moved(spec, follow)
+    base, like = specs_like(value.base, spec, mesh)
+    return value.with_base(base), value.moved(like, follow)
 
 
 CONTROL_FLOW: dict[str, ControlFlowRule] = {

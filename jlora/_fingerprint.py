@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ._axes import Shape
-from ._paths import FlatParams, nearest
+from ._paths import FlatParams, is_quantized, nearest
+from ._quantized import arrays_of, qtype_of
 from ._trace import is_array
 
 SAMPLES = 256  # values of a kernel that its digest looks at, about
@@ -53,12 +54,27 @@ def fingerprint(base: Any, paths: Iterable[str]) -> dict[str, Kernel]:
     """
     leaves = FlatParams.of(base).by_path()
     found = {path: leaves[path] for path in paths if is_array(leaves.get(path))}
-    concrete = [p for p, x in found.items() if not isinstance(x, jax.ShapeDtypeStruct)]
-    digests = dict(zip(concrete, _sampled([found[p] for p in concrete]), strict=True))
+    pieces = {(p, i): v for p, x in found.items() for i, v in enumerate(arrays_of(x))}
+    concrete = [
+        piece
+        for piece, array in pieces.items()
+        if not isinstance(array, jax.ShapeDtypeStruct)
+    ]
+    digests: dict[str, str] = {}
+    sampled = _sampled([pieces[piece] for piece in concrete])
+    for (path, _), digest in zip(concrete, sampled, strict=True):
+        # Of a quantised kernel those of its codes and of its scales, joined.
+        digests[path] = digests.get(path, "") + digest
     return {
-        path: Kernel(tuple(leaf.shape), np.dtype(leaf.dtype).name, digests.get(path))
+        path: Kernel(tuple(leaf.shape), _dtype(leaf), digests.get(path))
         for path, leaf in found.items()
     }
+
+
+def _dtype(leaf: Any) -> str:
+    """Returns the name of a dtype; of a quantised leaf how it is quantised as well."""
+    name = np.dtype(leaf.dtype).name
+    return f"{qtype_of(leaf)} of {name}" if is_quantized(leaf) else name
 
 
 def differences(

@@ -79,9 +79,12 @@ def gather_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
 
 
 def gather_rows(
-    eqn: Any, factor: jax.Array, shape: Shape, others: list[Any]
+    eqn: Any, factor: jax.Array, shape: Shape, others: list[Any], fill: Any = 0
 ) -> jax.Array:
-    """Takes the rows of an aligned factor that the gather takes of the value."""
+    """Takes the rows of an aligned factor that the gather takes of the value.
+
+    The delta of a row that is out of bounds is zero, whatever the base is there.
+    """
     layout = row_layout(eqn)
     if layout is None:  # the analysis has let only such gathers pass
         raise AssertionError("a gather that takes no rows")
@@ -100,8 +103,7 @@ def gather_rows(
         unique_indices=params["unique_indices"],
         indices_are_sorted=params["indices_are_sorted"],
         mode=params["mode"],
-        # The delta of a row that is out of bounds is zero, whatever the base is there.
-        fill_value=0,
+        fill_value=fill,
     )
 
 

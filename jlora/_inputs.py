@@ -257,7 +257,7 @@ def _scan(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
     n_consts, n_carry = scan_counts(params)
     quiet = _quiet(values)
     consts, carry = quiet[:n_consts], quiet[n_consts : n_consts + n_carry]
-    xs = [Rows.of(v) for v in quiet[n_consts + n_carry :]]
+    xs = [Rows.of(v, params["length"]) for v in quiet[n_consts + n_carry :]]
 
     def body(state: Any, rows: Any) -> tuple[Any, Any]:
         carry, total = state
@@ -329,10 +329,14 @@ def _shard_map(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any
         tuple(factor_spec(spec, p.shape, base_of(v).shape) for p in _probes_of(v))
         for v, spec in zip(values, params["in_specs"], strict=True)
     ]
+    specs = [
+        specs_like(value, spec, params["mesh"])[1]
+        for value, spec in zip(values, params["in_specs"], strict=True)
+    ]
     outputs, found = jax.shard_map(
         lambda *args: _collect(program, args),
         mesh=params["mesh"],
-        in_specs=tuple(map(specs_like, values, params["in_specs"])),
+        in_specs=tuple(specs),
         out_specs=(list(params["out_specs"]), gathered_specs),
         axis_names=params["newly_manual_axes"],
     )(*_quiet(values))

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from ._adapted import materialize
-from ._analyze import Program, Step
+from ._analyze import Analysis, Program, Step, Views
 from ._carry import CARRY
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import EVALUATE, add_rows
 from ._control_flow import CONTROL_FLOW
+from ._lazy import called, dense, is_lazy
+from ._lazy_moves import carried, stays_small
 from ._products import run_products
 
 
@@ -21,11 +23,11 @@ def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
 
     Args:
         program: the jaxpr with the step of each equation.
-        values: one array, or `Adapted`, per input of the jaxpr.
+        values: one array, `Adapted` or `Lazy`, per input of the jaxpr.
         derive: "custom" or "autodiff", see `_linear.low_rank_product`.
 
     Returns:
-        The outputs, of which those with views are `Adapted`.
+        The outputs, of which those with views are `Adapted`, and others may be `Lazy`.
     """
     env = dict(zip(program.jaxpr.invars, values, strict=True))
     env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
@@ -45,7 +47,7 @@ def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
 
 def _products(step: Step, read: Callable[[Any], Any], derive: str) -> list[Any]:
     """Siblings are evaluated where the first stands, with its other operand."""
-    x = read(step.eqns[0].invars[1 - step.kernels[0]])
+    x = dense(read(step.eqns[0].invars[1 - step.kernels[0]]))
     pairs = zip(step.eqns, step.kernels, strict=True)
     kernels = [read(eqn.invars[i]) for eqn, i in pairs]
     with jax.named_scope("jlora"):
@@ -57,15 +59,44 @@ def _evaluate(step: Step, read: Callable[[Any], Any], derive: str) -> Sequence[A
     values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name
     if step.action == "plain":
-        return rebind(eqn, values)
+        return _plain(eqn, values, derive)
     if step.action == "enter":
         deeper = functools.partial(run, derive=derive)
         return CONTROL_FLOW[name].run(eqn, step, values, deeper)
     with jax.named_scope("jlora"):
         if step.action == "consume":
-            return EVALUATE[name](eqn, values)
+            return EVALUATE[name](eqn, list(map(dense, values)), derive)
+        if not (name in CARRY and CARRY[name].together):
+            # What stands beside the adapted operand.
+            values = list(map(dense, values))
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":
             return list(map(add_rows, CARRY[name].run(eqn, values)))
         return rebind(eqn, [materialize(value) for value in values])
+
+
+# --- kernels that are quantised and not adapted ---
+
+
+class _Nothing(Analysis):
+    """The analysis of an equation whose operands carry no adapted kernel."""
+
+    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+        """Is not asked: without views every step is plain."""
+        raise AssertionError(f"{eqn.primitive.name} has views")
+
+
+def _plain(eqn: Any, values: list[Any], derive: str) -> Sequence[Any]:
+    """Evaluates an equation without adapted operands, of which some may be lazy."""
+    if not is_lazy(values):
+        return rebind(eqn, values)
+    name = eqn.primitive.name
+    if name in CONTROL_FLOW:
+        wanted, rule = (True,) * len(eqn.outvars), CONTROL_FLOW[name]
+        analysis = _Nothing(CONTROL_FLOW)
+        step, _ = rule.analyze(analysis, eqn, [()] * len(values), wanted)
+        return rule.run(eqn, step, values, functools.partial(run, derive=derive))
+    if name in CARRY and stays_small(eqn, values):
+        return carried(eqn, values)
+    return called(eqn, values, derive)

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._factors import PyTree
-from ._paths import is_box
+from ._paths import is_box, is_quantized
 from ._sharding import names_of_entry
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
@@ -41,7 +41,9 @@ class Layout:
         rules: Rules | None = None,
     ) -> "Layout":
         """Reads the layout of `params`, as `shardings` takes them."""
-        is_leaf = lambda n: n is None or is_box(n) or isinstance(n, _SAYS)
+        is_leaf = lambda n: (
+            n is None or is_box(n) or is_quantized(n) or isinstance(n, _SAYS)
+        )
         flat, _ = tree_flatten_with_path(params, is_leaf=is_leaf)
         nodes = {keystr(path, simple=True, separator="/"): node for path, node in flat}
         traced = [p for p, n in nodes.items() if isinstance(unboxed(n), Tracer)]
@@ -90,8 +92,11 @@ _SAYS = (Sharding, PartitionSpec, jax.ShapeDtypeStruct)
 
 
 def unboxed(node: Any) -> Any:
-    """Returns what a box holds; anything else is returned as it is."""
-    leaves = jax.tree.leaves(node) if is_box(node) else [node]
+    """Returns what a box holds; anything else is returned as it is.
+
+    A quantised kernel counts as a box of its codes, which have its shape and sharding.
+    """
+    leaves = jax.tree.leaves(node) if is_box(node) or is_quantized(node) else [node]
     return leaves[0] if leaves else None
 
 

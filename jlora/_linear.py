@@ -2,7 +2,8 @@
 
 Plain autodiff of the same expression does the same arithmetic and runs slower: it asks
 for transposed copies of large operands. Here every gradient is one `dot_general` whose
-operands lie as they are, and the residuals are `x`, `W`, `a` and `b` alone.
+operands lie as they are, and the residuals are `x`, `W`, `a` and `b` alone. Of a quantised kernel `W` these are its
+quantised arrays: it is made dense in each pass.
 """
 
 import functools
@@ -10,12 +11,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from ._compat import manual_axes, vary
 from ._forms import Backward, backward, forward, scaled, shrink
 from ._group import Form, GroupDims, Layout, Operands, as_type_of, per_kernel
+from ._lazy import (
+    Lazy,
+    dense,
+    instantiate,
+    is_lazy,
+    kept_apart,
+    made_again,
+    primals,
+    pulled,
+)
 
 
 def low_rank_product(
@@ -34,10 +44,26 @@ def low_rank_product(
         One array per kernel, laid out as the base product lays it out.
     """
     varying = frozenset().union(*map(manual_axes, jax.tree.leaves(operands)))
-    operands = jax.tree.map(lambda array: vary(array, varying), operands)
+    spread = lambda v: v if isinstance(v, Lazy) else vary(v, varying)
+    operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
     if derive == "custom":
         return _product((dims, form), operands)
-    return forward("separate" if form == "extended" else form, dims, operands)
+    form = "separate" if form == "extended" else form
+    run = lambda operands: forward(form, dims, _opened(operands))
+    if is_lazy(operands.kernels):
+        return made_again(run, operands, derive)
+    return run(operands)
+
+
+def _opened(operands: Operands) -> Operands:
+    """Returns the operands with quantised kernels made dense."""
+    return operands._replace(kernels=tuple(_made(operands.x, operands.kernels)))
+
+
+def _made(x: jax.Array, kernels: Sequence[Any]) -> list[jax.Array]:
+    """Makes kernels dense, varying along the shard_map axes along which `x` does."""
+    make = lambda w: vary(dense(w), manual_axes(x)) if isinstance(w, Lazy) else w
+    return [make(w) for w in kernels]
 
 
 def _one_kernel_for_all(
@@ -72,7 +98,7 @@ def _one_kernel_for_all(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static: tuple[GroupDims, Form], operands: Operands) -> list[jax.Array]:
     dims, form = static
-    run = lambda form, operands: forward(form, dims, operands)
+    run = lambda form, operands: forward(form, dims, _opened(operands))
     return _one_kernel_for_all(run, form, operands)
 
 
@@ -81,18 +107,18 @@ class _Residuals(NamedTuple):
     # None for what is not differentiated: a marker that is part of the tree structure,
     # so that no gradient of a frozen kernel is ever formed.
     wants_x: tuple[()] | None
-    wants_kernel: tuple[tuple[()] | None, ...]
+    # One marker for each array that a kernel is made from.
+    wants_kernel: tuple[tuple[tuple[()] | None, ...], ...]
 
 
 def _forward(
     static: tuple[GroupDims, Form], operands: Operands
 ) -> tuple[list[jax.Array], _Residuals]:
     """The forward pass; the residuals are the operands alone."""
-    is_primal = lambda v: hasattr(v, "perturbed")
-    arrays = jax.tree.map(lambda v: v.value, operands, is_leaf=is_primal)
-    mark = lambda v: () if v.perturbed else None
-    marks = _Residuals(arrays, mark(operands.x), tuple(map(mark, operands.kernels)))
-    return _product(static, arrays), marks
+    arrays, _ = primals(operands)
+    (wants_x,) = primals(operands.x)[1]
+    marks = tuple(primals(kernel)[1] for kernel in operands.kernels)
+    return _product(static, arrays), _Residuals(arrays, wants_x, marks)
 
 
 def _backward(
@@ -106,11 +132,13 @@ def _backward(
     dims, form = static
     operands, wants_x, wants_kernel = residuals
     x, ranks = operands.x, operands.ranks
-    dys = [_instantiate(dy) for dy in cotangents]
+    dys = [instantiate(dy) for dy in cotangents]
+    if is_lazy(operands.kernels):
+        operands, dys = kept_apart(operands, dys)
     a, h = shrink(dims, operands)
 
     def run(form: Form, operands: Operands, a: Any, dys: Any) -> Backward:
-        return backward(form, dims, operands, a, dys, wants_x is not None)
+        return backward(form, dims, _opened(operands), a, dys, wants_x is not None)
 
     g, dx = _one_kernel_for_all(run, form, operands, a, dys)
     db, dw = [], []
@@ -119,8 +147,7 @@ def _backward(
         w, b = operands.kernels[i], operands.b[i]
         layout = Layout.of(dims, one, x, w)
         db.append(layout.grad_b(hs[i], dy, b))
-        wanted = wants_kernel[i] is not None
-        dw.append(layout.grad_kernel(x, dy, w) if wanted else None)
+        dw.append(_grad_kernel(layout, x, dy, w, wants_kernel[i]))
     layout = Layout.of(dims, dims.kernels[0], x, operands.kernels[0])
     da = per_kernel(layout.grad_a(x, g, operands.a[0].dtype), ranks)
     da = tuple(map(as_type_of, da, operands.a))
@@ -130,9 +157,15 @@ def _backward(
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _instantiate(cotangent: Any) -> jax.Array:
-    """Returns a cotangent as an array; that of an unused output is symbolic."""
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        aval: Any = cotangent
-        return jnp.zeros(aval.shape, aval.dtype)
-    return cotangent
+def _grad_kernel(
+    layout: Layout, x: jax.Array, dy: jax.Array, w: Any, wanted: Sequence[Any]
+) -> Any:
+    """Returns the gradient of a kernel, or of what it is made from; None if unwanted.
+
+    No one asks for that of a quantised array, but a kernel may have been scaled.
+    """
+    if all(mark is None for mark in wanted):
+        return None
+    make = lambda w: _made(x, [w])[0]
+    dw = layout.grad_kernel(x, dy, make(w))
+    return pulled(make, w, wanted, dw) if isinstance(w, Lazy) else dw

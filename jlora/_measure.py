@@ -13,8 +13,9 @@ from ._factors import PyTree
 from ._layout import AnyMesh, Layout
 from ._memory import Memory
 from ._paths import FlatParams
+from ._placement import fitting, state_shardings
 from ._placement import shardings as shardings_of
-from ._placement import state_shardings
+from ._quantized import arrays_of
 from ._target import Target, entry_of
 from ._trace import is_array
 
@@ -50,14 +51,14 @@ def measure(
         devices=_devices([*base.values(), *inputs]),
         trainable=sum(target.trainable for target in targets),
         params=sum(math.prod(leaf.shape) for leaf, _ in base.values()),
-        base=_bytes(base.values()),
+        base=_stored(base.values()),
         factors=_bytes(factors),
         optimizer=_state_bytes(optimizer, adapter, places),
         batch=_bytes(inputs),
         full_gradients=_bytes(floating.values()),
         full_optimizer=_full_state_bytes(optimizer, floating),
         checkpoint=_bytes((leaf, None) for leaf, _ in factors),
-        full_checkpoint=_bytes((leaf, None) for leaf, _ in base.values()),
+        full_checkpoint=_stored((leaf, None) for leaf, _ in base.values()),
     )
 
 
@@ -153,6 +154,20 @@ def _full_state_bytes(optimizer: Any, floating: dict[str, Placed]) -> int | None
 def _bytes(arrays: Iterable[Placed]) -> int:
     """Returns the bytes of arrays on each device; whole where no sharding is given."""
     return sum(_shard_bytes(leaf, place) for leaf, place in arrays)
+
+
+def _stored(base: Iterable[Placed]) -> int:
+    """Returns the bytes of the params on each device; of quantised ones the codes."""
+    return _bytes(
+        (array, None if place is None else fitting(place, tuple(array.shape)))
+        for leaf, place in base
+        for array in arrays_of(leaf)
+    )
+
+
+def stored_bytes(leaf: Any) -> int:
+    """Returns the bytes of a leaf of the params, whole."""
+    return _stored([(leaf, None)])
 
 
 def _shard_bytes(leaf: Any, place: Sharding | None) -> int:

@@ -11,12 +11,16 @@ from jax.core import Tracer
 from ._axes import KernelAxes, expand
 from ._dora import output_scale
 from ._entries import TrainedRows, lowered
+from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors, PyTree, delta
 from ._match import check_adapter
-from ._paths import FlatParams
+from ._paths import FlatParams, is_quantized
+from ._quantized import dequantized, qtype_of
 
 
-def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
+def merge(
+    params: PyTree, adapter: Mapping[str, Any], *, dequantize: bool = False
+) -> PyTree:
     """Returns plain params with `W + ΔW` in place of each adapted kernel `W`.
 
     With DoRA it is `magnitude · (W + ΔW) / ‖W + ΔW‖`. The sum is formed in float32 (or
@@ -26,12 +30,17 @@ def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
     Args:
         params: the frozen params.
         adapter: the factors by path; arrays take the place of their leaves.
+        dequantize: whether quantised kernels, adapted or not, become plain arrays in
+            the dtype of their scales. A sum cannot be quantised again without a loss
+            of its own, and so they are refused otherwise.
 
     Returns:
         A tree like `params`.
 
     Raises:
         AdapterError: if the adapter does not belong to `params`.
+        UnsupportedFeatureError: if an adapted kernel is quantised, without
+            `dequantize=True`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -45,7 +54,26 @@ def merge(params: PyTree, adapter: Mapping[str, Any]) -> PyTree:
     flat = FlatParams.of(params)
     check_adapter(flat, adapter)
     leaves = flat.by_path()
-    return flat.replace({p: _merged(leaves[p], entry) for p, entry in adapter.items()})
+    if dequantize:
+        leaves = {path: dequantized(leaf, path) for path, leaf in leaves.items()}
+    else:
+        _check_plain(leaves, adapter)
+    merged = {p: _merged(leaves[p], entry) for p, entry in adapter.items()}
+    return flat.replace({**leaves, **merged})
+
+
+def _check_plain(leaves: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:
+    """Raises if an adapted kernel is quantised."""
+    found = [
+        f"{p!r} ({qtype_of(leaves[p])})" for p in adapter if is_quantized(leaves[p])
+    ]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UnsupportedFeatureError(
+            f"`jlora.merge`: {', '.join(found[:5])}{more} are quantised, and W + ΔW is "
+            "not of their values. Pass `dequantize=True` for plain arrays, or merge "
+            "into the params that were quantised"
+        )
 
 
 def _merged(kernel: Any, entry: Any) -> Any:

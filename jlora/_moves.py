@@ -8,7 +8,6 @@ them in its table.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete
-from ._axes import Shape
-from ._compat import rebind
+from ._axes import Shape, reshape_groups
+from ._lazy_moves import carried
 
 # For each axis of a value, the axes of another value that it comes from.
 AxisMap = list[frozenset[int]]
@@ -80,28 +79,6 @@ def broadcast(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Ar
     return factor.reshape(*new, factor.shape[-1])
 
 
-def reshape_groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """Matches the axes of a reshape in the smallest groups of equal size.
-
-    Axes of size one form groups of their own.
-
-    >>> reshape_groups((4, 6), (4, 2, 3))
-    [([0], [0]), ([1], [1, 2])]
-    """
-    groups = [([i], []) for i, n in enumerate(old) if n == 1]
-    groups += [([], [j]) for j, n in enumerate(new) if n == 1]
-    left = [i for i, n in enumerate(old) if n != 1]
-    right = [j for j, n in enumerate(new) if n != 1]
-    while left:
-        took, gave = [left.pop(0)], [right.pop(0)]
-        while (m := math.prod(old[i] for i in took)) != (
-            n := math.prod(new[j] for j in gave)
-        ):
-            (took if m < n else gave).append((left if m < n else right).pop(0))
-        groups.append((took, gave))
-    return groups
-
-
 def reshape_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
     """Each axis comes from all the axes of its group."""
     old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
@@ -159,7 +136,7 @@ def split(eqn: Any, operands: list[Any]) -> list[Any]:
     """Splits the factors that have the axis; all pieces share the others."""
     (value,) = operands
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
-    bases = rebind(eqn, [value.base])
+    bases = carried(eqn, [value.base])
 
     def pieces(factor: jax.Array) -> Sequence[jax.Array]:
         if not present(factor, axis, value.base.shape):
@@ -184,7 +161,7 @@ def unstack_axes(eqn: Any, operand: int) -> list[AxisMap]:
 def unstack(eqn: Any, operands: list[Any]) -> list[Any]:
     """Takes the factors that have the axis apart; all entries share the others."""
     (value,) = operands
-    axis, bases = eqn.params["axis"], rebind(eqn, [value.base])
+    axis, bases = eqn.params["axis"], carried(eqn, [value.base])
 
     def entry(factor: jax.Array, i: int) -> jax.Array:
         here = present(factor, axis, value.base.shape)
@@ -223,7 +200,7 @@ def _pad_part(part: Part, config: Sequence[tuple], shape: Shape) -> Part:
 def pad(eqn: Any, operands: list[Any]) -> list[Any]:
     """Pads the parts with zeros: nothing is added where the base is padded."""
     value, fill = operands
-    (base,) = rebind(eqn, [value.base, fill])
+    (base,) = carried(eqn, [value.base, fill])
     config, shape = eqn.params["padding_config"], value.base.shape
     parts = tuple(_pad_part(p, config, shape) for p in value.parts)
     return [Adapted(base, parts, _pad_scale(value.scale, config, shape))]
@@ -243,7 +220,7 @@ def _pad_scale(
 
 def concatenate(eqn: Any, operands: list[Any]) -> list[Any]:
     """Joins the parts of all operands along an axis."""
-    (base,) = rebind(eqn, [base_of(v) for v in operands])
+    (base,) = carried(eqn, [base_of(v) for v in operands])
     return [_joined(base, operands, eqn.params["dimension"])]
 
 
@@ -284,6 +261,6 @@ def stack_axes(eqn: Any, operand: int) -> list[AxisMap]:
 def stack(eqn: Any, operands: list[Any]) -> list[Any]:
     """Joins the parts of all operands along a new axis."""
     axis = eqn.params["axis"]
-    (base,) = rebind(eqn, [base_of(v) for v in operands])
+    (base,) = carried(eqn, [base_of(v) for v in operands])
     add_axis = lambda array: jnp.expand_dims(array, axis)
     return [_joined(base, [jax.tree.map(add_axis, v) for v in operands], axis)]

@@ -13,6 +13,7 @@ from ._entries import lowered
 from ._factors import LoraFactors, PyTree
 from ._match import check_adapter
 from ._paths import FlatParams
+from ._quantized import dequantized
 from ._sharding import dot_sharding
 
 
@@ -95,6 +96,7 @@ def _norms(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 @jax.jit
 def _ratios(pairs: tuple[tuple[jax.Array, Any], ...]) -> list[jax.Array]:
+    pairs = tuple((dequantized(kernel), entry) for kernel, entry in pairs)
     deltas = [_delta_squares(kernel, entry) for kernel, entry in pairs]
     bases = [_sum_of_squares(kernel) for kernel, _ in pairs]
     deltas, bases = [sum(deltas), *deltas], [sum(bases), *bases]

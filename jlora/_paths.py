@@ -23,6 +23,16 @@ def is_box(node: Any) -> bool:
     return linen or (hasattr(kind, "get_raw_value") and hasattr(kind, "set_raw_value"))
 
 
+def is_quantized(node: Any) -> bool:
+    """Returns whether `node` is a quantised kernel, as `qwix.QArray` is.
+
+    It is known by its fields, so that qwix need not be imported; of its class, for a
+    box has the attributes of what it holds.
+    """
+    fields = getattr(type(node), "__dataclass_fields__", {})
+    return {"qvalue", "scale", "zero_point", "qtype"} <= set(fields)
+
+
 @dataclasses.dataclass(frozen=True)
 class FlatParams:
     """A params tree as a list of leaves with their canonical paths."""
@@ -33,13 +43,17 @@ class FlatParams:
 
     @classmethod
     def of(cls, params: Any) -> "FlatParams":
-        """Flattens `params`; boxes are left out of the paths, not out of the tree."""
+        """Flattens `params`; boxes are left out of the paths, not out of the tree.
+
+        A quantised kernel is one leaf.
+        """
         paths = []
-        for key_path, node in tree_flatten_with_path(params, is_leaf=is_box)[0]:
+        whole = lambda node: is_box(node) or is_quantized(node)
+        for key_path, node in tree_flatten_with_path(params, is_leaf=whole)[0]:
             path = keystr(key_path, simple=True, separator="/")
-            paths.extend([path] * len(jax.tree.leaves(node)))
+            paths.extend([path] * len(jax.tree.leaves(node, is_leaf=is_quantized)))
         _reject_duplicates(paths)
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
         return cls(tuple(paths), tuple(leaves), treedef)
 
     def by_path(self) -> dict[str, Any]:

@@ -197,6 +197,14 @@ def _fitting(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Shar
     return NamedSharding(kernel.mesh, PartitionSpec(*fits))
 
 
+def fitting(kernel: Sharding, shape: Shape) -> Sharding:
+    """Returns the sharding of an array with the axes of a kernel, such as its scales.
+
+    An axis that its mesh axes do not divide is replicated.
+    """
+    return _fitting(kernel, range(len(shape)), shape)
+
+
 def _parts(mesh: AnyMesh, entry: Any) -> int:
     """Returns into how many parts an entry of a spec divides an axis."""
     parts = 1

@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding
 from ._factors import PyTree
 from ._flops import Flops, step_flops
 from ._layout import AnyMesh
-from ._measure import measure
+from ._measure import measure, stored_bytes
 from ._memory import Memory, human
-from ._paths import FlatParams
+from ._paths import FlatParams, is_quantized
+from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
 
@@ -62,10 +63,10 @@ class Plan:
         own = sum(t.trainable * t.config.dtype.itemsize for t in self.targets)
         floating = [
             leaf
-            for leaf in jax.tree.leaves(self.params)
+            for leaf in jax.tree.leaves(self.params, is_leaf=is_quantized)
             if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         ]
-        full = sum(leaf.size * leaf.dtype.itemsize for leaf in floating)
+        full = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in floating)
         gradients = f"gradients {human(own)} instead of {human(full)}"
         if self.flops is None:
             return gradients
@@ -140,7 +141,7 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [_line(row, widths) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines += [self.summary(), self.cost()]
+        lines += [self.summary(), self.cost(), *self._quantized()]
         if self.unusable:
             lines.append(f"matched and left out: {len(self.unusable)}")
             lines += [f"  {u.path} {u.shape}: {u.reason}" for u in self.unusable]
@@ -159,8 +160,24 @@ class Plan:
         )
         title = f"<p>matched and left out</p><ul>{left}</ul>" if left else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        totals = f"<b>{html.escape(self.summary())}</b><br>{html.escape(self.cost())}"
+        below = "<br>".join(map(html.escape, [self.cost(), *self._quantized()]))
+        totals = f"<b>{html.escape(self.summary())}</b><br>{below}"
         return f"{table}<p>{totals}</p>{title}"
+
+    def _quantized(self) -> list[str]:
+        """Returns the line about quantised kernels, if there are any."""
+        leaves = FlatParams.of(self.params).by_path()
+        found = {p: leaf for p, leaf in leaves.items() if is_quantized(leaf)}
+        if not found:
+            return []
+        kinds = Counter(map(qtype_of, found.values()))
+        told = ", ".join(f"{times} {kind}" for kind, times in kinds.items())
+        held = sum(stored_bytes(leaf) for leaf in found.values())
+        dense = sum(math.prod(v.shape) * v.dtype.itemsize for v in found.values())
+        frozen = sorted(set(found) - {target.path for target in self.targets})
+        more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
+        rest = f"; not adapted: {', '.join(frozen[:5])}{more}" if frozen else ""
+        return [f"quantised: {told}, {human(held)} instead of {human(dense)}{rest}"]
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [_row(target, max(self.trainable, 1)) for target in self.targets]
@@ -189,7 +206,9 @@ def make_plan(
     """Returns the plan of a resolved config."""
     arrays = [leaf for leaf in params.leaves if is_array(leaf)]
     total = sum(math.prod(leaf.shape) for leaf in arrays)
-    abstract = params.treedef.unflatten(map(_abstract, params.leaves))
+    # A quantised leaf is a tree of arrays.
+    each = lambda leaf: jax.tree.map(_abstract, leaf)
+    abstract = params.treedef.unflatten(map(each, params.leaves))
     flops = None if traced is None else _flops(targets, traced)
     return Plan(tuple(targets), tuple(unusable), total, flops, abstract)
 
@@ -213,7 +232,7 @@ def _abstract(leaf: Any) -> Any:
 def _row(target: Target, trainable: int) -> tuple[str, ...]:
     return (
         target.path,
-        "×".join(map(str, target.shape)) or "scalar",
+        _shape(target),
         _axes(target),
         _uses(target),
         _products(target),
@@ -235,6 +254,11 @@ def _rank(target: Target) -> str:
     told += [f" × {len(config.slices)} slices"] if config.slices else []
     told += [f" dropout {config.dropout:g}"] if config.dropout else []
     return f"{config.rank}" + ",".join(told)
+
+
+def _shape(target: Target) -> str:
+    shape = "×".join(map(str, target.shape)) or "scalar"
+    return shape if target.qtype is None else f"{shape} {target.qtype}"
 
 
 def _axes(target: Target) -> str:

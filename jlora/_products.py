@@ -16,10 +16,11 @@ from jax import lax
 from ._adapted import Adapted, Part, complete
 from ._axes import free_axes
 from ._branch import Arrays, Static, add_branch
-from ._compat import rebind, source_line
+from ._compat import source_line
 from ._dropout import drop
 from ._errors import MaterializationError
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
+from ._lazy import called
 from ._linear import low_rank_product
 
 
@@ -257,7 +258,7 @@ def _apart(
 ) -> jax.Array:
     """The base product, and each part by itself."""
     base = [value.base, x] if operand == 0 else [x, value.base]
-    (y,) = rebind(eqn, base)
+    (y,) = called(eqn, base, derive)
     contract, batch, _, x_batch = dot_dims(eqn, operand)
     kernel = jax.ShapeDtypeStruct(value.base.shape, value.base.dtype)
     for part in value.parts:

@@ -17,6 +17,7 @@ from ._entries import Factored, SlicedFactors, TrainedRows, sliced_shapes
 from ._errors import CorruptFileError, FormatVersionError
 from ._factors import LoraFactors
 from ._fingerprint import Kernel
+from ._quantized import KNOWN
 from ._untrusted import parse_json
 
 FORMAT = "jlora.checkpoint"
@@ -234,7 +235,7 @@ def _entry(values: Any, where: str) -> Entry:
     shape, dtype, samples = _fields(
         kernel, f"{where}, kernel", shape=list, dtype=_TEXT, samples=_TEXT
     )
-    known = Kernel(_shape(shape, where), dtype and _dtype(dtype, where).name, samples)
+    known = Kernel(_shape(shape, where), dtype and _stored(dtype, where), samples)
     names = [n for n in _FACTORS if n in arrays or n != _OPTIONAL]
     names = [_WHOLE] if whole else ["values"] if has("rows") else names
     _fields(arrays, f"{where}, arrays", **dict.fromkeys(names, dict))
@@ -337,6 +338,15 @@ def _shape(values: Any, where: str) -> Shape:
     if math.prod(size or 1 for size in values) >= 2**63:
         raise ValueError(f"{where} has the shape {str(values)[:80]}")
     return tuple(values)
+
+
+def _stored(name: str, where: str) -> str:
+    """Checks the name of a kernel's dtype, which may tell how it is quantised."""
+    qtype, of, dense = name.rpartition(" of ")
+    if of and qtype not in KNOWN:
+        raise ValueError(f"{where} has the dtype {name[:80]!r}")
+    _dtype(dense, where)
+    return name
 
 
 def _dtype(name: str, where: str) -> np.dtype:

@@ -23,6 +23,7 @@ class Target:
         axes: the roles of its axes; None if it is trained whole.
         config: the config that chose it.
         uses: where the function uses it.
+        qtype: how it is quantised, if it is; `dtype` is that of the dense kernel.
     """
 
     path: str
@@ -31,6 +32,7 @@ class Target:
     axes: KernelAxes | None
     config: LoraConfig
     uses: tuple[Use, ...] = ()
+    qtype: str | None = None
 
     @property
     def is_low_rank(self) -> bool:

@@ -14,7 +14,8 @@ from ._decide import decide
 from ._discover import Vote, discover, settle
 from ._errors import MaterializationError, TargetError
 from ._forms import Contraction
-from ._paths import FlatParams, matching, nearest
+from ._paths import FlatParams, is_quantized, matching, nearest
+from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
 
@@ -155,6 +156,18 @@ def _named(path: str, leaf: Any) -> _Kernel:
     return _Kernel(None, _DOUBT)
 
 
+def named_axes(path: str, leaf: Any) -> tuple[KernelAxes, bool]:
+    """Returns the axes of a leaf of two or more, and whether it is a table of rows.
+
+    Where its name says nothing the last two are the input and the output axis.
+    """
+    known, ndim = _named(path, leaf), len(leaf.shape)
+    if known.axes is not None:
+        return known.axes, known.looked_up
+    return KernelAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,)), False
+
+
+_FROZEN = "its values are frozen and cannot be trained whole"
 _DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
@@ -167,6 +180,8 @@ def _target(
 ) -> Target | Unusable:
     shape = tuple(getattr(leaf, "shape", ()))
     known = kernels[path]
+    if config.full and is_quantized(leaf):
+        return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {_FROZEN}")
     if config.full:
         if _is_floating(leaf):
             return Target(path, shape, leaf.dtype, None, config)
@@ -185,7 +200,8 @@ def _target(
     if config.target is None and low and config.rank > min(fans):
         reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
         return Unusable(path, shape, reason)
-    return Target(path, shape, leaf.dtype, known.axes, config)
+    qtype = qtype_of(leaf) if is_quantized(leaf) else None
+    return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
 
 
 def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
@@ -220,6 +236,12 @@ def _check(
         for problem in _config_problems(config, matched, targets, unusable, paths)
     ]
     problems += [p for target in targets if (p := _rank_problem(target))]
+    frozen = [u for u in unusable if u.reason.endswith(_FROZEN)]
+    problems += [
+        f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out with "
+        "`exclude`, or adapt it"
+        for u in frozen
+    ]
     doubtful = [u.path for u in unusable if u.reason == _DOUBT]
     if doubtful:
         problems.append(

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._paths import FlatParams
+from ._paths import FlatParams, is_quantized
+from ._quantized import Quantized
 
 
 def is_array(leaf: Any) -> bool:
@@ -23,7 +24,8 @@ class Traced:
 
     Attributes:
         jaxpr: the closed jaxpr over the arrays of all arguments, in tree order.
-        inputs: those arrays (abstract or concrete).
+        inputs: those arrays (abstract or concrete); quantised kernels of the params
+            are `Quantized`, and dense in the jaxpr.
         positions: the place among `inputs` of each array of the params, by path.
         rebuild: turns the outputs of the jaxpr into what the function returns.
     """
@@ -34,6 +36,21 @@ class Traced:
     rebuild: Callable[[Sequence[Any]], Any]
 
 
+def _with_quantized(params: FlatParams) -> Any:
+    """Returns the params with each quantised kernel as one leaf."""
+    pairs = zip(params.paths, params.leaves, strict=True)
+    return params.treedef.unflatten(
+        [Quantized.of(p, leaf) if is_quantized(leaf) else leaf for p, leaf in pairs]
+    )
+
+
+def _as_seen(leaf: Any) -> Any:
+    """Returns what the function sees: of a quantised kernel the dense one."""
+    return (
+        jax.eval_shape(Quantized.dense, leaf) if isinstance(leaf, Quantized) else leaf
+    )
+
+
 def trace(
     fn: Callable[..., Any],
     argnum: int,
@@ -42,7 +59,9 @@ def trace(
     params: FlatParams,
 ) -> Traced:
     """Traces `fn(*args, **kwargs)` abstractly; `params` is `args[argnum]` flattened."""
-    leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
+    args = [*args[:argnum], _with_quantized(params), *args[argnum + 1 :]]
+    is_kernel = lambda node: isinstance(node, Quantized)
+    leaves, treedef = jax.tree.flatten((tuple(args), kwargs), is_leaf=is_kernel)
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     results: dict[str, Any] = {}
 
@@ -57,7 +76,7 @@ def trace(
         return [leaf for leaf in out if is_array(leaf)]
 
     inputs = [leaves[i] for i in where]
-    jaxpr = jax.make_jaxpr(on_arrays)(*inputs)
+    jaxpr = jax.make_jaxpr(on_arrays)(*map(_as_seen, inputs))
 
     def rebuild(outputs: Sequence[Any]) -> Any:
         arrays = iter(outputs)

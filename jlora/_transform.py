@@ -11,18 +11,20 @@ from ._adapted import Adapted, materialize
 from ._axes import KernelAxes
 from ._config import LoraConfig
 from ._dora import kernel_norm
-from ._entries import Factored, lowered
+from ._entries import Factored, TrainedRows, lowered
 from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
 from ._init import INITIALIZERS, Initializer, Wanted, key_of
 from ._inputs import InputStats, input_stats
 from ._interpret import run
+from ._lazy import Lazy, check_frozen, dense
 from ._match import check_adapter
 from ._mixed import run_mixed
 from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._plan import Plan, make_plan
+from ._quantized import Quantized, arrays_of, dequantized
 from ._sharding import set_sharding
 from ._target import Target, entry_of
 from ._targets import program_of, resolve, with_uses
@@ -125,7 +127,7 @@ class Lora:
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
         program, _ = program_of(traced, axes, self.materialize, self.contraction)
-        inputs = list(traced.inputs)
+        inputs = _lazily(traced)
         dropout = self._dropout(flat, traced, lora_dropout_key)
         for path, entry in adapter.items():
             place = traced.positions[path]
@@ -226,6 +228,8 @@ class Lora:
         targets, _ = resolve(params, self.configs, traced)
         axes = {t.path: t.axes for t in targets if t.axes is not None}
         program, _ = program_of(traced, axes, self.materialize, "factored")
+        made = [v.dense() if isinstance(v, Quantized) else v for v in traced.inputs]
+        traced = dataclasses.replace(traced, inputs=made)
         return input_stats(traced, program, axes, lora_sketch)
 
     def _params_of(self, args: Sequence[Any]) -> PyTree:
@@ -346,7 +350,7 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
                 "leaf; pass the params as arrays, or call `init` under "
                 "`jax.eval_shape`"
             )
-        leaf = jnp.asarray(leaf)
+        leaf = jnp.asarray(dequantized(leaf, target.path))
     if axes is None:
         return leaf.astype(config.dtype)
     if config.rows is not None:
@@ -354,7 +358,7 @@ def _new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
         values = jnp.moveaxis(taken, axes.in_[0], 0).astype(config.dtype)
         return entry_of(target, {"values": values})
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
-    kernel = set_sharding(leaf)
+    kernel = set_sharding(arrays_of(leaf)[0])
     places: Any = (None, None)
     if kernel and config.slices is None:
         places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
@@ -398,8 +402,19 @@ def _starts_from_leaf(target: Target) -> str | None:
     return "has DoRA's magnitude, which" if target.config.dora else None
 
 
+def _lazily(traced: Traced) -> list[Any]:
+    """Returns the inputs, quantised kernels as lazy values."""
+    inputs = list(traced.inputs)
+    for path, place in traced.positions.items():
+        if isinstance(inputs[place], Quantized):
+            check_frozen(path, inputs[place])
+            inputs[place] = Lazy.of(inputs[place])
+    return inputs
+
+
 def _with_entry(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
-    entry = lowered(entry, leaf)
+    entry = lowered(entry, dense(leaf) if isinstance(entry, TrainedRows) else leaf)
     if isinstance(entry, LoraFactors):
-        return Adapted.of(jnp.asarray(leaf), entry, key, rate)
+        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
+        return Adapted.of(leaf, entry, key, rate)
     return entry.astype(leaf.dtype)

@@ -168,15 +168,22 @@ class LoraModule:
             )
         return dict(unbox(variables[COLLECTION]))
 
-    def merge(self, variables: Variables) -> dict[str, Any] | FrozenDict[str, Any]:
+    def merge(
+        self, variables: Variables, *, dequantize: bool = False
+    ) -> dict[str, Any] | FrozenDict[str, Any]:
         """Returns plain variables for `module`: kernels `W + ΔW`, and no "lora".
+
+        Args:
+            variables: the variables, with the adapter as collection "lora".
+            dequantize: as for `jlora.merge`.
 
         Raises:
             AdapterError: if there is no collection "lora", or it does not belong to the
                 params.
         """
         params, state = _split(variables)
-        merged = {**state, **merge(params, self.adapter(variables))}
+        adapter = self.adapter(variables)
+        merged = {**state, **merge(params, adapter, dequantize=dequantize)}
         return _updated(type(variables)(), merged)
 
 

@@ -52,6 +52,7 @@ from ._peft_keys import PREFIX, sort_keys
 from ._peft_read import AdapterFiles, adapter_of
 from ._peft_whole import write_whole
 from ._peft_write import config_of, for_vllm, modules_of, tensors_of
+from ._quantized import dequantized
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
 from ._seal import check_seal, seal_of
@@ -262,7 +263,8 @@ def params_to_torch(
     """Returns the state dict of the torch model with these params.
 
     Args:
-        params: the params, as arrays; merged ones, for example.
+        params: the params, as arrays; merged ones, for example. Quantised kernels are
+            made dense.
         names: as for `load`.
         plan: a plan that knows the roles of the kernels' axes, where they are in doubt.
 
@@ -278,7 +280,7 @@ def params_to_torch(
     known = {t.path: t.axes for t in plan.targets if t.axes} if plan else {}
     base = Base.of(params, names, known)
     bind_all(list(base.leaves), names)
-    value = lambda path: np.asarray(_on_host(base.leaves[path]))
+    value = lambda path: np.asarray(_on_host(dequantized(base.leaves[path], path)))
     return leaves_to_torch(base, base.leaves, value)
 
 

@@ -21,18 +21,18 @@ each_module = pytest.mark.parametrize("name", TREES)
 # A module imports only from those above it.
 ORDER = """
 _axes _compat _errors _low_rank _memory _paths _patterns
-_factors _files _flops _fuse _init _peft_config _rules _sharding _trace _untrusted
-_config _entries _families _fingerprint _group _layout _lowrank _peft_keys _peft_stack
-_seal _stackable _torch_layout
-_dora _dropout _forms _match _peft_configs _placement _record _spectrum _stack
-_adapted _algebra _branch _linear _merge _mixed _moving _norms _recording _restoring
-_combine _gather _moves _moving_init _products
-_analyze _carry _consume _siblings
-_control_flow _linear_use _target
-_decide _discover _inputs _interpret _measure
-_data_init _plan _targets
-_base _transform
-_peft_write _torch_params
+_factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
+_config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
+_torch_layout _trace
+_dora _dropout _fingerprint _forms _lowrank _match _peft_configs _placement _stackable
+_adapted _branch _linear _merge _moving _norms _record _spectrum _stack
+_algebra _gather _mixed _moving_init _products _recording _restoring
+_analyze _combine _consume _lazy_moves _siblings
+_control_flow _linear_use _moves _target
+_carry _measure
+_decide _discover _inputs _interpret _plan
+_base _data_init _targets
+_peft_write _torch_params _transform
 _peft_whole
 _peft_read
 _peft_alone
@@ -46,6 +46,7 @@ DOORS = {
     "optim": "optax",
     "checkpoint": "orbax",
     "peft": "safetensors",
+    "quant": "qwix",
     "weights": "safetensors",
 }
 
