@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -175,7 +174,7 @@ def test_bottlenecks_act_after_attention_and_feed_forward(
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, CONFIG.vocab)
     fn = jax.jit(together.with_bottlenecks(tiny.model.apply))
     found = fn(tiny.variables, trees, tokens)
-    assert_close(found, by_hand(tiny.variables["params"], trees, tokens))
+    assert_close(found, jax.jit(by_hand)(tiny.variables["params"], trees, tokens))
     plain = fn(tiny.variables, {}, tokens)
     assert_close(plain, jax.jit(tiny.model.apply)(tiny.variables, tokens))
     assert float(jnp.abs(found - plain).max()) > 0.1
@@ -213,7 +212,7 @@ def test_one_gradient_reaches_every_leaf_of_all_three_trees(
     for path, leaf in jax.tree.leaves_with_path(grads):
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
     for name in METHODS:
-        size = float(optax.global_norm(grads[name]))
+        size = float(np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads[name]))))
         step = jax.tree.map(lambda g, n=size: 1e-2 * g / n, grads[name])
         ahead, behind = (
             value({**trained, name: jax.tree.map(move, trained[name], step)})
@@ -287,6 +286,7 @@ def test_the_script_compares_each_method_alone_with_all(
     assert found["lora"][1] == found["bottleneck"][1]  # both begin as the model
 
 
+@pytest.mark.slow
 def test_the_script_trains_all_together(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
