@@ -6,6 +6,7 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 
 from importlib import metadata as _metadata
 
+from . import _adalora as adalora  # noqa: F401 (its names are short in there)
 from ._algebra import add as add
 from ._algebra import scale as scale
 from ._algebra import subtract as subtract

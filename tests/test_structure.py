@@ -31,6 +31,9 @@ _forms
 _linear
 _products
 _gather _merge _moves _norms _placement
+_triplets
+_allocation
+_adalora
 _consume _carry
 _analyze _control_flow _siblings
 _discover _decide
