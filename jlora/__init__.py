@@ -8,6 +8,7 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from . import _adalora as adalora  # noqa: F401 (its names are short in there)
 from ._algebra import add as add
 from ._algebra import scale as scale
 from ._algebra import subtract as subtract

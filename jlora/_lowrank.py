@@ -142,6 +142,20 @@ def with_matrices(factors: LoraFactors, a: Array, b: Array) -> LoraFactors:
     return LoraFactors(a, b, factors.axes, factors.scaling)
 
 
+def batch_placed(values: Array, like: LoraFactors) -> Array:
+    """Returns values `(*batch, rank)`, laid out like the batch axes of factors."""
+    sharding = _explicit(like.a)
+    if sharding is None:
+        return values
+    spec = PartitionSpec(*tuple(sharding.spec)[: len(like.axes.batch)])
+    return jax.sharding.reshard(values, NamedSharding(sharding.mesh, spec))
+
+
+def replicated(x: Array) -> Array:
+    """Returns an array that is whole on each device of an Explicit mesh."""
+    return _gathered(x, 0)
+
+
 def _wide(x: Array) -> Array:
     return x.astype(np.float64 if isinstance(x, np.ndarray) else widest(x))
 

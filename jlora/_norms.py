@@ -110,7 +110,7 @@ def _ratio(delta: Any, base: Any) -> jax.Array:
 
 def _sum_of_squares(x: jax.Array) -> jax.Array:
     """Returns ‖x‖² as one contraction, so that not even x² is formed."""
-    return _gram(x, range(x.ndim), range(0))
+    return gram(x, range(x.ndim), range(0))
 
 
 def _delta_squares(kernel: jax.Array, entry: Any) -> jax.Array:
@@ -121,14 +121,14 @@ def _delta_squares(kernel: jax.Array, entry: Any) -> jax.Array:
     if entry.magnitude is not None:
         return change_squares(kernel, entry)
     n_batch = len(entry.axes.batch)
-    gram_a = _gram(entry.a, range(n_batch, entry.a.ndim - 1), range(n_batch))
-    gram_b = _gram(entry.b, range(n_batch + 1, entry.b.ndim), range(n_batch))
+    gram_a = gram(entry.a, range(n_batch, entry.a.ndim - 1), range(n_batch))
+    gram_b = gram(entry.b, range(n_batch + 1, entry.b.ndim), range(n_batch))
     # Rounding may leave a sum just below zero where the factors cancel each other.
     trace = jnp.maximum(jnp.sum(gram_a * gram_b), 0)
     return entry.scaling**2 * trace
 
 
-def _gram(x: jax.Array, contracted: range, batch: range) -> jax.Array:
+def gram(x: jax.Array, contracted: range, batch: range) -> jax.Array:
     """Returns the products of `x` with itself: (*batch, *others, *others)."""
     dims = (tuple(contracted), tuple(contracted)), (tuple(batch), tuple(batch))
     out_sharding = dot_sharding(x, x, dims)

@@ -26,9 +26,9 @@ _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
 _dora _dropout _fingerprint _forms _lowrank _match _peft_configs _placement _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
-_algebra _gather _mixed _moving_init _products _recording _restoring
-_analyze _combine _consume _lazy_moves _siblings
-_control_flow _linear_use _moves _target
+_algebra _gather _mixed _moving_init _products _recording _restoring _triplets
+_allocation _analyze _combine _consume _lazy_moves _siblings
+_adalora _control_flow _linear_use _moves _target
 _carry _measure
 _decide _discover _inputs _interpret _plan
 _base _data_init _targets
