@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import mixed_batch
 from forwards import decoder, parser, ratio_line
-from mixed_batch import stack
 from models import Decoder, Params
 from steps import (
     OPTIMIZER,
@@ -25,6 +24,8 @@ from steps import (
     trained_step,
 )
 from timing import Contender, bars, interleave, summarize, table, write
+
+import jlora
 
 JLORA, FACTORED = "jlora", "factored, autodiff"
 VMAPPED = {JLORA: "jlora vmapped", FACTORED: "factored, autodiff, vmapped"}
@@ -80,7 +81,13 @@ def vmapped(
     """Returns the step over all states at once, and the same compiled."""
     axes = (0, 0, None, 0)
     step = jax.vmap(trained_step(loss), in_axes=axes, out_axes=axes)
-    adapter, optimizer, batch = stack(states)
+    adapters, optimizers, batches = zip(*states, strict=True)
+    together = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    adapter, optimizer, batch = (
+        jlora.stack(adapters),
+        together(optimizers),
+        together(batches),
+    )
     state = (adapter, optimizer, params, batch)
     program = compiled(step, state, 2)
     return Contender(name, program, state), program

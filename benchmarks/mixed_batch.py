@@ -51,13 +51,8 @@ def mixed(
 ) -> Contender:
     """Every sequence picks its adapter; the order of the batch is free."""
 
-    def fn(params: Params, adapters: Any, index: jax.Array, tokens: jax.Array) -> Any:
-        picked = jax.tree.map(lambda leaf: leaf[index], adapters)
-        one = lambda adapter, row: lora.apply(params, adapter, row[None])[0]
-        return jax.vmap(one)(picked, tokens)
-
     index = jnp.arange(len(tokens)) % len(each)
-    return contender(MIXED, fn, params, stack(each), index, tokens)
+    return contender(MIXED, lora.apply_mixed, params, jlora.stack(each), index, tokens)
 
 
 def grouped(
@@ -65,7 +60,7 @@ def grouped(
 ) -> Contender:
     """The same for sequences that are sorted by adapter: no factors are gathered."""
     fn = jax.vmap(lora.apply, in_axes=(None, 0, 0))
-    return contender(GROUPED, fn, params, stack(each), jnp.stack(own))
+    return contender(GROUPED, fn, params, jlora.stack(each), jnp.stack(own))
 
 
 def separate(
@@ -98,11 +93,6 @@ def contender(name: str, fn: Callable[..., Any], *given: Any) -> Contender:
 def in_turn(name: str, program: Any, given: list[tuple[Any, ...]]) -> Contender:
     """Returns a contender of several runs, which are waited for once."""
     return Contender(name, lambda _: ([program(*one) for one in given],), (None,))
-
-
-def stack(trees: list[Any]) -> Any:
-    """Returns one tree of arrays with a leading axis for the trees."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def agreement(made: list[Contender], adapters: int) -> float:

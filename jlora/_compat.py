@@ -22,6 +22,11 @@ _LIBRARIES = tuple(
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
 
+# XLA's CPU compiler of jax 0.10.2 aborts the process ("Check failed: ...
+# IsMonotonicWithDim0Major") on a product with batch axes whose small result is
+# transposed behind a barrier; `jax.vmap` over adapters makes such axes, unseen.
+RANK_FIRST_ON_CPU = jax.__version_info__ >= (0, 12)
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """Returns `(jaxpr, consts)` of an open or closed jaxpr.

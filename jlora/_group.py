@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._axes import free_axes
+from ._compat import RANK_FIRST_ON_CPU
 from ._sharding import dot_sharding, explicit_sharding
 
 Axes = tuple[int, ...]
@@ -255,7 +256,7 @@ def _rank_last(
         # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a
         # 32-bit result: "Unsupported element type for DotThunk::Execute" (jax 0.12).
         skinny, wide = skinny.astype(dtype), wide.astype(dtype)
-    if not on_cpu or batch[0]:  # with batch axes jax 0.10's XLA aborts on what follows
+    if not (on_cpu and RANK_FIRST_ON_CPU) or batch[0]:
         pairs = (contract[1], contract[0]), (batch[1], batch[0])
         return dot(wide, skinny, *pairs, dtype, precision)
     # It is two to four times as fast with the rank first, as long as it does not fold

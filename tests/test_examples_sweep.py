@@ -75,6 +75,7 @@ def test_a_rank_study_of_a_tiny_model(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_sweep_is_trained_as_it_is_alone(options: list[str]) -> None:
     """With its seed, rate and rank; on the rows of its seed."""
     args = several.make_parser("", steps=3).parse_args(options)
