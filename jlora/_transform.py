@@ -163,6 +163,8 @@ class Lora:
             Paischer et al., One Initialization to Rule them All: Fine-tuning via
             Explained Variance Adaptation, <https://arxiv.org/abs/2410.07170>, 2024.
         """
+        if lora_sketch is not None and not lora_sketch >= 1:
+            raise ValueError(f"`lora_sketch` must be at least 1, got {lora_sketch!r}")
         params = FlatParams.of(self._params_of(args))
         traced = trace(self.fn, self.argnum, args, kwargs, params)
         targets, _ = resolve(params, self.configs, traced)
