@@ -38,13 +38,13 @@ def _fast(fast_compile: None) -> None:
 LINEAR = """
 matmul_many_axes matmul_left_vector dense_general_two_in_two_out
 dense_general_batch_in_the_middle dense_general_two_batch einsum_in_axes_swapped
-twice_other_inputs cond_one_branch switch nested_jit argnum
-reshape_splits_both reshape_transpose_reshape slice_in split_out scale_negative
+cond_both_branches argnum
+reshape_splits_both reshape_transpose_reshape slice_in scale_negative
 scale_number reverse_in
 lookup_two_axes lookup_clip lookup_fill_nan lookup_negative one_hot
 conv_1d_ncw conv_2d_strided conv_2d_odd_layout conv_2d_lhs_dilation conv_2d_groups
 conv_2d_depthwise conv_transpose_kernel
-experts_einsum experts_ragged experts_vmap_second_axis experts_routed index_traced
+experts_einsum experts_vmap_second_axis index_traced
 """.split()
 # How many groups of channels have a patch of their own as input, pooled in one moment.
 GROUPS = {"conv_2d_groups": 3, "conv_2d_depthwise": 5}
@@ -269,24 +269,25 @@ def _loop(params: Tree, h: jax.Array, auto: bool = True) -> jax.Array:
 
 @pytest.mark.parametrize("check", [True, False])
 def test_inside_of_a_shard_map(check: bool, getkey: Key) -> None:
-    """Rows over one axis of the mesh, the kernel's outputs over the other."""
+    """Rows over one axis of the mesh, the outputs of one kernel over the other."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
     fn = jax.shard_map(
-        lambda p, x: x @ p["w"],
+        lambda p, x: (x @ p["w"], x @ p["v"]),
         mesh=mesh,
-        in_specs=({"w": P(None, "model")}, P("data")),
-        out_specs=P("data", "model"),
+        in_specs=({"w": P(None, "model"), "v": P()}, P("data")),
+        out_specs=(P("data", "model"), P("data")),
         check_vma=check,
     )
     x, params = jax.random.normal(getkey(), (6, 5)), {"w": jnp.ones((5, 4))}
+    params["v"] = jnp.ones((5, 3))
     lora = adapted(fn)
     if not check:
         with pytest.raises(jlora.UnsupportedFeatureError, match="check_vma=False"):
             gather(lora)(params, x)
         return
-    stats = gather(lora)(params, x)["w"]
-    close(stats.moment, moment(x))
-    assert int(stats.rows) == 6
+    for stats in gather(lora)(params, x).values():
+        close(stats.moment, moment(x))
+        assert int(stats.rows) == 6
 
 
 # EVA
@@ -431,7 +432,7 @@ def test_what_does_not_fit_is_named(stack: Any) -> None:
         (lambda: bad.corda(params, adapter, stats, damping=0), "damping"),
         (lambda: bad.lora_ga(params, adapter, params, direction="x"), "direction"),
         (lambda: bad.lora_ga(params, adapter, params, gamma=0), "gamma"),
-        (lambda: gather(lora)(params, x, lora_sketch=0), "lora_sketch"),
+        (lambda: lora.inputs(params, x, lora_sketch=0), "lora_sketch"),
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             call()
