@@ -152,6 +152,7 @@ class Rows:
 
     @classmethod
     def of(cls, value: Any) -> "Rows":
+        """Sorts the arrays of a value; its first one has the axis that is scanned."""
         leaves, treedef = jax.tree.flatten(value)
         length = leaves[0].shape[0]
         fixed = [None if v.shape[0] == length else v[0] for v in leaves]
