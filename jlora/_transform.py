@@ -127,8 +127,9 @@ class Lora:
         One forward pass of `fn` with its own params, in which every use of a target as
         `x·W` counts: each step of a loop, each expert with its own rows, each patch of
         a convolution, each lookup as a row of the identity. Shared kernels add up their
-        uses, and pieces of a kernel that are used apart are uses each. Not counted are transposed uses (of a tied head), products whose result
-        nobody needs, the conditions of while loops, and what is materialized.
+        uses, and pieces of a kernel that are used apart are uses each. Not counted are
+        transposed uses (of a tied head), products whose result nobody needs, the
+        conditions of while loops, and what is materialized.
 
         Args:
             *args: the arguments of `fn`, as for `plan`, as arrays.
