@@ -3,6 +3,7 @@
 `lora.inputs` gives the statistics of inputs; gradients are the user's `jax.grad`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -101,6 +102,7 @@ def _with_a(entry: LoraFactors, vectors: jax.Array) -> LoraFactors:
     return with_matrices(entry, vectors, jnp.zeros((*batch, rank, fan_out)))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _components(path: str, moment: jax.Array, count: int) -> tuple[jax.Array, Any]:
     """Returns the first eigenvectors, and each one's share of the energy."""
     *_, size, columns = moment.shape

@@ -125,7 +125,7 @@ def _stats(axes: KernelAxes, gathered: jax.Array) -> InputStats:
     found = jnp.transpose(found, [*map(kept.index, order), len(kept)])
     batch = found.shape[: len(axes.batch)]
     found = found.reshape(*batch, -1, found.shape[-1])
-    return InputStats(found[..., :-1], found[..., -1].sum(-1))
+    return InputStats(found[..., :-1], found[..., -1].sum(-1).round())
 
 
 # --- a program, and what its probes gather ---

@@ -15,7 +15,7 @@ from jax import lax
 from ._adapted import Adapted, Part, complete
 from ._analyze import indexed_axes
 from ._axes import Shape, free_axes
-from ._compat import rebind
+from ._compat import manual_axes, rebind
 from ._group import dot
 from ._products import dot_dims
 
@@ -59,7 +59,7 @@ def use_terms(
         apply = lambda probe: _ragged(eqn, x, values[2:], probe, shape)
         ones = complete(ones, _ragged_shared(eqn), shape)
     h, pull = jax.vjp(apply, lax.stop_gradient(probe))
-    yield probe, pull(h)[0]
+    yield probe, pull(h)[0] / _copies(part)
     summed = _summed_axes(eqn, operand)
     ones = complete(ones, summed, shape)
     yield ones, _counted(ones, _rows(eqn, operand, values), summed)
@@ -74,8 +74,18 @@ def lookup_terms(eqn: Any, value: Adapted, rows: Sequence[Adapted]) -> Iterator[
     for part, row in zip(value.parts, rows[0].parts, strict=True):
         if all(shape[i] == 1 or part.b.shape[i] == 1 for i in indexed):
             probe, ones = row.a[..., :-1], row.a[..., -1:]
-            yield probe, jnp.where(jnp.isnan(probe), 0, probe)
-            yield ones, _counted(ones, 1, ())
+            yield probe, jnp.where(jnp.isnan(probe), 0, probe) / _copies(part)
+            yield ones, _counted(ones, 1, ()) / _copies(part)
+
+
+def _copies(part: Part) -> int:
+    """Returns how often each input occurs on the devices of a shard_map.
+
+    Where the outputs of a kernel are sharded, and not its inputs, each shard gets the
+    same inputs, marked as varying because the kernel does.
+    """
+    axes = manual_axes(part.b) - manual_axes(part.a)
+    return math.prod(map(lax.axis_size, axes))
 
 
 def _counted(ones: jax.Array, rows: Any, summed: Sequence[int]) -> jax.Array:

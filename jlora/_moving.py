@@ -170,10 +170,9 @@ def _places(kernel: jax.Array, entry: LoraFactors) -> Any:
 
 
 def _compiled(places: Any) -> Callable[..., Any]:
-    static = {"static_argnums": (0, 1)}
     if places is None:
-        return jax.jit(_whole, **static)
-    return jax.jit(_whole, **static, out_shardings=places)
+        return jax.jit(_whole, static_argnums=(0, 1))
+    return jax.jit(_whole, static_argnums=(0, 1), out_shardings=places)
 
 
 def _whole(fn: Callable[..., Any], static: Any, *operands: Any) -> Any:

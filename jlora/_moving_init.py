@@ -244,9 +244,10 @@ def loftq(
     read = dequantize or (lambda quantised: quantised)
     for path, entry in entries.items():
         if isinstance(entry, LoraFactors):
-            kernel, rest = leaves[path], None
+            kernel = leaves[path]
+            given = values = rest = _wide(kernel)
             for _ in range(steps):
-                given = quantize(_wide(kernel) if rest is None else rest)
+                given = quantize(rest)
                 values = _values(path, kernel, given, read)
                 rest, entry = in_place(_made_up, None, kernel, entry, values)
             moved[path] = values if dequantize is None else given

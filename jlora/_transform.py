@@ -187,8 +187,9 @@ class Lora:
         One forward pass of `fn` with its own params, in which every use of a target as
         `x·W` counts: each step of a loop, each expert with its own rows, each patch of
         a convolution, each lookup as a row of the identity. Shared kernels add up their
-        uses. Not counted are transposed uses (of a tied head), products whose result
-        nobody needs, the conditions of while loops, and what is materialized.
+        uses, and pieces of a kernel that are used apart are uses each. Not counted are
+        transposed uses (of a tied head), products whose result nobody needs, the
+        conditions of while loops, and what is materialized.
 
         Args:
             *args: the arguments of `fn`, as for `plan`, as arrays.
@@ -223,6 +224,8 @@ class Lora:
             Paischer et al., One Initialization to Rule them All: Fine-tuning via
             Explained Variance Adaptation, <https://arxiv.org/abs/2410.07170>, 2024.
         """
+        if lora_sketch is not None and not lora_sketch >= 1:
+            raise ValueError(f"`lora_sketch` must be at least 1, got {lora_sketch!r}")
         params = FlatParams.of(self._params_of(args))
         traced = trace(self.fn, self.argnum, args, kwargs, params)
         targets, _ = resolve(params, self.configs, traced)
