@@ -51,6 +51,7 @@ from ._peft_keys import PREFIX, sort_keys
 from ._peft_read import AdapterFiles, adapter_of
 from ._peft_whole import write_whole
 from ._peft_write import config_of, for_vllm, modules_of, tensors_of
+from ._quantized import dequantized
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
 from ._seal import check_seal, seal_of

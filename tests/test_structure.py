@@ -30,6 +30,7 @@ _forms
 _linear
 _products
 _gather _merge _norms _placement
+_quantized_moves
 _lazy_moves
 _moves
 _consume _carry
