@@ -9,6 +9,7 @@ it into the base. It exits with 1 if a check fails and with 2 if something is mi
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import sys
@@ -52,6 +53,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=45, help="training steps")
     add("--rank", type=int, default=8, help="rank of the factors")
     add("--target", help="regex of the kernels to adapt; every linear by default")
+    add("--quantize", choices=("nf4", "int8", "int4", "fp8"), help="store the base so")
     add("--seed", type=int, default=0, help="seed of split, order and factors")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--out", type=Path, default=Path("runs/finetune_chat"), help="for the adapter")
@@ -73,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
         lora = jlora.lora(base.model.apply, config)
         plan = lora.plan(base.variables, example)
+        if args.quantize:
+            variables = jlora.quantize(base.variables, plan, args.quantize)
+            base = dataclasses.replace(base, variables=variables)
+            plan = lora.plan(base.variables, example)
     except (ImportError, OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
@@ -133,7 +139,7 @@ def check(
     reloaded = restore(out, adapter)
     inputs = {"mask": training.packed_mask(batch.segments), "at": batch.at}
     expected = adapted(base.variables, adapter, batch.tokens, **inputs)
-    merged = jlora.merge(base.variables, adapter)
+    merged = jlora.merge(base.variables, adapter, dequantize=True)
     found = {
         "reloaded": (adapted(base.variables, reloaded, batch.tokens, **inputs), 0.0),
         "merged": (plain(merged, batch.tokens, **inputs), 1e-4),

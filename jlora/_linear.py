@@ -2,8 +2,8 @@
 
 Plain autodiff of the same expression does the same arithmetic and runs slower: it asks
 for transposed copies of large operands. Here every gradient is one `dot_general` whose
-operands lie as they are, and the residuals are `x`, `W`, `a` and `b` alone. Of a quantised kernel `W` these are its
-quantised arrays: it is made dense in each pass.
+operands lie as they are, and the residuals are `x`, `W`, `a` and `b` alone. A
+quantised kernel `W` is made dense in each pass, and its arrays are the residuals.
 """
 
 import functools

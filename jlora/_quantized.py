@@ -93,8 +93,8 @@ class Quantized:
 
     def each(self, move: Callable[[Any], Any]) -> "Quantized":
         """Returns the value with each of its arrays moved."""
-        arrays = (self.qvalue, self.scale, self.zero_point)
-        return Quantized(*(None if v is None else move(v) for v in arrays), self.qtype)
+        zero = None if self.zero_point is None else move(self.zero_point)
+        return Quantized(move(self.qvalue), move(self.scale), zero, self.qtype)
 
     def dense(self) -> jax.Array:
         """Returns the value itself, in the dtype of its scale."""

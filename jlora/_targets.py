@@ -238,8 +238,8 @@ def _check(
     problems += [p for target in targets if (p := _rank_problem(target))]
     frozen = [u for u in unusable if u.reason.endswith(_FROZEN)]
     problems += [
-        f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out with "
-        "`exclude`, or adapt it"
+        f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out "
+        "with `exclude`, or adapt it"
         for u in frozen
     ]
     doubtful = [u.path for u in unusable if u.reason == _DOUBT]

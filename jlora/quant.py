@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import qwix
 from jax.core import Tracer
 from jax.sharding import NamedSharding
@@ -219,21 +218,20 @@ def _planned(
 
 
 def _quantized(leaf: Any, qtype: str, tiles: Mapping[int, int], dtype: Any) -> Any:
-    run = functools.partial(_quantize, qtype=qtype, tiles=tiles, dtype=dtype)
+    run: Any = functools.partial(_quantize, qtype=qtype, tiles=tiles, dtype=dtype)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return _abstract(run, leaf)
     if isinstance(leaf, Tracer):
         return run(leaf)
-    if isinstance(leaf, jax.ShapeDtypeStruct | np.ndarray):
-        return _abstract(run, leaf) if not isinstance(leaf, np.ndarray) else run(leaf)
-    place = leaf.sharding
-    if len(place.device_set) == 1:
-        return jax.jit(run)(leaf)
+    place = getattr(leaf, "sharding", None)
+    if place is None or len(place.device_set) == 1:
+        return jax.jit(run)(leaf)  # stays where it is, committed or not
     return jax.jit(run, out_shardings=_places(run, leaf, place))(leaf)
 
 
 def _quantize(
     array: jax.Array, *, qtype: str, tiles: Mapping[int, int], dtype: Any
 ) -> qwix.QArray:
-    array = jnp.asarray(array)
     if array.dtype.itemsize < 4:  # scales are found in float32 and rounded once
         dtype, array = dtype or array.dtype, array.astype(jnp.float32)
     single = [i for i in range(array.ndim) if i not in tiles]

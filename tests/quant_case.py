@@ -24,8 +24,8 @@ def quantized(use: Use, params: Any, qtype: str) -> Any:
     """The params with every kernel of the use quantised, in small tiles."""
     layer = dict(params["layer"])
     for name, kernel in use.kernels.items():
-        batch, in_, _ = kernel.axes
-        # One scale for two values where that goes, as it does not along axes of 5 or 7.
+        _, in_, _ = kernel.axes
+        # One scale for two values where that goes: not along axes of 5 or 7.
         last = in_[-1]
         tiles = {i: kernel.shape[i] for i in in_}
         if kernel.shape[last] % 2 == 0:

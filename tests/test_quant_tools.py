@@ -167,7 +167,7 @@ def test_twice_and_other_params_are_refused():
     params = make_params()
     plan = LORA.plan(params, IDS)
     once = jlora.quantize(params, plan)
-    with pytest.raises(ValueError, match="'stack'.* are quantised already"):
+    with pytest.raises(ValueError, match=r"'stack'.* are quantised already"):
         jlora.quantize(once, plan)
     with pytest.raises(
         jlora.TargetError, match=r"'embedding' \(11, 16\), the params none"

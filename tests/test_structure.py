@@ -27,13 +27,13 @@ _torch_layout _trace
 _dora _dropout _fingerprint _forms _lowrank _match _peft_configs _placement _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _gather _mixed _moving_init _products _recording _restoring _triplets
-_allocation _analyze _combine _consume _lazy_moves _siblings
-_adalora _control_flow _linear_use _moves _target
-_carry _measure
-_decide _discover _inputs _interpret _plan
-_base _data_init _targets
-_peft_write _torch_params _transform
-_peft_whole
+_allocation _analyze _combine _consume _quantized_moves _siblings
+_adalora _lazy_moves _linear_use _target
+_control_flow _measure _moves
+_carry _plan
+_base _decide _discover _inputs _interpret
+_data_init _peft_write _targets _torch_params
+_peft_whole _transform
 _peft_read
 _peft_alone
 """.split()
