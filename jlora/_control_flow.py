@@ -16,6 +16,7 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
+from ._linear import keeping
 from ._sharding import factor_spec
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -86,7 +87,7 @@ def _constrain(value: Any, sharding: Any) -> Any:
 def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     (program,) = step.programs
     body = lambda *args: run(program, args)
-    prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
+    prevent_cse, policy = eqn.params["prevent_cse"], keeping(eqn.params["policy"])
     return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(*values)
 
 
