@@ -60,11 +60,16 @@ def cases(
     models: tuple[str, ...], sizes: tuple[str, ...], changes: Mapping[str, Any]
 ) -> list[Case]:
     """Returns the cases of models in sizes, fields changed where they exist."""
-    pairs = [(name, size) for size in sizes for name in models]
+    pairs = dict.fromkeys((n, size_of(n, size)) for size in sizes for n in models)
     made = [case(name, size, changes) for name, size in pairs]
     if ("decoder", "d4096") in pairs and "remat" not in changes:
         made.append(case("decoder", "d4096", {**changes, "remat": False}))
     return made
+
+
+def size_of(name: str, size: str) -> str:
+    """Returns the size that a model has: there is one ViT for GPUs."""
+    return "b" if name == "vit" and size != "cpu" else size
 
 
 def case(name: str, size: str, changes: Mapping[str, Any]) -> Case:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from models import Decoder, Layer, Params, plain, rms_norm
-from steps import RANK, SCALING
+from steps import lora_of
 
 import jlora
 
@@ -116,33 +116,6 @@ def rotate_at(x: jax.Array, position: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def lora_of(model: Decoder, fn: Forward) -> jlora.Lora:
-    """Returns a forward pass with every linear of its layers adapted.
-
-    The factors are in the dtype of the base, as a server would hold them.
-    """
-    config = jlora.LoraConfig(
-        f"layers/({'|'.join(model.kernels)})",
-        rank=RANK,
-        alpha=RANK * SCALING,
-        dtype=model.dtype,
-    )
-    return jlora.lora(fn, config)
-
-
-def adapter_of(
-    lora: jlora.Lora, params: Params, tokens: jax.Array, seed: int = 0
-) -> jlora.Adapter:
-    """Returns an adapter whose every factor has random values of the right size."""
-    keys = jax.random.split(jax.random.key(seed))
-    adapter = lora.init(keys[0], params, tokens)
-    leaves, treedef = jax.tree.flatten(adapter)
-    each = jax.random.split(keys[1], len(leaves))
-    draw = lambda k, leaf: leaf + 0.01 * jax.random.normal(k, leaf.shape, leaf.dtype)
-    return treedef.unflatten(list(map(draw, each, leaves)))
-
-
-def ratio_line(name: str, value: float, target: str | None = None) -> str:
-    """Returns the line that a ratio is printed as."""
-    line = f"ratio {name}: {value:.{3 if value < 2 else 2}f}"
-    return line if target is None else f"{line} (target {target})"
+def served(model: Decoder, fn: Forward) -> jlora.Lora:
+    """Returns a forward pass adapted, factors in the dtype of the base as to serve."""
+    return lora_of(model, fn=fn, dtype=model.dtype)

@@ -11,17 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from forwards import (
-    adapter_of,
-    decode,
-    decoder,
-    empty_cache,
-    lora_of,
-    parser,
-    prefill,
-    ratio_line,
-)
+from forwards import decode, decoder, empty_cache, parser, prefill, served
 from models import Decoder, Params
+from programs import ratio_lines
+from steps import adapter_of
 from timing import Contender, bars, interleave, summarize, table, write
 
 import jlora
@@ -56,7 +49,7 @@ def prefill_contenders(
     # as the text names the line it was made from.
     anew = lambda held: jax.jit(prefill(model)).lower(held, tokens).compile()
     base, again = map(anew, (params, merged))
-    lora = jax.jit(lora_of(model, fn).apply).lower(params, adapter, tokens).compile()
+    lora = jax.jit(served(model, fn).apply).lower(params, adapter, tokens).compile()
     same = base.as_text() == again.as_text()
     # The logits are the state, so that what is waited for is what is computed.
     run = lambda program, *given: lambda _: (program(*given),)
@@ -73,7 +66,7 @@ def decode_contenders(
 ) -> list[Contender]:
     """Returns `steps` tokens of base and unmerged, each with its own cache."""
     fn = decode(model)
-    lora = lora_of(model, fn)
+    lora = served(model, fn)
     base = lambda held, *rest: fn(held["params"], *rest)
     adapted = lambda held, *rest: lora.apply(held["params"], held["adapter"], *rest)
     made = []
@@ -121,7 +114,7 @@ def main() -> None:
     flags = flags_of()
     model = decoder(flags, batch=flags.batch, seq=flags.seq)
     params = jax.jit(model.init)(jax.random.key(0))
-    lora = lora_of(model, prefill(model))
+    lora = served(model, prefill(model))
     adapter = adapter_of(lora, params, model.data(jax.random.key(1)))
     merged = jax.block_until_ready(jlora.merge(params, adapter))
     print(model)
@@ -161,8 +154,7 @@ def report(
     path = write("inference", written, flags.out)
     bars(path.with_suffix(".png"), "Time over the base model's", ratios, "ratio")
     print(f"merged params run the compiled program of the base: {yes(same)}")
-    for name, value in ratios.items():
-        print(ratio_line(name, value, TARGETS[name.split(",")[0]]))
+    print(ratio_lines(ratios, {name: TARGETS[name.split(",")[0]] for name in ratios}))
 
 
 def yes(fact: bool) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import mixed_batch
-from forwards import decoder, parser, ratio_line
+from forwards import decoder, parser
 from models import Decoder, Params
+from programs import ratio_lines
 from steps import (
     OPTIMIZER,
     RANK,
@@ -216,8 +217,7 @@ def report(
     written = {"model": str(model), "flags": given, **results, "ratios": values}
     path = write("many_adapters", written, flags.out)
     bars(path.with_suffix(".png"), f"{flags.adapters} adapters", values, "ratio")
-    for name, (value, target) in ratios.items():
-        print(ratio_line(name, value, target))
+    print(ratio_lines(values, {name: t for name, (_, t) in ratios.items() if t}))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from forwards import adapter_of, lora_of, prefill
+from forwards import prefill, served
 from models import Decoder, Params
+from steps import adapter_of
 from timing import Contender
 
 import jlora
@@ -30,7 +31,7 @@ def contenders(model: Decoder, params: Params, adapters: int) -> list[Contender]
     any time is taken; copies that would take too much memory are left out.
     """
     tokens = model.data(jax.random.key(1))
-    lora = lora_of(model, prefill(model))
+    lora = served(model, prefill(model))
     each = [adapter_of(lora, params, tokens, seed) for seed in range(adapters)]
     own = [tokens[i::adapters] for i in range(adapters)]
     made = [

@@ -123,9 +123,12 @@ class Decoder:
         q, k = rotate(heads(q, self.heads)), rotate(heads(k, self.kv_heads))
         mixed = attention(q, k, heads(v, self.kv_heads)).reshape(x.shape)
         x = x + linears(mixed, layer, ("o",))[0]
-        h = rms_norm(x, layer["norm_2"])
-        gate, up = linears(h, layer, ("gate", "up"))
-        return x + linears(jax.nn.silu(gate) * up, layer, ("down",))[0]
+        return x + self.mlp(rms_norm(x, layer["norm_2"]), layer, linears)
+
+    def mlp(self, x: jax.Array, layer: Layer, linears: Linears) -> jax.Array:
+        """The gated MLP of a layer."""
+        gate, up = linears(x, layer, ("gate", "up"))
+        return linears(jax.nn.silu(gate) * up, layer, ("down",))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,8 @@ from models import (
     Layer,
     Linears,
     Params,
-    attention,
     cross_entropy,
     plain,
-    rms_norm,
-    rotate,
 )
 
 Batch = tuple[jax.Array, jax.Array]
@@ -142,18 +139,10 @@ class MixtureOfExperts(Decoder):
             shapes[name] = (self.experts, *shapes[name])
         return shapes
 
-    def layer(self, x: jax.Array, layer: Layer, linears: Linears) -> jax.Array:
-        """One layer."""
-        h = rms_norm(x, layer["norm_1"])
-        q, k, v = linears(h, layer, ("q", "k", "v"))
-        heads = lambda y, n: y.reshape(*y.shape[:-1], n, self.d // self.heads)
-        q, k = rotate(heads(q, self.heads)), rotate(heads(k, self.kv_heads))
-        mixed = attention(q, k, heads(v, self.kv_heads)).reshape(x.shape)
-        x = x + linears(mixed, layer, ("o",))[0]
-        h = rms_norm(x, layer["norm_2"]).reshape(self.experts, -1, self.d)
-        gate, up = linears(h, layer, ("gate", "up"))  # (experts, tokens, ffn)
-        (out,) = linears(jax.nn.silu(gate) * up, layer, ("down",))
-        return x + out.reshape(x.shape)
+    def mlp(self, x: jax.Array, layer: Layer, linears: Linears) -> jax.Array:
+        """The experts, (experts, tokens, ffn) inside."""
+        shared = x.reshape(self.experts, -1, self.d)
+        return super().mlp(shared, layer, linears).reshape(x.shape)
 
 
 def layer_norm(x: jax.Array, params: Params) -> jax.Array:

@@ -110,7 +110,7 @@ def ratio_lines(ratios: Mapping[str, float], targets: Mapping[str, str]) -> str:
     lines = []
     for name, value in ratios.items():
         target = f" (target {targets[name]})" if name in targets else ""
-        lines.append(f"ratio {name}: {value:.2f}{target}")
+        lines.append(f"ratio {name}: {value:.{3 if value < 2 else 2}f}{target}")
     return "\n".join(lines)
 
 

@@ -22,20 +22,27 @@ SCALING = ALPHA / RANK
 OPTIMIZER = optax.adamw(1e-4)
 
 
-def adapter_of(lora: Any, params: Params, batch: jax.Array) -> jlora.Adapter:
+def adapter_of(
+    lora: jlora.Lora, params: Params, batch: Any, seed: int = 2
+) -> jlora.Adapter:
     """Returns an adapter whose every factor has random values."""
-    adapter = lora.init(jax.random.key(2), params, batch)
+    adapter = lora.init(jax.random.key(seed), params, batch)
     leaves, treedef = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    draw = lambda key, leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    draw = lambda k, leaf: leaf + 0.01 * jax.random.normal(k, leaf.shape, leaf.dtype)
     return treedef.unflatten(list(map(draw, keys, leaves)))
 
 
-def lora_of(model: Any, rank: int = RANK, **options: Any) -> jlora.Lora:
-    """Returns the model's loss with every linear of its layers adapted."""
+def lora_of(
+    model: Any,
+    rank: int = RANK,
+    fn: Callable[..., Any] | None = None,
+    dtype: Any = jnp.float32,
+) -> jlora.Lora:
+    """Returns the model's loss, or `fn`, with every linear of its layers adapted."""
     target = f"layers/(.*/)?({'|'.join(model.kernels)})"
-    config = jlora.LoraConfig(target, rank=rank, alpha=rank * SCALING)
-    return jlora.lora(model.loss, config, **options)
+    config = jlora.LoraConfig(target, rank=rank, alpha=rank * SCALING, dtype=dtype)
+    return jlora.lora(model.loss if fn is None else fn, config)
 
 
 def as_layers(adapter: jlora.Adapter, params: Params) -> Params:

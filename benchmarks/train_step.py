@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from cases import FROZEN, MODELS, SIZES, Case, Times, cases, ratios, utilization
 from models import Decoder, Params
+from programs import ratio_lines
 from rivals import RIVALS, Maker
 from same_loss import check
 from steps import adapter_of, contender, lora_of, makers
@@ -231,10 +232,7 @@ def main() -> None:
         result |= {"ratios": ratios(result["seconds"]), "targets": dict(case.targets)}
         keep(result, flags.out)
         lines.append(f"\n{case.label}")
-        for name, value in result["ratios"].items():
-            target = case.targets.get(name)
-            expected = f" (target {target})" if target else ""
-            lines.append(f"ratio {name}: {value:.2f}{expected}")
+        lines.append(ratio_lines(result["ratios"], case.targets))
     print("\n".join(lines))
 
 

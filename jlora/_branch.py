@@ -12,7 +12,7 @@ import jax
 
 from ._compat import manual_axes, vary
 from ._dropout import Dropout, drop
-from ._forms import expand, shrink
+from ._forms import expand, shrink, side_by_side
 from ._group import GroupDims, Layout, Operands, as_type_of
 
 
@@ -63,7 +63,7 @@ def _operands(static: Static, arrays: Arrays) -> Operands:
 
 def _evaluate(static: Static, arrays: Arrays, y: jax.Array) -> jax.Array:
     operands, one = _operands(static, arrays), static.dims.kernels[0]
-    _, h = shrink(static.dims, operands)
+    h = shrink(static.dims, operands)
     return expand(static.dims, one, one.scaling * h, arrays.b, y)
 
 
@@ -80,7 +80,7 @@ def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, An
     """As in `_linear`, with the masked input: `dx` is masked as the input was."""
     dims, operands = static.dims, _operands(static, arrays)
     one, x, b = dims.kernels[0], operands.x, arrays.b
-    a, h = shrink(dims, operands)
+    a, h = side_by_side(operands), shrink(dims, operands)
     layout = Layout.of(dims, one, x, static.kernel)
     g = one.scaling * layout.shrink_cotangent(dy, b.astype(h.dtype), h.dtype)
     da = as_type_of(layout.grad_a(x, g, arrays.a.dtype), arrays.a)

@@ -18,6 +18,7 @@ from ._analyze import Analysis, Program, Step, Views
 from ._compat import JIT, REMAT, scan_counts
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
+from ._linear import keeping
 from ._sharding import factor_spec
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -89,7 +90,7 @@ def _constrain(value: Any, sharding: Any) -> Any:
 def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     (program,) = step.programs
     body = lambda *args: run(program, args)
-    prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
+    prevent_cse, policy = eqn.params["prevent_cse"], keeping(eqn.params["policy"])
     return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(*values)
 
 

@@ -32,7 +32,6 @@ from ._group import (
 from ._sharding import explicit_sharding, is_whole
 
 Contraction = Literal["factored", "merged", "auto"]
-Factors = tuple[jax.Array, jax.Array]
 
 
 class Backward(NamedTuple):
@@ -42,15 +41,19 @@ class Backward(NamedTuple):
     dx: jax.Array | None
 
 
-def shrink(dims: GroupDims, operands: Operands) -> Factors:
-    """Returns the concatenated `a`, and `h = x·a` with the rank last."""
-    x = operands.x
-    dtype = compute_dtype(x, operands.kernels[0])
-    a = concatenate([a.astype(dtype) for a in operands.a])
+def side_by_side(operands: Operands) -> jax.Array:
+    """Returns the concatenated `a`, in the dtype of the skinny products."""
+    dtype = compute_dtype(operands.x, operands.kernels[0])
+    return concatenate([a.astype(dtype) for a in operands.a])
+
+
+def shrink(dims: GroupDims, operands: Operands) -> jax.Array:
+    """Returns `h = x·a` of all kernels, with the rank last."""
+    x, a = operands.x, side_by_side(operands)
     n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
     batch = (dims.batch, range(n_batch))
-    return a, dot(x, a, contract, batch, dtype, dims.kernels[0].precision)
+    return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
 
 
 def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
@@ -59,9 +62,11 @@ def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.
     return [one.scaling * piece for one, piece in pieces]
 
 
-def forward(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
-    """Returns the adapted products, each laid out as its base product."""
-    return _FORMS[form].forward(dims, operands)
+def forward(
+    form: Form, dims: GroupDims, operands: Operands, h: jax.Array
+) -> list[jax.Array]:
+    """Returns the adapted products, each laid out as its base product; `h = x·a`."""
+    return _FORMS[form].forward(dims, operands, h)
 
 
 def backward(
@@ -112,8 +117,7 @@ def _sum(parts: Sequence[jax.Array]) -> jax.Array:
 # --- separate ---
 
 
-def _separate(dims: GroupDims, operands: Operands) -> list[jax.Array]:
-    _, h = shrink(dims, operands)
+def _separate(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
     pieces = scaled(dims, h, operands.ranks)
     rows = zip(dims.kernels, operands.kernels, operands.b, pieces, strict=True)
     return [
@@ -152,9 +156,8 @@ def _separate_backward(
 # --- extended ---
 
 
-def _extended(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+def _extended(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
     x, ranks = operands.x, operands.ranks
-    _, h = shrink(dims, operands)
     h = concatenate(scaled(dims, h, ranks))
     features = math.prod(x.shape[i] for i in dims.contract)
     x = jnp.concatenate([x.reshape(*h.shape[:-1], features), h], axis=-1)
@@ -199,7 +202,7 @@ def _extended_backward(
 # --- merged ---
 
 
-def _merged(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+def _merged(dims: GroupDims, operands: Operands, _: jax.Array) -> list[jax.Array]:
     kernels = _merged_kernels(dims, operands)
     pairs = zip(dims.kernels, kernels, strict=True)
     return [base_product(dims, one, operands.x, w) for one, w in pairs]
@@ -231,7 +234,7 @@ def _merged_backward(
 
 
 class _Form(NamedTuple):
-    forward: Callable[[GroupDims, Operands], list[jax.Array]]
+    forward: Callable[[GroupDims, Operands, jax.Array], list[jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array]]
 
 

@@ -2,19 +2,22 @@
 
 Plain autodiff of the same expression does the same arithmetic and runs slower: it asks
 for transposed copies of large operands. Here every gradient is one `dot_general` whose
-operands lie as they are, and the residuals are `x`, `W`, `a` and `b` alone. A
-quantised kernel `W` is made dense in each pass, and its arrays are the residuals.
+operands lie as they are, and the residuals are `x`, `W`, `a`, `b`, and `x·a` where it
+is small beside `x`. A quantised kernel `W` is made dense in each pass, and its arrays
+are the residuals.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from ._compat import manual_axes, vary
-from ._forms import Backward, backward, forward, scaled, shrink
+from ._forms import Backward, backward, forward, scaled, shrink, side_by_side
 from ._group import Form, GroupDims, Layout, Operands, as_type_of, per_kernel
 from ._lazy import (
     Lazy,
@@ -26,6 +29,11 @@ from ._lazy import (
     primals,
     pulled,
 )
+
+# `x·a` is kept for the backward pass where it has at most an eighth of the columns of
+# `x`, and not computed again under `jax.checkpoint` where it has at most 1/32 of them.
+_KEPT, _KEPT_UNDER_REMAT = 8, 32
+_NAME = "jlora: x·a"
 
 
 def low_rank_product(
@@ -49,7 +57,9 @@ def low_rank_product(
     if derive == "custom":
         return _product((dims, form), operands)
     form = "separate" if form == "extended" else form
-    run = lambda operands: forward(form, dims, _opened(operands))
+    run = lambda operands: forward(
+        form, dims, _opened(operands), shrink(dims, operands)
+    )
     if is_lazy(operands.kernels):
         return made_again(run, operands, derive)
     return run(operands)
@@ -64,6 +74,15 @@ def _made(x: jax.Array, kernels: Sequence[Any]) -> list[jax.Array]:
     """Makes kernels dense, varying along the shard_map axes along which `x` does."""
     make = lambda w: vary(dense(w), manual_axes(x)) if isinstance(w, Lazy) else w
     return [make(w) for w in kernels]
+
+
+@functools.cache
+def keeping(policy: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Returns a policy of `jax.checkpoint` that saves small `x·a` besides."""
+    small = jax.checkpoint_policies.save_only_these_names(_NAME)
+    if policy is None:
+        return small
+    return lambda *args, **params: small(*args, **params) or policy(*args, **params)
 
 
 def _one_kernel_for_all(
@@ -97,13 +116,20 @@ def _one_kernel_for_all(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static: tuple[GroupDims, Form], operands: Operands) -> list[jax.Array]:
+    return _run(static, operands, shrink(static[0], operands))
+
+
+def _run(
+    static: tuple[GroupDims, Form], operands: Operands, h: jax.Array
+) -> list[jax.Array]:
     dims, form = static
-    run = lambda form, operands: forward(form, dims, _opened(operands))
-    return _one_kernel_for_all(run, form, operands)
+    run = lambda form, operands, h: forward(form, dims, _opened(operands), h)
+    return _one_kernel_for_all(run, form, operands, h)
 
 
 class _Residuals(NamedTuple):
     operands: Operands
+    h: jax.Array | None
     # None for what is not differentiated: a marker that is part of the tree structure,
     # so that no gradient of a frozen kernel is ever formed.
     wants_x: tuple[()] | None
@@ -114,11 +140,17 @@ class _Residuals(NamedTuple):
 def _forward(
     static: tuple[GroupDims, Form], operands: Operands
 ) -> tuple[list[jax.Array], _Residuals]:
-    """The forward pass; the residuals are the operands alone."""
+    """The forward pass; the residuals are the operands, and `x·a` where it is small."""
+    dims, _ = static
     arrays, _ = primals(operands)
     (wants_x,) = primals(operands.x)[1]
     marks = tuple(primals(kernel)[1] for kernel in operands.kernels)
-    return _product(static, arrays), _Residuals(arrays, wants_x, marks)
+    h = shrink(dims, arrays)
+    columns = math.prod(arrays.x.shape[i] for i in dims.contract)
+    if h.shape[-1] * _KEPT_UNDER_REMAT <= columns:
+        h = checkpoint_name(h, _NAME)
+    kept = h if h.shape[-1] * _KEPT <= columns else None
+    return _run(static, arrays, h), _Residuals(arrays, kept, wants_x, marks)
 
 
 def _backward(
@@ -130,12 +162,13 @@ def _backward(
     `dx = dy·Wᵀ + g·aᵀ`, `da = xᵀ·g`, `db = hᵀ·dy` (kept as `dyᵀ·h`, rank last).
     """
     dims, form = static
-    operands, wants_x, wants_kernel = residuals
+    operands, kept, wants_x, wants_kernel = residuals
     x, ranks = operands.x, operands.ranks
     dys = [instantiate(dy) for dy in cotangents]
     if is_lazy(operands.kernels):
         operands, dys = kept_apart(operands, dys)
-    a, h = shrink(dims, operands)
+    a = side_by_side(operands)
+    h = shrink(dims, operands) if kept is None else kept
 
     def run(form: Form, operands: Operands, a: Any, dys: Any) -> Backward:
         return backward(form, dims, _opened(operands), a, dys, wants_x is not None)

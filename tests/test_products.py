@@ -256,13 +256,45 @@ def test_siblings_cost_one_product_less_each() -> None:
     assert both - forward == Counter(backward)
 
 
-def test_one_kernel_costs_nine_products() -> None:
+def test_one_kernel_costs_eight_products() -> None:
+    """Nine where x·a is not small enough to be kept."""
     x, params = jnp.ones((N, D)), {"w": jnp.ones((D, K))}
     lora, adapter = adapted(lambda p, x: x @ p["w"], params, x)
     assert products(lora.apply, params, adapter, x).total() == 3
     total = lambda adapter, x: jnp.sum(lora.apply(params, adapter, x))
-    assert products(jax.grad(total, (0, 1)), adapter, x).total() == 3 + 6
-    assert products(jax.grad(total), adapter, x).total() == 3 + 4  # no dx
+    assert products(jax.grad(total, (0, 1)), adapter, x).total() == 3 + 5
+    assert products(jax.grad(total), adapter, x).total() == 3 + 3  # no dx
+
+
+@pytest.mark.parametrize(
+    ("rank", "remat", "times"),
+    [(4, False, 1), (4, True, 1), (16, False, 1), (16, True, 2), (64, False, 2)],
+)
+def test_a_small_h_is_kept(rank: int, remat: bool, times: int) -> None:
+    """Up to 1/8 of the columns of x; under `jax.checkpoint`, up to 1/32."""
+    x, params = jnp.ones((N, 256)), {"w": jnp.ones((256, 80))}
+    fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
+    config = jlora.LoraConfig(rank=rank)
+    lora = jlora.lora(jax.checkpoint(fn) if remat else fn, config)
+    adapter = randomized(lora.init(jax.random.key(0), params, x), jax.random.key(1))
+    grad = lambda adapter: jax.grad(lora.apply, 1)(params, adapter, x)
+    g = 1  # dy·bᵀ has the shape of h
+    assert products(grad, adapter)[N, rank] == times + g
+    expected = jax.grad(lambda adapter: fn(jlora.merge(params, adapter), x))(adapter)
+    assert_close(grad(adapter), expected, 1e-4)
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+def test_policies_of_checkpoint_keep_what_they_kept(policy: str) -> None:
+    remat = getattr(jax.checkpoint_policies, policy)
+    x, params = jnp.ones((N, 256)), {"v": jnp.ones((256, 256)), "w": jnp.ones((256, K))}
+    layer = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["v"]) @ p["w"]))
+    fn = jax.checkpoint(layer, policy=remat)
+    lora = jlora.lora(fn, jlora.LoraConfig("w", rank=4))
+    adapter = lora.init(jax.random.key(0), params, x)
+    grad = lambda adapter: jax.grad(lora.apply, 1)(params, adapter, x)
+    again = policy == "nothing_saveable"
+    assert products(grad, adapter)[N, 256] == 1 + again  # x·v, which is frozen
 
 
 def test_extended_costs_two_products_forward(extended: None) -> None:
