@@ -1,4 +1,4 @@
-"""What DoRA, dropout and a quantised base cost beside plain LoRA, in interleaved rounds.
+"""What DoRA, dropout and a quantised base cost beside plain LoRA, interleaved.
 
 `python benchmarks/variants.py`. All steps are of the same decoder with all linears
 adapted, AdamW included; peak bytes are what XLA says that each step needs.
