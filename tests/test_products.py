@@ -253,7 +253,9 @@ def test_siblings_cost_one_product_less_each() -> None:
     # Backward: h again, dx of each and of the delta, g of each, one da, db of each.
     backward = {(N, 3 * R): 1, (N, D): 4, (N, R): 3, (3 * R, D): 1}
     backward |= {(R, 56): 1, (R, 24): 1, (R, 72): 1}
-    assert both - forward == Counter(backward)
+    # Whether the rank is first or last in da and db is up to the JAX release.
+    sides = lambda shapes: Counter({tuple(sorted(s)): n for s, n in shapes.items()})
+    assert sides(both - forward) == sides(backward)
 
 
 def test_one_kernel_costs_eight_products() -> None:
