@@ -72,7 +72,13 @@ def moments_by_jacobian(use: Use, params: Tree, inputs: Any) -> Array:
     return GROUPS.get(use.name, 1) * each.mean(0)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if i % 2 else pytest.param(name, marks=pytest.mark.slow)
+        for i, name in enumerate(LINEAR)
+    ],
+)
 def test_moments_are_those_of_the_jacobian(name: str, getkey: Key) -> None:
     use = NAMED[name]
     params = use.make_params(getkey(), jnp.float32)

@@ -128,6 +128,11 @@ MOVES: dict[str, tuple[Any, Reference]] = {
     "olora": (jlora.olora, orthonormal),
 }
 each_move = pytest.mark.parametrize("name", MOVES)
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+# What is the same code for all of them is run for all of them once.
+most_moves = pytest.mark.parametrize(
+    "name", ["pissa", slow("pissa_fast"), slow("milora"), slow("olora")]
+)
 
 
 @functools.cache
@@ -202,7 +207,7 @@ def test_both_factors_have_a_gradient(name: str) -> None:
     assert all(grads[path].a.any() and grads[path].b.any() for path in KERNELS)
 
 
-@each_move
+@most_moves
 def test_structure_dtypes_and_statics_stay(name: str) -> None:
     move, _ = MOVES[name]
     _, params, adapter, _ = make()
@@ -214,7 +219,7 @@ def test_structure_dtypes_and_statics_stay(name: str) -> None:
         assert like(moved) == like(adapter)  # axes and scaling are in the structure
 
 
-@each_move
+@most_moves
 def test_under_jit_and_on_shapes(name: str) -> None:
     move, _ = MOVES[name]
     _, params, adapter, _ = make()
@@ -417,7 +422,7 @@ def test_entries_that_are_more_than_two_factors_are_refused(name: str) -> None:
 # where things live
 
 
-@each_move
+@most_moves
 def test_numpy_params_stay_numpy(name: str) -> None:
     move, _ = MOVES[name]
     _, params, adapter, _ = make()
@@ -428,7 +433,7 @@ def test_numpy_params_stay_numpy(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@each_move
+@most_moves
 def test_shardings_stay(name: str, kind: Any, getkey: Key) -> None:
     move, _ = MOVES[name]
     mesh = jax.make_mesh((2, 2), ("x", "y"), (kind, kind))
