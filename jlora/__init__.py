@@ -71,7 +71,7 @@ if _TYPE_CHECKING:
 def __getattr__(name: str) -> _Any:
     """Opens the door to Qwix for `jlora.quantize`, and not before."""
     if name == "quantize":
-        from .quant import quantize as found
+        from . import quant
 
-        return found
+        return quant.quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
