@@ -239,12 +239,6 @@ def test_unlike_kernels_are_named_together() -> None:
     assert "'conv'" not in str(told.value)
 
 
-class WithMagnitude(jlora.LoraFactors):
-    """Factors with what DoRA has beside them."""
-
-    magnitude = 1.0
-
-
 CALLS: dict[str, Callable[[Any], Any]] = {
     "scale": lambda x: jlora.scale(x, 2.0),
     "add": lambda x: jlora.add(make(0), x),
@@ -260,7 +254,7 @@ def test_what_is_no_pair_of_factors_is_refused_by_name(name: str) -> None:
     conv = make(0)["conv"]
     x = make(1) | {
         "head": jnp.ones((5, 2)),
-        "conv": WithMagnitude(conv.a, conv.b, conv.axes, conv.scaling),
+        "conv": dataclasses.replace(conv, magnitude=jnp.ones(1)),
         "rows": "of a table",
     }
     with pytest.raises(jlora.UnsupportedFeatureError) as told:
