@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._factors import LoraFactors
-from ._lowrank import (
+from ._matrices import (
     Array,
     by_path,
     check_factors,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._lowrank import replicated
+from ._matrices import replicated
 from ._triplets import SvdFactors, is_svd
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ._algebra import Factored, check_number, joined, scaled
 from ._factors import LoraFactors
 from ._init import key_of
-from ._lowrank import (
+from ._matrices import (
     Array,
     by_path,
     check_factors,

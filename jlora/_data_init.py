@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._decompose import Svd, balanced, matmul, svd, transposed
 from ._errors import AdapterError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._inputs import InputStats, projection
-from ._low_rank import Svd, balanced, matmul, svd, transposed
 from ._moving import check_entries, check_plain, matrix_of_a, move, with_matrices
 
 Matrices = tuple[jax.Array, jax.Array]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ._decompose import balanced, randomized_svd, svd, transposed
 from ._factors import Adapter, LoraFactors, PyTree, delta
 from ._init import key_of
-from ._low_rank import balanced, randomized_svd, svd, transposed
 from ._moving import check_entries, in_place, matrix_of_a, move, with_matrices
 from ._paths import FlatParams
 from ._trace import is_array

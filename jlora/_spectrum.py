@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ._factors import LoraFactors
-from ._lowrank import Array, check_factors, matrices
+from ._matrices import Array, check_factors, matrices
 
 
 def spectrum(adapter: Mapping[str, LoraFactors]) -> dict[str, jax.Array]:

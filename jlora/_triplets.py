@@ -18,7 +18,7 @@ from ._axes import KernelAxes
 from ._errors import AdapterError
 from ._factors import Adapter, LoraFactors
 from ._init import key_of
-from ._lowrank import batch_placed, check_factors, matrices, with_matrices
+from ._matrices import batch_placed, check_factors, matrices, with_matrices
 from ._norms import gram
 from ._spectrum import product_svd
 

@@ -17,26 +17,41 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Scripts for a Python that has torch and PEFT.
 collect_ignore = ["peft_oracle"]
 
-# Every use of a kernel is crossed with every wrapper, in each of these modules.
-CROSSED = ("test_uses.py", "test_wrappers.py", "test_zoo.py")
+# What is one test for each use of a kernel, each wrapper of a function, or each model.
+CROSSED = (
+    "test_uses.py",
+    "test_wrappers.py",
+    "test_zoo.py",
+    "test_dora.py",
+    "test_mixed.py",
+    "test_quant.py",
+    "test_quant_wrappers.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds `--sample`, for a second JAX release on which the others have passed."""
-    told = "run one in N of the crossings of uses, wrappers and models (by their names)"
-    parser.addoption("--sample", type=int, default=1, metavar="N", help=told)
+    """Adds `--sample` and `--thin`, with which CI shares tests out among releases."""
+    told = (
+        "run one in N of the crossings of uses, wrappers and models, those of share K"
+    )
+    parser.addoption("--sample", default="0/1", metavar="K/N", help=told)
+    parser.addoption("--thin", default="0/1", metavar="K/N", help="and of all others")
 
 
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leaves crossings out, always the same ones."""
-    n = config.getoption("--sample")
-    out = [
-        item
-        for item in items
-        if item.path.name in CROSSED and zlib.crc32(item.nodeid.encode()) % n
-    ]
+    """Leaves tests out, by their names and so always the same ones."""
+    share = {
+        name: tuple(map(int, config.getoption(f"--{name}").split("/")))
+        for name in ("sample", "thin")
+    }
+
+    def chosen(item: pytest.Item) -> bool:
+        k, n = share["sample" if item.path.name in CROSSED else "thin"]
+        return zlib.crc32(item.nodeid.encode()) % n == k
+
+    out = [item for item in items if not chosen(item)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in set(out)]
 
