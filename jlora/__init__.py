@@ -5,8 +5,6 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 """
 
 from importlib import metadata as _metadata
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
 
 from ._axes import KernelAxes as KernelAxes
 from ._config import LoraConfig as LoraConfig
@@ -27,6 +25,7 @@ from ._merge import merge as merge
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan
+from ._quantize import quantize as quantize
 from ._targets import Target as Target
 from ._targets import Unusable as Unusable
 from ._transform import Lora as Lora
@@ -38,15 +37,3 @@ except (
     _metadata.PackageNotFoundError
 ):  # a checkout that is on the path but not installed
     __version__ = "0.0.0"
-
-if _TYPE_CHECKING:
-    from .quant import quantize as quantize
-
-
-def __getattr__(name: str) -> _Any:
-    """Opens the door to Qwix for `jlora.quantize`, and not before."""
-    if name == "quantize":
-        from .quant import quantize as found
-
-        return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

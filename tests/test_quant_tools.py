@@ -1,6 +1,7 @@
 """`jlora.quantize`, and what else of jlora sees a quantised base."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -399,3 +400,10 @@ def test_scales_that_the_mesh_does_not_divide_are_whole():
     found = jlora.quantize({"w": w}, "w", "int8", tile=16)["w"]
     assert found.qvalue.sharding.is_equivalent_to(place, 2)
     assert found.scale.sharding.is_fully_replicated
+
+
+def test_without_qwix_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.delitem(sys.modules, "jlora.quant", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'jlora\[quant\]'"):
+        jlora.quantize(make_params(), "head")

@@ -39,7 +39,7 @@ _discover _decide
 _interpret _targets
 _measure
 _plan
-_base _transform
+_base _quantize _transform
 _torch_params
 _peft_whole _peft_write
 _peft_read
