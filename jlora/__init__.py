@@ -5,8 +5,6 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 """
 
 from importlib import metadata as _metadata
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
 
 from . import _adalora as adalora  # noqa: F401 (its names are short in there)
 from ._algebra import add as add
@@ -43,6 +41,7 @@ from ._moving_init import pissa as pissa
 from ._placement import shardings as shardings
 from ._placement import state_shardings as state_shardings
 from ._plan import Plan as Plan
+from ._quantize import quantize as quantize
 from ._spectrum import effective_rank as effective_rank
 from ._spectrum import energy_kept as energy_kept
 from ._spectrum import entropy_rank as entropy_rank
@@ -63,15 +62,3 @@ except (
     _metadata.PackageNotFoundError
 ):  # a checkout that is on the path but not installed
     __version__ = "0.0.0"
-
-if _TYPE_CHECKING:
-    from .quant import quantize as quantize
-
-
-def __getattr__(name: str) -> _Any:
-    """Opens the door to Qwix for `jlora.quantize`, and not before."""
-    if name == "quantize":
-        from . import quant
-
-        return quant.quantize
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

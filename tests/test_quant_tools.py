@@ -1,6 +1,7 @@
 """`jlora.quantize`, and what else of jlora sees a quantised base."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from jax.sharding import PartitionSpec as P
 from oracle import assert_close
 
 import jlora
+import jlora.checkpoint
 import jlora.linen
 import jlora.nnx
 import jlora.optim
+import jlora.peft
 from jlora._fingerprint import differences, fingerprint
 
 qwix = pytest.importorskip("qwix")
@@ -336,6 +339,27 @@ def test_fingerprints_tell_quantised_bases_apart():
     assert "other values" in told("nf4", "tiles")[0]
 
 
+def test_a_checkpoint_knows_how_its_base_was_quantised(tmp_path):
+    plain = make_params()
+    nf4, int8 = (jlora.quantize(plain, "stack", q, tile=8) for q in ("nf4", "int8"))
+    adapter = make_adapter(nf4)
+    jlora.checkpoint.save(tmp_path, adapter, config=LORA.configs, base=nf4)
+    found = jlora.checkpoint.restore(tmp_path, base=nf4)
+    assert_close(found, adapter, 0.0)
+    for other, told in ((plain, "float32"), (int8, "int8 of float32")):
+        match = f"'stack' has dtype {told}, and had nf4 of float32"
+        with pytest.raises(jlora.BaseMismatchError, match=match):
+            jlora.checkpoint.restore(tmp_path, base=other)
+
+
+def test_torch_gets_dense_kernels():
+    params = {"params": {"out": {"kernel": normal(0, 16, 6)}}}
+    found = jlora.quantize(params, "kernel", "int8")
+    (tensor,) = jlora.peft.params_to_torch(found).values()
+    expected = dense(found["params"]["out"]["kernel"]).T
+    assert_close(jnp.asarray(tensor), expected, 0.0)
+
+
 def test_norms_of_a_quantised_kernel_are_those_of_the_dense_one():
     params = jlora.quantize(make_params(), ".*", "int8", tile=8)
     adapter = make_adapter(params)
@@ -399,3 +423,10 @@ def test_scales_that_the_mesh_does_not_divide_are_whole():
     found = jlora.quantize({"w": w}, "w", "int8", tile=16)["w"]
     assert found.qvalue.sharding.is_equivalent_to(place, 2)
     assert found.scale.sharding.is_fully_replicated
+
+
+def test_without_qwix_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.delitem(sys.modules, "jlora.quant", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'jlora\[quant\]'"):
+        jlora.quantize(make_params(), "head")

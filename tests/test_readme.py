@@ -123,8 +123,7 @@ def test_the_table_has_every_public_name() -> None:
 
 def test_public_names_are_those_of_the_module() -> None:
     modules = {f.stem for f in (ROOT / "jlora").glob("*.py")}
-    # The door to Qwix is opened when the name is asked for.
-    visible = {n for n in vars(jlora) if not n.startswith("_")} | {"quantize"}
+    visible = {n for n in vars(jlora) if not n.startswith("_")}
     assert visible - modules == set(public_names())
 
 

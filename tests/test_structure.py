@@ -34,7 +34,7 @@ _control_flow _measure _moves
 _carry _plan
 _base _decide _discover _inputs _interpret
 _data_init _peft_write _targets _torch_params
-_peft_whole _transform
+_peft_whole _quantize _transform
 _peft_read
 _peft_alone
 """.split()
