@@ -257,7 +257,8 @@ def test_the_check_notices_another_adapter(
     lora = jlora.lora(tiny.model.apply, config)
     adapter = lora.init(jax.random.key(0), tiny.variables, some_tokens(1, 4))
     adapter = jax.tree.map(lambda v: v + 0.1, adapter)
-    nudged = lambda f: lambda *args: jax.tree.map(lambda v: v + 1e-2, f(*args))
+    add = lambda tree: jax.tree.map(lambda v: v + 1e-2, tree)
+    nudged = lambda f: lambda *args, **given: add(f(*args, **given))
     if broken == "restore":
         monkeypatch.setattr(finetune_chat, broken, nudged(finetune_chat.restore))
     if broken == "merge":
