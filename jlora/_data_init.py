@@ -16,7 +16,8 @@ from ._decompose import Svd, balanced, matmul, svd, transposed
 from ._errors import AdapterError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._inputs import InputStats, projection
-from ._moving import check_entries, check_plain, matrix_of_a, move, with_matrices
+from ._matrices import with_matrices
+from ._moving import check_entries, check_plain, matrix_of_a, move
 
 Matrices = tuple[jax.Array, jax.Array]
 Direction = Literal["ArBr", "A2rBr", "ArB2r"]

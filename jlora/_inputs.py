@@ -15,6 +15,7 @@ integers, operations without a derivative), and no activation is kept.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,14 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, base_of
-from ._analyze import Program
+from ._analyze import Program, Step
 from ._axes import KernelAxes
 from ._carry import CARRY
 from ._compat import (
     JIT,
     REMAT,
-    equation_scope,
-    is_literal,
     manual_axes,
     rebind,
     scan_counts,
@@ -41,6 +40,7 @@ from ._control_flow import Rows, specs_like
 from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._init import key_of
+from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
 from ._sharding import factor_spec
 from ._trace import Traced
@@ -177,32 +177,20 @@ def _quiet(values: Sequence[Any]) -> list[Any]:
 
 def _walk(program: Program, values: Sequence[Any], tally: Tally) -> list[Any]:
     """Evaluates a program as `_interpret.run` does, and tallies the uses on the way."""
-    env = dict(zip(program.jaxpr.invars, values, strict=True))
-    env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
-    read = lambda v: v.val if is_literal(v) else env[v]
-    for step in program.steps:
-        if step.action == "dead":
-            continue
-        with equation_scope(step.eqns[0]):
-            if step.action == "product":
-                # Siblings stand where the first does, and read its other operand.
-                x = read(step.eqns[0].invars[1 - step.kernels[0]])
-                for eqn, i in zip(step.eqns, step.kernels, strict=True):
-                    kernel = read(eqn.invars[i])
-                    operands = [kernel, x] if i == 0 else [x, kernel]
-                    env.update(
-                        zip(eqn.outvars, _use(eqn, operands, tally), strict=True)
-                    )
-                continue
-            (eqn,) = step.eqns
-            outputs = _step(step, [read(v) for v in eqn.invars], tally)
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in program.jaxpr.outvars]
+    return walk(program, values, functools.partial(_step, tally=tally))
 
 
-def _step(step: Any, values: list[Any], tally: Tally) -> Sequence[Any]:
+def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
+    if step.action == "product":
+        # Siblings stand where the first does, and read its other operand.
+        x = read(step.eqns[0].invars[1 - step.kernels[0]])
+        uses = []
+        for eqn, i in zip(step.eqns, step.kernels, strict=True):
+            kernel = read(eqn.invars[i])
+            uses += _use(eqn, [kernel, x] if i == 0 else [x, kernel], tally)
+        return uses
     (eqn,) = step.eqns
-    name = eqn.primitive.name
+    values, name = [read(v) for v in eqn.invars], eqn.primitive.name
     if step.action == "enter":
         if name not in _ENTER:
             raise UnsupportedFeatureError(

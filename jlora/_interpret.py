@@ -17,6 +17,9 @@ from ._lazy import called, dense, is_lazy
 from ._lazy_moves import carried, stays_small
 from ._products import run_products
 
+# Returns the value of a variable of a jaxpr.
+Read = Callable[[Any], Any]
+
 
 def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
     """Evaluates a program on plain and adapted values.
@@ -29,6 +32,31 @@ def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
     Returns:
         The outputs, of which those with views are `Adapted`, and others may be `Lazy`.
     """
+
+    def evaluate(step: Step, read: Read) -> Sequence[Any]:
+        if step.action == "product":
+            return _products(step, read, derive)
+        return _evaluate(step, read, derive)
+
+    return walk(program, values, evaluate)
+
+
+def walk(
+    program: Program,
+    values: Sequence[Any],
+    evaluate: Callable[[Step, Read], Sequence[Any]],
+) -> list[Any]:
+    """Goes through the steps of a program.
+
+    Args:
+        program: the jaxpr with the step of each equation.
+        values: one value per input of the jaxpr.
+        evaluate: returns the outputs of all equations of a step, given a function that
+            reads the value of a variable.
+
+    Returns:
+        The outputs of the program.
+    """
     env = dict(zip(program.jaxpr.invars, values, strict=True))
     env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
     read = lambda v: v.val if is_literal(v) else env[v]
@@ -36,16 +64,13 @@ def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
         if step.action == "dead":
             continue
         with equation_scope(step.eqns[0]):
-            if step.action == "product":
-                outputs = _products(step, read, derive)
-            else:
-                outputs = _evaluate(step, read, derive)
+            outputs = evaluate(step, read)
         outvars = itertools.chain.from_iterable(eqn.outvars for eqn in step.eqns)
         env.update(zip(outvars, outputs, strict=True))
     return [read(v) for v in program.jaxpr.outvars]
 
 
-def _products(step: Step, read: Callable[[Any], Any], derive: str) -> list[Any]:
+def _products(step: Step, read: Read, derive: str) -> list[Any]:
     """Siblings are evaluated where the first stands, with its other operand."""
     x = dense(read(step.eqns[0].invars[1 - step.kernels[0]]))
     pairs = zip(step.eqns, step.kernels, strict=True)
@@ -54,7 +79,7 @@ def _products(step: Step, read: Callable[[Any], Any], derive: str) -> list[Any]:
         return run_products(step.eqns, step.kernels, x, kernels, step.form, derive)
 
 
-def _evaluate(step: Step, read: Callable[[Any], Any], derive: str) -> Sequence[Any]:
+def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
     (eqn,) = step.eqns
     values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name

@@ -55,7 +55,7 @@ def check_factors(
 
 def _refusal(path: str, entry: Any, whole: bool) -> str | None:
     if isinstance(entry, LoraFactors):
-        if getattr(entry, "magnitude", None) is None:
+        if entry.magnitude is None:
             return None
         return f"{path!r} has a magnitude (DoRA), which is not linear in ΔW"
     if not is_array(entry):

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import Adapter, LoraFactors, PyTree, delta
 from ._match import check_adapter
+from ._matrices import replicated, with_matrices
 from ._paths import FlatParams
 from ._placement import factor_shardings
 from ._sharding import explicit_sharding
@@ -63,21 +64,6 @@ def _moved(
     return rest.astype(kernel.dtype), new
 
 
-def with_matrices(entry: LoraFactors, a: jax.Array, b: jax.Array) -> LoraFactors:
-    """Returns the entry with factors given as `(*batch, in, r)` and `(*batch, r, out)`.
-
-    The rank may be another one.
-    """
-    rank = a.shape[-1]
-    shapes = entry.axes.factor_shapes(entry.kernel_shape, rank)
-    return LoraFactors(
-        a.reshape(shapes[0]).astype(entry.a.dtype),
-        b.reshape(shapes[1]).astype(entry.b.dtype),
-        entry.axes,
-        entry.scaling,
-    )
-
-
 def matrix_of_a(entry: LoraFactors) -> jax.Array:
     """Returns `a` as `(*batch, in, r)`."""
     n_batch = len(entry.axes.batch)
@@ -118,8 +104,7 @@ def check_plain(name: str, adapter: Mapping[str, Any]) -> None:
 
 
 def _is_plain(entry: Any) -> bool:
-    plain = type(entry) is LoraFactors
-    return plain and getattr(entry, "magnitude", None) is None
+    return type(entry) is LoraFactors and entry.magnitude is None
 
 
 def _problem(path: str, entry: Any, leaf: Any) -> str | None:
@@ -180,18 +165,10 @@ def _whole(fn: Callable[..., Any], static: Any, *operands: Any) -> Any:
     kernel, entry = operands[:2]
     if explicit_sharding(kernel) is None:
         return fn(static, *operands)
-    value, new = fn(static, *jax.tree.map(_replicated, operands))
+    value, new = fn(static, *jax.tree.map(replicated, operands))
     like: Any = factor_shardings(
         jax.typeof(kernel).sharding, entry.axes, new.a.shape, new.b.shape
     )
     a, b = map(jax.sharding.reshard, (new.a, new.b), like)
     value = jax.sharding.reshard(value, jax.typeof(kernel).sharding)
     return value, LoraFactors(a, b, new.axes, new.scaling)
-
-
-def _replicated(array: Any) -> Any:
-    sharding = explicit_sharding(array)
-    if sharding is None:
-        return array
-    spec = jax.sharding.PartitionSpec(*[None] * array.ndim)
-    return jax.sharding.reshard(array, sharding.update(spec=spec))

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from ._decompose import balanced, randomized_svd, svd, transposed
 from ._factors import Adapter, LoraFactors, PyTree, delta
 from ._init import key_of
-from ._moving import check_entries, in_place, matrix_of_a, move, with_matrices
+from ._matrices import with_matrices
+from ._moving import check_entries, in_place, matrix_of_a, move
 from ._paths import FlatParams
 from ._trace import is_array
 

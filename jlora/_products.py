@@ -125,7 +125,7 @@ class Scaled(NamedTuple):
         contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
         free = free_axes(kernel.base.ndim, contract, batch)
         if all(scale.shape[i] == 1 for i in contract):
-            return cls(x, kernel, _after(eqn, operand, x, scale, batch, free))
+            return cls(x, kernel, _after(eqn, operand, scale, batch, free))
         if all(scale.shape[i] == 1 for i in free):
             axes, places = [*batch, *contract], [*x_batch, *x_contract]
             own = factor_matrix(scale, axes, kernel.base.shape)[..., 0]
@@ -144,7 +144,6 @@ class Scaled(NamedTuple):
 def _after(
     eqn: Any,
     operand: int,
-    x: jax.Array,
     scale: jax.Array,
     batch: Sequence[int],
     free: Sequence[int],
@@ -267,7 +266,7 @@ def _apart(
         matrices = _as_matrices(one, contract, batch)
         if matrices is None:
             dropped = dropped_input(part, x, words, x_batch)
-            y = _any_part(eqn, operand, dropped, one, y)
+            y = y + _any_part(eqn, operand, dropped, part, y)
             continue
         a, b, scaling = matrices
         static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
@@ -300,12 +299,12 @@ def dropped_input(
 
 
 def _any_part(
-    eqn: Any, index: int, x: jax.Array, value: Adapted, y: jax.Array
+    eqn: Any, index: int, x: jax.Array, part: Part, y: jax.Array
 ) -> jax.Array:
     """A product that contracts part of each group: two einsums, left to autodiff."""
     contract, batch, x_contract, x_batch = dot_dims(eqn, index)
     letters = iter(string.ascii_lowercase)
-    w_labels = [next(letters) for _ in range(value.base.ndim)]
+    w_labels = [next(letters) for _ in range(part.a.ndim - 1)]
     x_labels = [next(letters) for _ in range(x.ndim)]
     for i, j in zip((*contract, *batch), (*x_contract, *x_batch), strict=True):
         x_labels[j] = w_labels[i]
@@ -316,9 +315,7 @@ def _any_part(
         c for side in labels for c in side if c not in summed and c not in lhs_batch
     ]
     out_labels = [*lhs_batch, *free]
-    for part in value.parts:
-        y = y + _einsum_part(part, x, w_labels, x_labels, out_labels, y)
-    return y
+    return _einsum_part(part, x, w_labels, x_labels, out_labels, y)
 
 
 def _einsum_part(

