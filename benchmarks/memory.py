@@ -53,7 +53,7 @@ NOTES = (
     "MB of 10^6 bytes; peak = argument + output + temp - alias, as compiled",
     "device: what it had in use at most, when the state was made and after the steps;",
     "more after the steps means that the peak is theirs",
-    "QLoRA: not yet in jlora",
+    "QLoRA: `variants.py`",
 )
 Row = dict[str, Any]
 

@@ -1,16 +1,20 @@
 """What DoRA, dropout and a quantised base cost beside plain LoRA, interleaved.
 
 `python benchmarks/variants.py`. All steps are of the same decoder with all linears
-adapted, AdamW included; peak bytes are what XLA says that each step needs.
+adapted, AdamW included; peak bytes are what XLA says that each step needs. On a GPU
+the decoder has d = 2048, and `--size 8b` is Llama-3's: of that only LoRA and QLoRA.
 """
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+from cases import decoder as sized
 from forwards import decoder, parser
 from models import Decoder, Params
+from programs import ratio_lines
 from steps import OPTIMIZER, adapter_of, compiled, lora_of, trained_step
 from timing import Contender, bars, interleave, summarize, table, write
 
@@ -18,7 +22,11 @@ import jlora
 
 LORA, DORA, DROPOUT = "jlora LoRA", "jlora DoRA", "jlora LoRA, dropout 0.1"
 QUANTIZED = {"jlora QLoRA nf4": "nf4", "jlora QLoRA int8": "int8"}
-TARGETS = {DORA: "<= 1.15", "jlora QLoRA nf4": "<= 1.10"}
+TARGETS = {f"{DORA} / LoRA": "<= 1.15"}
+QLORA_TARGETS = {
+    "jlora QLoRA nf4 / LoRA": "<= 1.10",
+    "jlora QLoRA nf4 / LoRA, peak bytes": "<= 0.6",
+}
 
 
 def varied(model: Decoder, **changes: Any) -> jlora.Lora:
@@ -37,21 +45,20 @@ def step_of(name: str, lora: Any, params: Params, batch: jax.Array) -> Contender
     return Contender(name, compiled(trained_step(loss), state, 2), state)
 
 
-def contenders(model: Decoder) -> list[Contender]:
+def contenders(model: Decoder, large: bool) -> list[Contender]:
     """Returns all variants; those with a quantised base where Qwix is installed."""
     keys = jax.random.split(jax.random.key(0))
-    params, batch = model.init(keys[0]), model.data(keys[1])
-    made = [
-        step_of(LORA, varied(model), params, batch),
-        step_of(DORA, varied(model, dora=True), params, batch),
-        step_of(DROPOUT, varied(model, dropout=0.1), params, batch),
-    ]
+    params, batch = jax.jit(model.init)(keys[0]), model.data(keys[1])
+    made = [step_of(LORA, varied(model), params, batch)]
+    if not large:
+        made.append(step_of(DORA, varied(model, dora=True), params, batch))
+        made.append(step_of(DROPOUT, varied(model, dropout=0.1), params, batch))
     if importlib.util.find_spec("qwix") is None:
         print("skipped QLoRA: qwix is not installed")
         return made
     lora = varied(model)
     plan = lora.plan(params, batch)
-    for name, qtype in QUANTIZED.items():
+    for name, qtype in list(QUANTIZED.items())[: 1 if large else None]:
         base = jlora.quantize(params, plan, qtype)
         made.append(step_of(name, lora, base, batch))
     return made
@@ -65,40 +72,46 @@ def peak(contender: Contender) -> int:
     return held + found.temp_size_in_bytes - found.alias_size_in_bytes
 
 
+def ratios_of(times: Mapping[str, float], peaks: Mapping[str, int]) -> dict[str, float]:
+    """Returns the ratios to plain LoRA, of times and of peak bytes."""
+    others = [name for name in times if name != LORA]
+    ratios = {f"{name} / LoRA": times[name] / times[LORA] for name in others}
+    return ratios | {
+        f"{name} / LoRA, peak bytes": peaks[name] / peaks[LORA] for name in others
+    }
+
+
 def main() -> None:
     """Times the variants and writes what came out."""
     cpu = jax.default_backend() == "cpu"
     made = parser(str(__doc__).splitlines()[0], rounds=15)
     made.add_argument("--batch", type=int, default=4 if cpu else 8)
     made.add_argument("--seq", type=int, default=256 if cpu else 1024)
+    made.add_argument("--size", choices=("8b",), help="in place of all other sizes")
     flags = made.parse_args()
-    model = decoder(flags, batch=flags.batch, seq=flags.seq)
-    several = contenders(model)
-    bytes_of = {each.name: peak(each) for each in several}
+    large = flags.size is not None
+    small = {"batch": flags.batch, "seq": flags.seq}
+    model = sized(flags.size) if large else decoder(flags, **small)
+    several = contenders(model, large)
+    peaks = {each.name: peak(each) for each in several}
     seconds = summarize(interleave(several, rounds=flags.rounds))
-    base = seconds[LORA]["median"]
-    ratios = {
-        f"{name} / LoRA{f' (target {TARGETS[name]})' if name in TARGETS else ''}": (
-            each["median"] / base
-        )
-        for name, each in seconds.items()
-        if name != LORA
-    }
+    times = {name: each["median"] for name, each in seconds.items()}
     rows = [
-        [n, f"{1e3 * s['median']:.2f}", f"{s['median'] / base:.3f}", f"{b / 1e6:,.1f}"]
-        for (n, s), b in zip(seconds.items(), bytes_of.values(), strict=True)
+        [n, f"{1e3 * t:.2f}", f"{t / times[LORA]:.3f}", f"{peaks[n] / 1e6:,.1f}"]
+        for n, t in times.items()
     ]
     print(table(["", "median ms", "ratio", "peak MB"], rows))
+    ratios = ratios_of(times, peaks)
     result = {
+        "model": str(model),
         "seconds": {"a training step": seconds},
-        "bytes": {"peak": {n: {"bytes": b} for n, b in bytes_of.items()}},
+        "bytes": {"peak": {n: {"bytes": b} for n, b in peaks.items()}},
         "ratios": ratios,
     }
-    path = write("variants", result, flags.out)
-    times = {name: 1e3 * each["median"] for name, each in seconds.items()}
-    bars(path.with_suffix(".png"), "Variants of LoRA: a training step", times, "ms")
-    for name, ratio in ratios.items():
-        print(f"ratio {name}: {ratio:.3f}")
+    path = write("variants_8b" if large else "variants", result, flags.out)
+    drawn = {name: 1e3 * time for name, time in times.items()}
+    bars(path.with_suffix(".png"), "Variants of LoRA: a training step", drawn, "ms")
+    print(ratio_lines(ratios, QLORA_TARGETS if large else TARGETS))
 
 
 if __name__ == "__main__":
