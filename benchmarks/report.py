@@ -16,12 +16,15 @@ PAGE = Path(__file__).parent / "README.md"
 MARKERS = "<!-- results -->", "<!-- end of results -->"
 NAMES = (
     "train_step",
+    "variants",
+    "variants_8b",
     "many_adapters",
     "inference",
     "memory",
     "trace_time",
     "plan_scale",
 )
+TITLES = {"variants_8b": "`variants.py --size 8b`"}
 PLATFORMS = {"gpu": "one GPU", "cpu": "CPU"}
 Json = Mapping[str, Any]
 
@@ -34,7 +37,8 @@ def report() -> str:
             path = RESULTS / f"{name}-{platform}.json"
             if path.exists():
                 result = json.loads(path.read_text())
-                parts += [f"### `{name}.py`, {words}", *_section(name, result)]
+                title = TITLES.get(name, f"`{name}.py`")
+                parts += [f"### {title}, {words}", *_section(name, result)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -30,8 +30,8 @@ _MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 # The defaults of the fields that jlora has no other value for.
 _REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
-    "layer_replication": None, "lora_bias": False, "megatron_config": None,
-    "monteclora_config": None, "trainable_token_indices": None, "use_bdlora": None,
+    "layer_replication": None, "megatron_config": None, "monteclora_config": None,
+    "trainable_token_indices": None, "use_bdlora": None,
     "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 
@@ -61,6 +61,7 @@ class PeftConfig:
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     lora_dropout: float = 0.0
+    lora_bias: bool = False
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module.
@@ -253,6 +254,7 @@ _SCALARS = {
     "lora_alpha": _alpha,
     "use_rslora": lambda value: isinstance(value, bool),
     "use_dora": lambda value: isinstance(value, bool),
+    "lora_bias": lambda value: isinstance(value, bool),
     "bias": lambda value: value in ("none", "all", "lora_only"),
     "ensure_weight_tying": lambda value: isinstance(value, bool),
     "init_lora_weights": lambda value: isinstance(value, bool | str),

@@ -13,14 +13,15 @@ from ._rules import Binding
 PREFIX = "base_model.model."
 NAME_LIMIT = 512
 MAGNITUDE = "lora_magnitude_vector"
+BIAS = "lora_B.bias"
+_BESIDE = {MAGNITUDE, BIAS}  # what a module may have beside its factors
 
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_embedding_A"
-    r"|lora_embedding_B|lora_magnitude_vector)(?P<end>\.weight)?"
+    r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias"
+    r"|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<end>\.weight)?"
 )
 # Tensors of variants that jlora does not read yet, by what is in their names.
 _VARIANTS = {
-    "lora_B.bias": "the bias of `lora_bias`",
     "token_adapter.trainable_tokens_delta": "rows of `trainable_token_indices`",
     "lora_E": "AdaLoRA's singular values",
     "lora_diag": "KaSA's diagonal",
@@ -38,12 +39,14 @@ class ModuleTensors:
         magnitude: with DoRA `lora_magnitude_vector (out,)`; of a convolution
             `(1, out, 1, …)`.
         is_table: whether they have the names of an embedding's.
+        bias: with `lora_bias` `lora_B.bias (out,)`.
     """
 
     a: np.ndarray
     b: np.ndarray
     is_table: bool
     magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
 
 def sort_keys(
@@ -112,7 +115,7 @@ _PAIRS = (
 
 
 def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
-    factors = sorted(kinds.keys() - {MAGNITUDE})
+    factors = sorted(kinds.keys() - _BESIDE)
     if tuple(factors) not in _PAIRS:
         return f"{module!r} has {sorted(kinds)}; it needs both factors, of one kind"
     a, b = (kinds[kind] for kind in factors)
@@ -127,12 +130,16 @@ def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
         (1, b.shape[0], *b.shape[2:]),
     ):
         return f"{module!r} has {b.shape[0]} outputs and a magnitude {magnitude.shape}"
+    bias = kinds.get(BIAS)
+    if bias is not None and (bias.shape != b.shape[:1] or "lora_B.weight" not in kinds):
+        return f"{module!r} has {sorted(factors)} and a bias of `b` {bias.shape}"
     return None
 
 
 def _tensors(kinds: Mapping[str, np.ndarray]) -> ModuleTensors:
-    a, b = (kinds[kind] for kind in sorted(kinds.keys() - {MAGNITUDE}))
-    return ModuleTensors(a, b, "lora_embedding_A" in kinds, kinds.get(MAGNITUDE))
+    a, b = (kinds[kind] for kind in sorted(kinds.keys() - _BESIDE))
+    beside = kinds.get(MAGNITUDE), kinds.get(BIAS)
+    return ModuleTensors(a, b, "lora_embedding_A" in kinds, *beside)
 
 
 def check_dora(binding: Binding, module: str) -> None:

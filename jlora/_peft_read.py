@@ -14,6 +14,7 @@ from ._fuse import Pair, join, split
 from ._paths import nearest
 from ._peft_config import PeftConfig
 from ._peft_keys import ModuleTensors, check_dora, warn_of_doubling
+from ._peft_lora_bias import read_lora_biases
 from ._peft_stack import check_fit, stack, stacked_magnitude
 from ._peft_whole import read_whole
 from ._rules import Binding
@@ -74,7 +75,10 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     """
     factors = read_factors(files.modules, files.config, base, files.where)
     whole = read_whole(files.whole, files.modules, files.config, base, files.where)
-    both = {**factors, **whole}
+    biases = read_lora_biases(
+        files.modules, files.whole, files.config, base, files.where
+    )
+    both = {**factors, **whole, **biases}
     return {path: both[path] for path in base.leaves if path in both}
 
 

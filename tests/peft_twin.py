@@ -213,11 +213,14 @@ class Stacked:
         return np.stack([layer.value(state) for layer in self.layers])
 
     def to_torch(self, entry: Any) -> State:
-        """Returns the factors of all layers under the names of the file."""
+        """Returns what is trained of all layers under the names of the file."""
         found: dict[str, np.ndarray] = {}
         for i, layer in enumerate(self.layers):
-            norm = None if entry.magnitude is None else entry.magnitude[i]
-            found |= layer.to_torch(Pair(entry.a[i], entry.b[i], norm))
+            if isinstance(entry, Pair):
+                norm = None if entry.magnitude is None else entry.magnitude[i]
+                found |= layer.to_torch(Pair(entry.a[i], entry.b[i], norm))
+            else:
+                found |= layer.to_torch(entry[i])
         return found
 
 

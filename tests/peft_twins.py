@@ -257,6 +257,11 @@ def _twins() -> dict[str, Twin]:
         )
     }
     found["dropout"] = Twin("dropout", mlp, MLP)
+    # Its biases are sums with those of the base, and are saved as PEFT's `bias`.
+    found["lora_bias"] = Twin("lora_bias", mlp, MLP, exact=False)
+    stack = "lora_bias_stack"
+    found[stack] = Twin(stack, layers, NUMBERED, exact=False)
+    found[f"{stack}/scan"] = Twin(stack, scanned, SCANNED, SCANNED_NAMES, exact=False)
     found |= {
         name: Twin(name, layers, NUMBERED)
         for name in (

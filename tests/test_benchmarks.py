@@ -14,6 +14,7 @@ RUNS = {
     "many_adapters": "--rounds 1 --adapters 4 --tokens 8 --prompts 8 --prompt-tokens 6 "
     + SMALL,
     "inference": f"--rounds 1 --batch 2 --seq 8 --cache 8 --decode-steps 2 {SMALL}",
+    "variants": f"--rounds 1 --batch 2 --seq 8 {SMALL}",
     "trace_time": "--layers 1 2 --d 32 --rounds 1 --compile-up-to 1",
     "plan_scale": "--sizes 1B 8B --modes scanned",
 }

@@ -41,6 +41,8 @@ PREFIX = "base_model.model."
 EXACT = [name for name, twin in TWINS.items() if twin.exact]
 # The file holds weights of the base, which are compared with the params.
 HOLD_BASE = {"embedding_tied"}
+# The file's biases are added to those of the base.
+ADD_TO_BASE = ("lora_bias", "lora_bias_stack", "lora_bias_stack/scan")
 
 
 # --- the twins themselves ---
@@ -112,7 +114,9 @@ def test_merged_kernels_are_those_of_peft(name: str) -> None:
     jax.tree.map(lambda x, y: assert_close(x, y, 1e-6), merged, expected)
 
 
-@pytest.mark.parametrize("name", [n for n in TWINS if n not in HOLD_BASE])
+@pytest.mark.parametrize(
+    "name", [n for n in TWINS if n not in (*HOLD_BASE, *ADD_TO_BASE)]
+)
 def test_a_plan_and_shapes_tell_as_much_as_params(name: str) -> None:
     case = golden(name)
     twin, shapes = case.twin, jax.eval_shape(lambda: case.variables)
@@ -130,6 +134,41 @@ def assert_same(found: Any, expected: Any) -> None:
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("name", ADD_TO_BASE)
+def test_a_bias_of_b_is_a_trained_bias(name: str) -> None:
+    """Its gradient is PEFT's by the scaling: both are sums with the output."""
+    case = golden(name)
+    _, gradients = case.computed
+    found = gradients_under_torch_names(case, gradients)
+    given = json_of(case.folder)
+    scaling = given["lora_alpha"] / given["r"]
+    for key, wanted in expected_gradients(case).items():
+        if module := key.partition(".lora_B.bias")[0] if "B.bias" in key else "":
+            assert_close(scaling * found[f"{module}.bias"], wanted, 1e-4, key)
+
+
+@pytest.mark.parametrize("name", ADD_TO_BASE)
+def test_a_bias_of_b_needs_that_of_the_base(name: str, tmp_path: Path) -> None:
+    case = golden(name)
+    with pytest.raises(jlora.UnsupportedFeatureError, match=r"lora_bias.*as arrays"):
+        jlora.peft.load(case.folder, case.plan, case.twin.names)
+    bare = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if "bias" in str(path) else leaf, case.variables
+    )
+    with pytest.raises(jlora.UnsupportedFeatureError, match=r"lora_bias.*no bias of"):
+        jlora.peft.load(case.folder, bare, case.twin.names)
+
+
+@pytest.mark.parametrize("name", ADD_TO_BASE)
+def test_a_bias_of_b_is_saved_as_a_trained_bias(name: str, tmp_path: Path) -> None:
+    case = golden(name)
+    save(case, tmp_path)
+    assert json_of(tmp_path)["bias"] == "lora_only"
+    assert not json_of(tmp_path)["lora_bias"]
+    _, adapter = jlora.peft.load(tmp_path, case.base, case.twin.names)
+    assert_same(adapter, case.adapter)
 
 
 def test_mha_adds_each_delta_once() -> None:
@@ -224,7 +263,6 @@ def test_the_port_gives_the_ranks_of_peft(row: Any) -> None:
 @pytest.mark.parametrize(
     ("case", "field"),
     [
-        ("lora_bias", "lora_bias"),
         ("trainable_tokens", "trainable_token_indices"),
     ],
 )

@@ -373,7 +373,7 @@ def test_text_of_the_config(
     ("other type", {"peft_type": "IA3"}, AdapterError, "IA3", "LORA"),
     ("odd type", {"peft_type": ["LORA"]}, AdapterError, "LORA"),
     ("dora number", {"use_dora": 1}, Corrupt, "use_dora"),
-    ("bias of b", {"lora_bias": True}, Unsupported, "`lora_bias`"),
+    ("bias of b", {"lora_bias": 1}, Corrupt, "`lora_bias`"),
     ("qalora", {"use_qalora": True}, Unsupported, "`use_qalora`"),
     ("bdlora", {"use_bdlora": {"nblocks": 2}}, Unsupported, "`use_bdlora`"),
     ("alora", {"alora_invocation_tokens": [5]}, Unsupported, "`alora_inv"),
@@ -387,7 +387,7 @@ def test_text_of_the_config(
     ("rows of", {"trainable_token_indices": {"e": [1]}}, Unsupported, "`tr"),
     ("future", {"use_future": "yes"}, Unsupported, "`use_future`", "yes"),
     ("future object", {"new": {"a": 0}}, Unsupported, "`new`"),
-    ("two at once", {"lora_bias": True, "x": 1}, Unsupported, "bias", "`x`"),
+    ("two at once", {"use_qalora": True, "x": 1}, Unsupported, "qal", "`x`"),
     *(
         (init, {"init_lora_weights": init}, Unsupported, init, "base")
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
@@ -397,6 +397,11 @@ def test_fields_of_the_config(
     tmp_path: Path, bad: dict[str, Any], error: type[Exception], words: tuple[str, ...]
 ) -> None:
     refusal(write(tmp_path, config(**bad)), error, CONFIG, *words)
+
+
+def test_a_bias_of_b_that_is_not_there(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(lora_bias=True))
+    refusal(folder, AdapterError, WEIGHTS, "`lora_bias` is True", "'q'")
 
 
 def test_dora_without_magnitudes(tmp_path: Path) -> None:
@@ -413,9 +418,9 @@ def test_an_unknown_field_that_says_nothing_is_taken(
 
 
 def test_what_is_ignored_by_name(tmp_path: Path) -> None:
-    write(tmp_path, config(lora_bias=True, use_future=3))
-    refusal(tmp_path, Unsupported, "use_future", ignore=["lora_bias"])
-    jlora.peft.load(tmp_path, PARAMS, ignore=["lora_bias", "use_future"])
+    write(tmp_path, config(use_qalora=True, use_future=3))
+    refusal(tmp_path, Unsupported, "use_future", ignore=["use_qalora"])
+    jlora.peft.load(tmp_path, PARAMS, ignore=["use_qalora", "use_future"])
 
 
 def test_missing_fields_have_the_defaults_of_peft(tmp_path: Path) -> None:
@@ -592,7 +597,8 @@ LORA_Q = f"{PREFIX}q.lora"
     ("stranger", more(f"{PREFIX}q.weight", 5, 7), AdapterError, "'q.weight'"),
     ("not in torch", more(f"{PREFIX}x.bias", 5), AdapterError, "'x.bias'"),
     ("DoRA", more(f"{PREFIX}q.lora_magnitude_vector", 7), AdapterError, "use_dora"),
-    ("bias of B", more(f"{PREFIX}q.lora_B.bias", 7), Unsupported, "lora_bias"),
+    ("bias of B", more(f"{PREFIX}q.lora_B.bias", 7), AdapterError, "lora_bias"),
+    ("long bias", more(f"{PREFIX}q.lora_B.bias", 8), AdapterError, "bias of `b` (8,)"),
     (
         "rows",
         more(f"{PREFIX}q.token_adapter.trainable_tokens_delta", 1, 7),

@@ -34,7 +34,7 @@ _control_flow _measure _moves _new_entry
 _carry _plan
 _base _decide _discover _interpret
 _inputs _peft_write _targets _torch_params
-_data_init _peft_whole _quantize _transform
+_data_init _peft_lora_bias _peft_whole _quantize _transform
 _peft_read
 _peft_alone
 """.split()

@@ -469,7 +469,8 @@ CASES = {
     "dora_embedding": Case(
         Embedded, _lora(3, 6, ["embed", "head"], use_dora=True), tokens(17, 2, 5)
     ),
-    "lora_bias": Case(Mlp, _lora(3, 6, ["lin0"], lora_bias=True), _MLP, refused=True),
+    "lora_bias": Case(Mlp, _lora(3, 6, ["lin0"], lora_bias=True), _MLP),
+    "lora_bias_stack": Case(Stack, _lora(3, 5, ["up"], lora_bias=True), _STACK),
     "trainable_tokens": Case(
         Embedded,
         _lora(3, 6, ["head"], trainable_token_indices={"embed": [0, 3]}),
