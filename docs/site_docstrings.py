@@ -1,16 +1,19 @@
-"""An extension of griffe: the doctests below `Example:` are shown as code."""
+"""An extension of griffe: doctests in docstrings are shown as code."""
 
 import re
 from typing import Any
 
 import griffe
 
+SECTION = re.compile(r"^( *)Example:$", re.MULTILINE)
+DOCTEST = re.compile(r"^>>> .*(?:\n(?!\n).+)*", re.MULTILINE)
+
 
 class DoctestExamples(griffe.Extension):
-    """Reads `Example:` as griffe reads `Examples:`."""
+    """Reads `Example:` as griffe reads `Examples:`, and fences bare doctests."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Renames the section in the docstring of one object."""
+        """Changes the docstring of one object."""
         if obj.docstring is not None:
-            text = obj.docstring.value
-            obj.docstring.value = re.sub(r"(?m)^( *)Example:$", r"\1Examples:", text)
+            text = SECTION.sub(r"\1Examples:", obj.docstring.value)
+            obj.docstring.value = DOCTEST.sub(r"```pycon\n\g<0>\n```", text)
