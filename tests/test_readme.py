@@ -1,28 +1,25 @@
 """The README: its code runs and prints what it says, its commands are those of CI."""
 
-import ast
-import contextlib
 import dataclasses
-import io
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from fenced import blocks, run_blocks
+from public import DOORS, imported_names
 
 import jlora
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-# (language, text) of each fenced block, in order.
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SHELL = [text for language, text in BLOCKS if language not in ("python", "text")]
+BLOCKS = blocks(README)
+SHELL = [one.text for one in BLOCKS if one.language not in ("python", "text")]
 
 
 def table(head: str) -> dict[str, list[str]]:
@@ -33,29 +30,12 @@ def table(head: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-def execute(code: str, namespace: dict[str, Any]) -> str:
-    """Runs a block as if it were a file of its own, and returns what it prints."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(compile(code, "quickstart.py", "exec"), namespace)
-    return output.getvalue()
-
-
 def test_the_code_runs_and_prints_what_the_readme_says() -> None:
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    printed = ""
-    for language, text in BLOCKS:
-        if language == "python":
-            assert not printed, f"the README leaves out what a block prints: {printed}"
-            printed = execute(text, namespace)
-        elif language == "text":
-            assert printed == text
-            printed = ""
-    assert not printed
+    run_blocks(BLOCKS)
 
 
 def test_the_first_block_is_a_script_of_its_own(tmp_path: Path) -> None:
-    (_, code), (_, plan) = BLOCKS[:2]
+    code, plan = (block.text for block in BLOCKS[:2])
     (tmp_path / "quickstart.py").write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "quickstart.py"],
@@ -71,7 +51,7 @@ def test_the_first_block_is_a_script_of_its_own(tmp_path: Path) -> None:
 
 
 def test_there_are_two_commands() -> None:
-    assert {language for language, _ in BLOCKS} == {"python", "text", "bash"}
+    assert {block.language for block in BLOCKS} == {"python", "text", "bash"}
     assert len(SHELL) == 2
     assert SHELL[0].splitlines()[-1] == "python examples/finetune_chat.py"
     assert SHELL[1].splitlines()[-1].startswith("python -m pytest")
@@ -108,28 +88,19 @@ def test_the_data_of_the_example_is_pinned() -> None:
     assert len(hashes) == len(names) == 2
 
 
-def public_names() -> list[str]:
-    """The names that `jlora/__init__.py` imports under their own name."""
-    tree = ast.parse((ROOT / "jlora" / "__init__.py").read_text(encoding="utf-8"))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names = [alias.asname for node in imports for alias in node.names if node.level]
-    return [name for name in names if name and not name.startswith("_")]
-
-
 def test_the_table_has_every_public_name() -> None:
-    assert set(table("name")) == {f"jlora.{name}" for name in public_names()}
+    assert set(table("name")) == {f"jlora.{name}" for name in imported_names()}
     assert all(len(row) == 1 and row[0] for row in table("name").values())
 
 
 def test_public_names_are_those_of_the_module() -> None:
     modules = {f.stem for f in (ROOT / "jlora").glob("*.py")}
     visible = {n for n in vars(jlora) if not n.startswith("_")}
-    assert visible - modules == set(public_names())
+    assert visible - modules == set(imported_names())
 
 
 def test_the_table_has_every_module() -> None:
-    modules = [f.stem for f in (ROOT / "jlora").glob("[!_]*.py")]
-    assert set(table("module")) == {f"jlora.{name}" for name in modules}
+    assert set(table("module")) == {f"jlora.{name}" for name in DOORS}
 
 
 def test_the_table_of_fields_is_that_of_the_config() -> None:
