@@ -52,7 +52,7 @@ def main(names: Sequence[str]) -> None:
     paths = [NOTEBOOKS / Path(name).name for name in names]
     for path in paths or sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        nbformat.write(execute(notebook), path)
+        nbformat.write(execute(notebook, cell_timeout=900), path)
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
 
 
