@@ -1,6 +1,7 @@
 """The notebooks: as they are kept, and executed from top to bottom in a kernel.
 
-Their first cells are compared with those of notebooks/opening.md.
+Their first cells are compared with those of notebooks/opening.md. One that trains reads
+its number of steps from JLORA_NOTEBOOK_STEPS, so that a slow machine may ask for fewer.
 """
 
 import base64
@@ -22,7 +23,6 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 REPOSITORY = "jlora/jlora"
 MAX_BYTES = 300_000
-STEPS = "JLORA_NOTEBOOK_STEPS"  # a notebook that trains may read it, to do less
 MAY_FAIL = "raises-exception"
 
 OPENING = (NOTEBOOKS / "opening.md").read_text(encoding="utf-8")
@@ -65,8 +65,15 @@ def check_outputs(notebook: Any) -> None:
             text = words(output)
             assert not ABSOLUTE.search(text), text
             assert not re.search(r"\w*Warning:", text), text
-            user = rf"(?<![\w.]){re.escape(getpass.getuser())}(?!\w)"
-            assert not re.search(user, text), text
+            user = getpass.getuser()
+            assert user == "root" or not re.search(rf"\b{re.escape(user)}\b", text)
+
+
+def notebook_of(source: str, tag: str | None = None, *outputs: Any) -> Any:
+    """A notebook of one code cell."""
+    metadata = {"tags": [tag]} if tag else {}
+    cell = nbformat.v4.new_code_cell(source, metadata=metadata, outputs=[*outputs])
+    return nbformat.v4.new_notebook(cells=[cell])
 
 
 def test_there_are_notebooks() -> None:
@@ -130,6 +137,22 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[str]]:
     return ran
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("saved to /home/someone/runs", "stdout"),
+        ("cell.py:3: UserWarning: beware", "stdout"),
+        ("anything", "stderr"),
+    ],
+)
+def test_outputs_that_are_not_clean_are_found(text: str, name: str) -> None:
+    output = nbformat.v4.new_output("stream", name=name, text=text)
+    with pytest.raises(AssertionError):
+        check_outputs(notebook_of("...", None, output))
+    clean = nbformat.v4.new_output("stream", text="params/home/kernel of 1/2")
+    check_outputs(notebook_of("...", None, clean))
+
+
 def test_the_installation_does_nothing_where_jlora_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -153,6 +176,26 @@ def test_the_installation_never_upgrades_jax(
         assert not any(word.startswith("jax") and "==" in word for word in command)
 
 
+def executed(notebook: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook with the outputs of a new kernel."""
+    pytest.importorskip("nbclient")
+    monkeypatch.syspath_prepend(str(NOTEBOOKS))
+    from execute import execute
+
+    return execute(notebook, cell_timeout=180)
+
+
+@pytest.mark.notebooks
+def test_a_cell_fails_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "import os\nraise KeyError(os.environ['JAX_PLATFORMS'])"
+    with pytest.raises(Exception, match="KeyError"):
+        executed(notebook_of(source), monkeypatch)
+    done = executed(notebook_of(source, MAY_FAIL), monkeypatch)
+    assert done.cells[0].outputs[0].evalue == "'cpu'"
+    with pytest.raises(AssertionError):
+        check_outputs(executed(notebook_of("1 + 1", MAY_FAIL), monkeypatch))
+
+
 @pytest.mark.notebooks
 @needs_data("THE NOTEBOOKS ARE")
 @pytest.mark.timeout(900)
@@ -160,8 +203,4 @@ def test_the_installation_never_upgrades_jax(
 def test_it_runs_from_top_to_bottom(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("nbclient")
-    monkeypatch.syspath_prepend(str(NOTEBOOKS))
-    from execute import execute
-
-    check_outputs(execute(read(path), cell_timeout=180))
+    check_outputs(executed(read(path), monkeypatch))
