@@ -1,4 +1,4 @@
-"""A Llama of 130,000 weights, pretrained in seconds on English chats, for the notebooks.
+"""A Llama of 130,000 weights for the notebooks, pretrained on English chats in seconds.
 
 The `chatterbot-corpus` package has chats in other languages too, which are what an
 adapter can teach it.
