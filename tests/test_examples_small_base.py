@@ -28,7 +28,7 @@ def test_the_base_learns_its_language_better_than_another() -> None:
 
     def held_out_loss(language: str) -> float:
         rows = chat_data.all_batches(data[language][1], 8, small_base.LENGTH)[0]
-        return float(evaluate(base.variables, {}, rows)[0])
+        return float(evaluate({}, base.variables, rows)[0])
 
     guessing = np.log(small_base.CONFIG.vocab)
     english, spanish = held_out_loss("english"), held_out_loss("spanish")
