@@ -54,12 +54,17 @@ def make_parser(description: str, *, steps: int) -> argparse.ArgumentParser:
 
 
 class Study:
-    """A base, its data, and one stacked adapter for several runs."""
+    """A base, its data (train, held out) and one stacked adapter for several runs.
 
-    def __init__(self, args: argparse.Namespace, runs: Sequence[Run]) -> None:
-        self.base = base = pretrained.load(args.model)
+    Base and data are those of the options, unless they are given.
+    """
+
+    def __init__(
+        self, args: Any, runs: Sequence[Run], *, base: Any = None, data: Any = None
+    ) -> None:
+        self.base = base = base or pretrained.load(args.model)
         self.runs, self.length = runs, args.length
-        data = chat_data.load_examples(base.tokenizer, args.seed, args.length)
+        data = data or chat_data.load_examples(base.tokenizer, args.seed, args.length)
         self.train, held_out = data
         if not all(data):
             raise ValueError(f"`--length` {args.length} is too short for the pairs")
