@@ -8,7 +8,6 @@ often each is right on held-out images, turned or not. It takes less than a minu
     python examples/classify_images.py --steps 50 --rank 2 --target "convs_.*/kernel"
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,15 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_options
 
 import jlora
 
 try:
+    import digits
+    from digits import Images
     from progress import reporting
     from rich.console import Console
     from rich.table import Table
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 except ModuleNotFoundError as error:
     sys.exit(f"`{error.name}` isn't installed; install the extra `jlora[examples]`")
 
@@ -44,26 +44,6 @@ class ConvNet(nn.Module):
             x = nn.gelu(nn.GroupNorm(8, name=f"norms_{i}")(x))
         x = nn.gelu(nn.Dense(64, name="hidden")(x.reshape(len(x), -1)))
         return nn.Dense(10, name="head")(x)
-
-
-class Images(NamedTuple):
-    """Images (n, 8, 8, 1) from 0 to 1 and what they show."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-
-def load_images() -> tuple[Images, Images]:
-    """Returns the images to train on and those held out."""
-    digits = load_digits()
-    x = (digits.images[..., None] / 16).astype(np.float32)
-    x, x_test, y, y_test = train_test_split(x, digits.target, random_state=0)
-    return Images(x, y), Images(x_test, y_test)
-
-
-def shifted(images: Images) -> Images:
-    """Returns the images turned by 90 degrees and inverted."""
-    return Images(1 - np.rot90(images.x, axes=(1, 2)), images.y)
 
 
 class Model(NamedTuple):
@@ -109,28 +89,14 @@ class Model(NamedTuple):
         return self._replace(trained=trained)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=200, help="steps of each of the three trainings")
-    add("--images", type=int, default=300, help="turned images to learn from")
-    add("--rank", type=int, default=4, help="rank of the factors")
-    add("--target", default="kernel", help="regex of the kernels to adapt")
-    args = parser.parse_args(argv)
-    if min(args.steps, args.images, args.rank) < 1:
-        parser.error("--steps, --images and --rank must be at least 1")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and returns the exit code."""
-    args = parse_args(argv)
-    upright, upright_test = load_images()
-    turned, test = shifted(upright), shifted(upright_test)
+    parser = small_options.make_parser(__doc__, steps=200, rank=4)
+    add = parser.add_argument
+    add("--images", type=int, default=300, help="turned images to learn from")
+    args = small_options.parse(parser, argv)
+    upright, upright_test = digits.load()
+    turned, test = digits.shifted(upright), digits.shifted(upright_test)
     few = Images(turned.x[: args.images], turned.y[: args.images])
     net, example = ConvNet(), few.x[:1]
     variables = net.init(jax.random.key(0), example)

@@ -12,7 +12,7 @@ def test_a_conv_net_learns_turned_digits(monkeypatch: Any) -> None:
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it compiles for longest
     monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
-    printed = run_example("classify_images.py", "--steps", "40", "--images", "200")
+    printed = run_example("classify_images.py", "--steps", "60")
     kernels = re.findall(r"params/(\w+)/kernel .* (conv|dot_general) ", printed)
     assert dict(kernels) == {
         "convs_0": "conv",
@@ -20,7 +20,7 @@ def test_a_conv_net_learns_turned_digits(monkeypatch: Any) -> None:
         "head": "dot_general",
         "hidden": "dot_general",
     }
-    assert printed.count("40/40") == 3  # bars
+    assert printed.count("60/60") == 3  # the bars
     upright = re.findall(r"upright images: ([\d.]+)%", printed)
     assert float(upright[0]) > 90
     rows = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
@@ -28,8 +28,8 @@ def test_a_conv_net_learns_turned_digits(monkeypatch: Any) -> None:
     before, lora, full = (float(row[2].strip(" %")) for row in rows)
     assert 0 == sizes[0] < sizes[1] < sizes[2] / 5
     assert before < 40
-    assert lora > 70
-    assert full > 70
+    assert lora > 75
+    assert full > 80
     assert re.search(r"logits off by .*, (99|100)\.\d% of predictions", printed)
 
 
