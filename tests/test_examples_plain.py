@@ -18,8 +18,3 @@ def test_an_mlp_learns_mirrored_digits(monkeypatch: Any) -> None:
     assert before < 60
     assert adapted > 85
     assert abs(merged - adapted) < 0.5  # one image of 450 may be on the fence
-
-
-@pytest.mark.examples
-def test_help_names_the_steps() -> None:
-    assert "--steps" in run_example("plain_jax.py", "--help")
