@@ -1,15 +1,41 @@
 """The progress bar of the training scripts."""
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console, unit: str = "tokens") -> Progress:
     """Returns a progress bar with the loss and the speed."""
+    speed = f"{{task.fields[speed]:.0f}} {unit}/s"
     return Progress(
         TextColumn("{task.description} {task.completed}/{task.total}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"),
+        TextColumn("loss {task.fields[loss]:.3f}  " + speed),
         TimeElapsedColumn(),
         console=console,
     )
+
+
+@contextlib.contextmanager
+def reporting(
+    name: str, steps: int, unit: str, console: Console
+) -> Iterator[Callable[[float, int], None]]:
+    """Shows the bar of one run; the value is called after each step.
+
+    It takes the loss and how many of the unit the step was about.
+    """
+    with progress_bar(console, unit) as bar:
+        task = bar.add_task(name, total=steps, loss=float("nan"), speed=0.0)
+        began = time.perf_counter()
+
+        def report(loss: float, count: int) -> None:
+            nonlocal began
+            now = time.perf_counter()
+            bar.update(task, advance=1, loss=loss, speed=count / (now - began))
+            began = now
+
+        yield report

@@ -1,0 +1,20 @@
+"""examples/plain_jax.py, as a user runs it: on real digits, for fewer steps."""
+
+import re
+from typing import Any
+
+import pytest
+from example_runs import run_example
+
+
+@pytest.mark.examples
+def test_an_mlp_learns_mirrored_digits(monkeypatch: Any) -> None:
+    monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    printed = run_example("plain_jax.py", "--steps", "60")
+    assert "trainable 4,688 of 26,122" in printed
+    assert printed.count("60/60") == 2  # bars
+    before, adapted, merged = map(float, re.findall(r"([\d.]+)% right", printed))
+    assert before < 60
+    assert adapted > 85
+    assert abs(merged - adapted) < 0.5  # one image of 450 may be on the fence
