@@ -30,7 +30,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"`{error.name}` isn't installed; install the extra `jlora[examples]`")
 
-RATES = {"head": 1e-2, "bias": 1e-2, "lora": 3e-3, "full": 2e-4}  # peak, of each method
+RATES = {"head": 2e-3, "bias": 3e-3, "lora": 2e-3, "full": 1e-4}  # peak, of each method
 console = Console(soft_wrap=True, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""A Llama as an encoder of texts: its first layers, and the mean of what they return."""
+"""A Llama as an encoder of texts: its first layers, the mean of what they return."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
