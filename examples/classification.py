@@ -38,28 +38,39 @@ def make_task(args: argparse.Namespace) -> Task:
     tweets = sentiment_data.load_tweets()
     train, held_out = sentiment_data.split(tweets, args.seed, args.held_out)
     base = encoder.first_layers(pretrained.load(args.model), args.layers)
-    shape = (base.model.config.hidden, len(sentiment_data.LABELS))
-    kernel = 0.02 * jax.random.normal(jax.random.key(args.seed), shape)
-    variables = {
-        "params": encoder.new_biases(base.variables["params"]),
-        "head": {"kernel": kernel, "bias": jnp.zeros(shape[1])},
-    }
 
     def as_batch(some: Sequence[sentiment_data.Tweet]) -> Batch:
         words, labels = zip(*some, strict=True)
         texts = encoder.tokenize(base.tokenizer, words, args.length)
         return Batch(texts, np.array(labels))
 
+    encode = jax.jit(encoder.make_encode(base.model))
+    features = encode(base.variables, as_batch(train[:EVALUATED]).texts)
+    labels = len(sentiment_data.LABELS)
+    variables = {
+        "params": encoder.new_biases(base.variables["params"]),
+        "scaler": {"mean": features.mean(0), "std": features.std(0)},
+        "head": {
+            "kernel": jnp.zeros((base.model.config.hidden, labels)),
+            "bias": jnp.zeros(labels),
+        },
+    }
     predict = make_predict(encoder.with_biases(encoder.make_encode(base.model)))
     return Task(predict, variables, as_batch, train, held_out)
 
 
 def make_predict(encode: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `predict(variables, texts)`: the logits of the head on the encoder."""
+    """Returns `predict(variables, texts)`: the logits of the head on the encoder.
+
+    Features are standardized as those of the base are: a few of them are a hundred
+    times as large as the others, and a linear head would be slow to learn from these.
+    """
 
     def predict(variables: Any, texts: encoder.Texts) -> jax.Array:
-        head, params = variables["head"], {"params": variables["params"]}
-        return encode(params, texts) @ head["kernel"] + head["bias"][None]
+        head, scaler = variables["head"], variables["scaler"]
+        features = encode({"params": variables["params"]}, texts)
+        features = (features - scaler["mean"][None]) / (scaler["std"][None] + 1e-6)
+        return features @ head["kernel"] + head["bias"][None]
 
     return predict
 

@@ -30,7 +30,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"`{error.name}` isn't installed; install the extra `jlora[examples]`")
 
-RATES = {"head": 2e-3, "bias": 3e-3, "lora": 2e-3, "full": 1e-4}  # peak, of each method
+RATES = {"head": 3e-3, "bias": 3e-3, "lora": 2e-3, "full": 1e-4}  # peak, of each method
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -60,14 +60,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def configs_of(method: str, args: argparse.Namespace) -> list[jlora.LoraConfig]:
     """Returns what a method trains: the head, which is new, and what else."""
-    whole = lambda target: jlora.LoraConfig(target, full=True)
+    whole = lambda target, **but: jlora.LoraConfig(target, full=True, **but)
     head = whole("head/(kernel|bias)")
     lora = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
     of = {
         "head": [head],
         "bias": [head, whole("bias")],
         "lora": [head, lora],
-        "full": [whole(".*")],
+        "full": [whole(".*", exclude="scaler")],
     }
     return of[method]
 
