@@ -44,7 +44,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=40, help="training steps of each method")
     add("--layers", type=int, default=6, help="layers of the encoder")
     add("--rank", type=int, default=8, help="rank of the factors")
-    add("--target", default="(q|v)_proj", help="regex of the kernels LoRA adapts")
+    add(
+        "--target", default="(q|v)_proj/kernel", help="regex of the kernels LoRA adapts"
+    )
     add("--methods", nargs="+", choices=RATES, default=list(RATES), help="which ones")
     add("--rows", type=int, default=16, help="tweets of a training batch")
     add("--length", type=int, default=32, help="tokens of a tweet")
