@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+LOSS_AND_SPEED = "loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"
 
-def progress_bar(console: Console, unit: str = "tokens") -> Progress:
-    """Returns a progress bar with the loss and the speed."""
-    speed = f"{{task.fields[speed]:.0f}} {unit}/s"
+
+def progress_bar(console: Console, fields: str = LOSS_AND_SPEED) -> Progress:
+    """Returns a progress bar with the loss and the speed, or with other fields."""
     return Progress(
         TextColumn("{task.description} {task.completed}/{task.total}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  " + speed),
+        TextColumn(fields),
         TimeElapsedColumn(),
         console=console,
     )
@@ -28,7 +29,7 @@ def reporting(
 
     It takes the loss and how many of the unit the step was about.
     """
-    with progress_bar(console, unit) as bar:
+    with progress_bar(console, LOSS_AND_SPEED.replace("tokens", unit)) as bar:
         task = bar.add_task(name, total=steps, loss=float("nan"), speed=0.0)
         began = time.perf_counter()
 

@@ -56,10 +56,12 @@ def fit(
     loss: Callable[..., Any],
     adapter: Any,
     variables: Any,
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     steps: int,
     lr: float,
     console: Console,
+    *,
+    count_tokens: Callable[[Any], Any] = lambda batch: (batch.segments > 0).sum(),
 ) -> Any:
     """Returns the adapter after `steps` steps of AdamW, with a progress bar."""
     schedule = optax.warmup_cosine_decay_schedule(
@@ -82,6 +84,6 @@ def fit(
             began, batch = time.perf_counter(), next(batches)
             adapter, state, value = step(adapter, state, variables, batch)
             value = float(value)  # waits for the step
-            speed = (batch.segments > 0).sum() / (time.perf_counter() - began)
+            speed = count_tokens(batch) / (time.perf_counter() - began)
             bar.update(task, advance=1, loss=value, speed=speed)
     return adapter

