@@ -39,8 +39,8 @@ def read_lora_biases(
     wrong = [m for m in modules if (m in biases) != config.lora_bias]
     if wrong:
         raise AdapterError(
-            f"{where}: the config says that `lora_bias` is {config.lora_bias}, which is "
-            f"not so of {wrong[:5]}"
+            f"{where}: the config says that `lora_bias` is {config.lora_bias}, which "
+            f"is not so of {wrong[:5]}"
         )
     if not config.lora_bias:
         return {}
