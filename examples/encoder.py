@@ -85,7 +85,8 @@ def _add_bias(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) ->
     out, module = call(*args, **kwargs), context.module
     if context.method_name != "__call__" or not module.has_variable("params", "bias"):
         return out
-    return out + module.get_variable("params", "bias").astype(out.dtype)
+    bias = module.get_variable("params", "bias").astype(out.dtype)
+    return out + jnp.expand_dims(bias, range(out.ndim - bias.ndim))
 
 
 def new_biases(params: dict[str, Any]) -> dict[str, Any]:
