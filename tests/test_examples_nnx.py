@@ -17,6 +17,7 @@ import nnx_model
 
 @pytest.mark.examples
 def test_a_reader_of_prose_learns_code(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for quick compiling
     monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     options = ["--steps", "40", "--rank", "4", "--target", "(up|down|head)/kernel"]
