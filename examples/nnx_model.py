@@ -68,8 +68,7 @@ class Reader(nnx.Module):
 
 def cross_entropy(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the loss per character."""
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
-    return each.mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
 
 def pretrain(model: Reader, rows: jax.Array, steps: int) -> None:

@@ -17,6 +17,7 @@ import nnx_model
 
 @pytest.mark.examples
 def test_a_reader_of_prose_learns_code(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for quick compiling
     monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     options = ["--steps", "40", "--rank", "4", "--target", "(up|down|head)/kernel"]
@@ -25,7 +26,7 @@ def test_a_reader_of_prose_learns_code(tmp_path: Path, monkeypatch: Any) -> None
     found = dict(re.findall(r"held-out loss, (\w+): ([\d.]+)", printed))
     before, adapted, merged = (float(v) for v in found.values())
     assert list(found) == ["before", "adapted", "merged"]
-    assert before < 4  # of at most log(128) = 4.85 without pretraining
+    assert before < 4  # guessing costs log(128) = 4.85
     assert adapted < before - 0.15
     assert abs(merged - adapted) < 2e-3
     record = jlora.checkpoint.describe(tmp_path / "found")

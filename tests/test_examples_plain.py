@@ -9,6 +9,7 @@ from example_runs import run_example
 
 @pytest.mark.examples
 def test_an_mlp_learns_mirrored_digits(monkeypatch: Any) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for quick compiling
     monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     printed = run_example("plain_jax.py", "--steps", "60")
