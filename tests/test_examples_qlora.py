@@ -57,7 +57,7 @@ def test_both_bases_are_trained_alike(
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [(["--target", "querry"], "querry"), (["--tile", "7"], "tile")],
+    [(["--target", "querry"], "querry"), (["--model", "nowhere.gguf"], "nowhere")],
 )
 def test_the_script_explains_what_it_cannot_do(
     given: list[str], words: str, options: list[str], capsys: Any

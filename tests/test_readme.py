@@ -85,7 +85,7 @@ def test_the_data_of_the_example_is_pinned() -> None:
     names = [word for word in packages if not word.startswith("--hash")]
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", name) for name in names)
     hashes = [word for word in packages if word.startswith("--hash=sha256:")]
-    assert len(hashes) == len(names) == 2
+    assert len(hashes) == len(names) == 3
 
 
 def test_the_table_has_every_public_name() -> None:
