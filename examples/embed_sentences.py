@@ -3,9 +3,10 @@
 The encoder is the first layers of SmolLM2-135M and the mean of what they return; the
 texts are the prompts and replies of finetune_chat.py, both from PyPI
 (requirements-finetune.txt). The loss is InfoNCE: each prompt must be nearer to its own
-reply than to the other ones of the batch. The script prints the plan, and for held-out
-pairs the share of prompts whose nearest reply is their own (recall@1), before and
-after. On a CPU it takes about two minutes.
+reply than to the other ones of the batch. The script prints the plan, and before and
+after, for held-out pairs, that loss and the share of prompts whose own reply is the
+nearest (recall@1) or one of the five nearest. Much of the corpus is trivia, where a
+small model can't know the answer; recall rises by little. On a CPU it takes a minute.
 
     python examples/embed_sentences.py --steps 20 --layers 4 --target "(q|v)_proj"
 """
@@ -14,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -39,15 +41,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=int, default=40, help="training steps")
-    add("--layers", type=int, default=6, help="layers of the encoder")
+    add("--steps", type=int, default=80, help="training steps")
+    add("--layers", type=int, default=2, help="layers of the encoder")
     add("--rank", type=int, default=8, help="rank of the factors")
     add("--target", help="regex of the kernels to adapt; every linear by default")
     add("--rows", type=int, default=24, help="pairs of a batch")
-    add("--length", type=int, default=24, help="tokens of a text")
+    add("--length", type=int, default=16, help="tokens of a text")
     add("--held-out", type=int, default=64, help="pairs to measure recall on")
-    add("--temperature", type=float, default=0.05, help="of the softmax of cosines")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--temperature", type=float, default=0.1, help="of the softmax of cosines")
+    add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="seed of split, order and factors")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
@@ -70,35 +72,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = retrieval.batches(
             base.tokenizer, train, args.seed, args.rows, args.length
         )
-        example = next(batches).prompts
+        encode, first = encoder.make_encode(base.model), next(batches)
+        mean = retrieval.mean_of(encode, base.variables, first)
+        variables = {**base.variables, "mean": mean}
         config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
-        lora = jlora.lora(encoder.make_encode(base.model), config)
-        plan = lora.plan(base.variables, example)
+        lora = jlora.lora(retrieval.make_embed(encode), config)
+        plan = lora.plan(variables, first.prompts)
     except (ImportError, OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
     console.print(str(plan), markup=False)
     console.print(f"{len(train)} pairs to train on, {len(held_out)} held out")
-    adapter = lora.init(jax.random.key(args.seed), base.variables, example)
-    measured = retrieval.tokenize(base.tokenizer, held_out, args.length)
+    adapter = lora.init(jax.random.key(args.seed), variables, first.prompts)
+    loss = retrieval.make_loss(lora.apply, args.temperature)
+    pairs = retrieval.tokenize(base.tokenizer, held_out, args.length)
     similarities = jax.jit(retrieval.make_similarities(lora.apply))
-    before = retrieval.recall(similarities((base.variables, adapter), measured))
+    evaluate = jax.jit(loss)
+
+    def judge(adapter: Any, moment: str) -> float:
+        value = float(evaluate(adapter, variables, pairs)[0])
+        cosines = similarities((variables, adapter), pairs)
+        one, five = (retrieval.recall(cosines, nearest) for nearest in (1, 5))
+        told = f"{moment}: held-out loss {value:.3f}, recall@1 {one:.3f}, @5 {five:.3f}"
+        console.print(told)
+        return value
+
+    before = judge(adapter, "before")
     adapter = training.fit(
-        retrieval.make_loss(lora.apply, args.temperature),
+        loss,
         adapter,
-        base.variables,
+        variables,
         batches,
         args.steps,
         args.lr,
         console,
         count_tokens=lambda batch: sum(side.real.sum() for side in batch),
     )
-    after = retrieval.recall(similarities((base.variables, adapter), measured))
-    chance = 1 / len(held_out)
-    console.print(f"held-out recall@1 by chance: {chance:.3f}")
-    console.print(f"held-out recall@1 before: {before:.3f}, after: {after:.3f}")
+    after = judge(adapter, "after")
     console.print(f"wall time {time.perf_counter() - began:.0f} s")
-    return 0 if after > before else 1
+    return 0 if after < before else 1
 
 
 if __name__ == "__main__":

@@ -56,6 +56,24 @@ def batches(
         yield tokenize(tokenizer, drawn, length)
 
 
+def make_embed(encode: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `embed(variables, texts)`: what is encoded, less `variables["mean"]`.
+
+    A pretrained model gives all texts nearly the same direction; the rest tells them
+    apart, and cosines of what is left spread over more of their range.
+    """
+
+    def embed(variables: Any, texts: encoder.Texts) -> jax.Array:
+        return encode({"params": variables["params"]}, texts) - variables["mean"][None]
+
+    return embed
+
+
+def mean_of(encode: Callable[..., jax.Array], variables: Any, some: Matches) -> Any:
+    """Returns the mean of what is encoded of all texts, prompts and replies."""
+    return jnp.concatenate([jax.jit(encode)(variables, side) for side in some]).mean(0)
+
+
 def make_similarities(embed: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns a function of weights and matches: the cosines, (prompts, replies)."""
 
@@ -91,6 +109,7 @@ def make_loss(
     return loss
 
 
-def recall(cosines: Any) -> float:
-    """Returns the share of the prompts whose own reply is the nearest: recall@1."""
-    return float(np.mean(np.argmax(cosines, axis=1) == np.arange(len(cosines))))
+def recall(cosines: Any, nearest: int = 1) -> float:
+    """Returns the share of the prompts whose own reply is among the nearest ones."""
+    order = np.argsort(-np.asarray(cosines), axis=1)[:, :nearest]
+    return float((order == np.arange(len(order))[:, None]).any(axis=1).mean())

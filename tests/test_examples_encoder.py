@@ -115,8 +115,9 @@ def test_the_loss_is_the_logarithm_of_the_rows_where_all_texts_are_alike() -> No
 def test_recall_is_the_share_of_own_replies_that_are_nearest() -> None:
     cosines = np.eye(4)
     assert retrieval.recall(cosines) == 1
-    cosines[0] = cosines[1]
+    cosines[0] = 0.5, 1.0, 0.0, 0.0
     assert retrieval.recall(cosines) == 0.75
+    assert retrieval.recall(cosines, nearest=2) == 1
 
 
 def test_a_split_is_balanced_and_disjoint() -> None:
@@ -159,13 +160,13 @@ def test_an_embedding_explains_what_it_cannot_do(
 @pytest.mark.examples
 @needs_data("SENTENCE EMBEDDINGS ARE")
 @pytest.mark.timeout(900)
-def test_recall_rises(tmp_path: Path) -> None:
-    small = ["--layers", "2", "--steps", "12", "--rows", "12", "--length", "16"]
-    printed = run_example("embed_sentences.py", *small, cwd=tmp_path)
-    (recalls,) = re.findall(r"recall@1 before: ([\d.]+), after: ([\d.]+)", printed)
-    before, after = map(float, recalls)
-    assert after > before + 0.05
-    assert after > 0.15  # ten times what chance gives
+def test_the_own_replies_come_nearer(tmp_path: Path) -> None:
+    """The loss of held-out pairs falls; of their recall the script promises nothing."""
+    printed = run_example("embed_sentences.py", "--steps", "30", cwd=tmp_path)
+    found = re.findall(r"(before|after): held-out loss ([\d.]+)", printed)
+    losses = {moment: float(value) for moment, value in found}
+    assert losses["before"] < math.log(64)  # what cosines that are all alike give
+    assert losses["after"] < losses["before"] - 0.2
 
 
 @pytest.mark.examples

@@ -55,18 +55,12 @@ def test_both_bases_are_trained_alike(
     assert 0.9 < float(ratio) < 1.1
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [(["--target", "querry"], "querry"), (["--model", "nowhere.gguf"], "nowhere")],
-)
-def test_the_script_explains_what_it_cannot_do(
-    given: list[str], words: str, options: list[str], capsys: Any
-) -> None:
+def test_the_script_explains_what_it_cannot_do(options: list[str], capsys: Any) -> None:
     pytest.importorskip("qwix")
-    assert qlora.main([*options, *given]) == 2
+    assert qlora.main([*options, "--target", "querry"]) == 2
     printed = capsys.readouterr().out
     assert "error: " in printed
-    assert words in printed
+    assert "querry" in printed
 
 
 def test_the_script_refuses_to_do_nothing() -> None:
