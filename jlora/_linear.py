@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 
 from ._compat import manual_axes, vary
 from ._forms import Backward, backward, forward, scaled, shrink, side_by_side
@@ -111,7 +112,36 @@ def _one_kernel_for_all(
         out = _one_kernel_for_all(deeper, inner, *args)
         return out, jax.tree.map(lambda _: True, out)
 
-    return mapped(operands, *rest)
+    return _derived_by(functools.partial(run, "separate"), mapped)(operands, *rest)
+
+
+def _derived_by(
+    other: Callable[..., Any], run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns `run`, whose derivatives are those of `other`, which computes the same.
+
+    They are asked for by second derivatives alone. A function with a batching rule of
+    its own has none in reverse mode.
+    """
+    derived = jax.custom_jvp(run)
+
+    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        values, treedef = jax.tree.flatten(primals)
+        is_zero = lambda tangent: isinstance(tangent, SymbolicZero)
+        changes = jax.tree.leaves(tangents, is_leaf=is_zero)
+        moving = [i for i, change in enumerate(changes) if not is_zero(change)]
+
+        def of_moving(*moved: jax.Array) -> Any:
+            new = dict(zip(moving, moved, strict=True))
+            every = [new.get(i, value) for i, value in enumerate(values)]
+            return other(*treedef.unflatten(every))
+
+        at = [values[i] for i in moving]
+        _, change = jax.jvp(of_moving, at, [changes[i] for i in moving])
+        return run(*primals), change
+
+    derived.defjvp(rule, symbolic_zeros=True)
+    return derived
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

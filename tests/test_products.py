@@ -388,6 +388,31 @@ def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
         assert_close(own, gradient, 1e-4)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("form", ["separate", "extended", "merged"])
+def test_second_derivatives(form: str, mapped: bool, request: Any) -> None:
+    """Reverse over reverse, as of a penalty on gradients, beside the formed kernel."""
+    if form == "extended":
+        request.getfixturevalue("extended")
+    settings = {"contraction": "merged"} if form == "merged" else {}
+    params, x = attention_like()
+    fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
+    lora, adapter = adapted(fn, params, x, **settings)
+
+    def penalty(apply: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        grads = jax.grad(apply, argnums=(1, 2))(params, adapter, x)
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+
+    merged = lambda params, adapter, x: fn(jlora.merge(params, adapter), x)
+    second = jax.grad(penalty, argnums=(1, 2))
+    if mapped:
+        adapter = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), adapter)
+        second = jax.vmap(second, in_axes=(None, 0, None))
+    found = jax.jit(lambda *args: second(lora.apply, *args))(adapter, x)
+    expected = jax.jit(lambda *args: second(merged, *args))(adapter, x)
+    assert_close(found, expected, 1e-4)
+
+
 @pytest.mark.parametrize("form", ["extended", "merged"])
 def test_vmap_over_inputs_keeps_the_form(form: str, request: Any) -> None:
     if form == "extended":
