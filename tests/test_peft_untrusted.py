@@ -328,9 +328,9 @@ def test_a_good_file_takes_no_memory_for_the_limit(tmp_path: Path) -> None:
 def test_text_of_the_config(
     tmp_path: Path, bad: bytes, error: str, words: tuple[str, ...]
 ) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     refusal(write(tmp_path, bad), Corrupt, CONFIG, error, *words)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 # --- its fields ---
@@ -468,12 +468,12 @@ def test_patterns_take_no_time(tmp_path: Path, name: str, field: str) -> None:
     params = {"params": {long: PARAMS["params"]["q"], "v": PARAMS["params"]["v"]}}
     said = config(**{"target_modules": [long, "v"], field: value})
     write(tmp_path, said, pack(*layout(arrays)))
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         jlora.peft.load(tmp_path, params)
     except AdapterError as error:
         assert len(str(error)) < 5000
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 @each(
@@ -495,12 +495,12 @@ def test_patterns_without_one_meaning(
 def test_many_patterns_take_no_time(tmp_path: Path, key: str) -> None:
     pattern = {key.format(number): files.RANK for number in range(30_000)}
     write(tmp_path, config(rank_pattern=pattern))
-    begun = time.perf_counter()
+    begun = time.process_time()
     if "*" in key or "+" in key:
         refusal(tmp_path, Unsupported, "`rank_pattern`", "too many")
     else:
         jlora.peft.load(tmp_path, PARAMS)
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_scalings_of_one_kernel_that_are_far_apart(tmp_path: Path) -> None:
