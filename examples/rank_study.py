@@ -3,7 +3,7 @@
 `jlora.stack` pads the ranks with zeros, which stay zero, so that one vmapped step
 trains them all, on the same batches from the same seed. The base is
 SmolLM2-135M-Instruct and the data the prompts and replies of finetune_chat.py, both
-from PyPI (requirements-finetune.txt). On a CPU it takes about a minute.
+from PyPI (requirements-finetune.txt). On a CPU it takes about two minutes.
 
     python examples/rank_study.py --ranks 1 4 16 64 --rate 1e-3 --plot ranks.png
 """
