@@ -48,8 +48,9 @@ def read_lora_biases(
     paths = list(
         dict.fromkeys(home.path for n in names.values() for home in base.homes(n))
     )
-    _check(list(names), paths, base)
     known = {path: v for path in paths if (v := base.value(path)) is not None}
+    bare = [module for module, name in names.items() if not base.homes(name)]
+    _check(bare, [path for path in paths if path not in known])
     tensors = leaves_to_torch(base, paths, known.__getitem__) | {
         name.replace(".base_layer.", "."): tensor for name, tensor in whole.items()
     }
@@ -62,10 +63,8 @@ def read_lora_biases(
     return {path: leaf_from_torch(base, path, tensors.__getitem__) for path in paths}
 
 
-def _check(modules: Sequence[str], paths: Sequence[str], base: Base) -> None:
-    """Raises where there is nothing to add to, or its value is not known."""
-    bare = [m for m in modules if not base.homes(f"{m}.bias")]
-    abstract = [path for path in paths if base.value(path) is None]
+def _check(bare: Sequence[str], abstract: Sequence[str]) -> None:
+    """Raises for modules with nothing to add to, and for biases without a value."""
     problems = []
     if bare:
         problems.append(f"{bare[:5]} have no bias of their own in the params")
