@@ -23,6 +23,7 @@ import jlora
 
 try:
     import classification
+    import parsing
     import sentiment_data
     import training
     from rich.console import Console
@@ -36,10 +37,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=40, help="training steps of each method")
     add("--layers", type=int, default=6, help="layers of the encoder")
@@ -54,9 +52,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of split, order, head and factors")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
-    for name in ("steps", "layers", "rank", "rows", "length", "held_out"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    parsing.at_least_one(
+        parser, args, "steps", "layers", "rank", "rows", "length", "held_out"
+    )
     return args
 
 

@@ -24,6 +24,7 @@ import jlora
 try:
     import chat_data
     import encoder
+    import parsing
     import pretrained
     import retrieval
     import training
@@ -36,10 +37,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=80, help="training steps")
     add("--layers", type=int, default=2, help="layers of the encoder")
@@ -53,9 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of split, order and factors")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
-    for name in ("steps", "layers", "rank", "length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    parsing.at_least_one(parser, args, "steps", "layers", "rank", "length")
     if min(args.rows, args.held_out) < 2:
         parser.error("--rows and --held-out must be at least 2: replies are compared")
     return args

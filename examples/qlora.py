@@ -23,6 +23,7 @@ import jlora
 
 try:
     import chat_data
+    import parsing
     import pretrained
     import training
     from rich.console import Console
@@ -49,10 +50,7 @@ class Result(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=12, help="training steps of each run")
     add("--kind", choices=("nf4", "int8", "int4", "fp8"), default="nf4", help="stored")
@@ -66,9 +64,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of split, order and factors")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
-    for name in ("steps", "tile", "rank", "rows", "length", "held_out"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    parsing.at_least_one(
+        parser, args, "steps", "tile", "rank", "rows", "length", "held_out"
+    )
     return args
 
 

@@ -3,15 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
+import parsing
+
 
 def make_parser(
     description: str | None, *, steps: int, rank: int
 ) -> argparse.ArgumentParser:
     """Returns a parser of the options that both scripts have."""
-    parser = argparse.ArgumentParser(
-        description=(description or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(description)
     add = parser.add_argument
     add("--steps", type=int, default=steps, help="steps of each training")
     add("--rank", type=int, default=rank, help="rank of the factors")

@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 try:
+    import parsing
     import policy
     import rollouts
     from progress import progress_bar
@@ -38,10 +39,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=12, help="training steps")
     add("--wanted", default=r"\b\w{1,4}\b", help="regex: a reply's share of it is paid")
@@ -56,9 +54,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of prompts, samples and factors")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
-    for name in ("steps", "prompts", "width", "length", "rank"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    parsing.at_least_one(parser, args, "steps", "prompts", "width", "length", "rank")
     if args.samples < 2:
         parser.error("--samples must be at least 2: a reply is judged beside others")
     return args
