@@ -161,8 +161,10 @@ def torch_base(weights: Weights, files: AdapterFiles) -> Base:
     # PEFT writes an adapted table along, which must be that of the base.
     copied = any(name.endswith(".base_layer.weight") for name in files.whole)
     tables = {f"{m}.weight" for m, t in files.modules.items() if t.is_table and copied}
+    # `lora_bias` is added to the module's own bias.
+    biases = {f"{m}.bias" for m in files.modules if files.config.lora_bias}
     leaves: dict[str, Any] = {
-        name: weights[name] if name in tables else weights.shape(name)
+        name: weights[name] if name in tables | biases else weights.shape(name)
         for name in weights
     }
     _check_complete(leaves, files)
