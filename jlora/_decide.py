@@ -9,9 +9,9 @@ from typing import Any
 from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
 from ._axes import KernelAxes, Roles
 from ._carry import CARRY
+from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
-from ._forms import Contraction, choose
 from ._group import GroupDims
 from ._products import group_dims
 from ._siblings import arrange

@@ -1,16 +1,17 @@
-"""Three ways to compute a group of adapted products, and the choice between them.
+"""Four ways to compute a group of adapted products; `_choice` chooses.
 
 * separate: `x·W + s·(x·a)·b`, products apart. Works for any axes and any sharding.
 * extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes
   the delta in. It copies `x` and `W`, which pays on GPUs when tokens outnumber
   features, and it needs arrays that are whole: a sharded axis cannot be appended to.
+* fused: the same sum without copies, by a kernel for Hopper GPUs, on request.
 * merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
   forms, so that the gradient of a kernel is not formed.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,8 @@ from ._group import (
     dot,
     per_kernel,
 )
-from ._sharding import explicit_sharding, is_whole
-
-Contraction = Literal["factored", "merged", "auto"]
+from ._mosaic import product_and_delta
+from ._sharding import explicit_sharding
 
 
 class Backward(NamedTuple):
@@ -81,8 +81,8 @@ def backward(
     if not wants_x:
         return Backward(_shrink_cotangents(dims, operands, cotangents), None)
     g, dx = _FORMS[form].backward(dims, operands, cotangents)
-    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
-    if form != "merged":
+    if form in ("separate", "extended"):
+        layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
         dx = dx + layout.grad_x_of_delta(g, a, operands.x)
     return Backward(g, dx)
 
@@ -199,6 +199,48 @@ def _extended_backward(
     return concatenate(scaled(dims, g, operands.ranks)), dx
 
 
+# --- fused ---
+
+
+def _fused(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
+    rows = operands.x.shape[: operands.x.ndim - len(dims.contract)]
+    n = math.prod(rows)
+    x = operands.x.reshape(n, -1)
+    pieces = scaled(dims, h, operands.ranks)
+    outputs = []
+    for w, b, piece in zip(operands.kernels, operands.b, pieces, strict=True):
+        free = w.shape[len(dims.contract) :]
+        b = b.reshape(-1, b.shape[-1]).T.astype(x.dtype)
+        h = piece.reshape(n, -1).astype(x.dtype)
+        y = product_and_delta(x, w.reshape(x.shape[1], -1), h, b)
+        outputs.append(y.reshape(*rows, *free))
+    return outputs
+
+
+def _fused_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies."""
+    x = operands.x
+    g = _shrink_cotangents(dims, operands, cotangents)
+    features = math.prod(x.shape[i] for i in dims.contract)
+    n = x.size // features
+    parts = []
+    rows = zip(
+        operands.kernels,
+        operands.a,
+        per_kernel(g, operands.ranks),
+        cotangents,
+        strict=True,
+    )
+    for w, a, piece, dy in rows:
+        a = a.reshape(features, -1).T.astype(x.dtype)
+        piece = piece.reshape(n, -1).astype(x.dtype)
+        dy, w = dy.reshape(n, -1), w.reshape(features, -1)
+        parts.append(product_and_delta(dy, w, piece, a, turned=True))
+    return g, _sum(parts).reshape(x.shape)
+
+
 # --- merged ---
 
 
@@ -241,63 +283,6 @@ class _Form(NamedTuple):
 _FORMS: dict[Form, _Form] = {
     "separate": _Form(_separate, _separate_backward),
     "extended": _Form(_extended, _extended_backward),
+    "fused": _Form(_fused, _fused_backward),
     "merged": _Form(_merged, _merged_backward),
 }
-
-
-# --- the choice ---
-
-
-def choose(
-    contraction: Contraction, dims: GroupDims, x: Any, kernels: Sequence[Any]
-) -> Form:
-    """Returns the form for a group, from shapes, dtypes and backend alone.
-
-    Args:
-        contraction: as `jlora.lora` takes it.
-        dims: the static description of the products.
-        x: the shared operand; shape and dtype are read.
-        kernels: the kernels, likewise.
-    """
-    if contraction == "merged":
-        return "merged"
-    size = lambda array, axes: math.prod(array.shape[i] for i in axes)
-    features, shared = size(x, dims.contract), size(x, dims.batch)
-    tokens = x.size // max(features * shared, 1)
-    outputs = [w.size // max(features * shared, 1) for w in kernels]
-    if contraction == "auto" and all(v.dtype == jnp.float32 for v in (x, *kernels)):
-        # Formed twice, forward and backward: 4·r·m·k each against 2·n·r·(m + k).
-        if all(tokens > 2 * features * k / (features + k) for k in outputs):
-            return "merged"
-    if _extended_pays(tokens, features) and _extensible(dims, x, kernels):
-        return "extended"
-    return "separate"
-
-
-def _extended_pays(tokens: int, features: int) -> bool:
-    """Whether the copies of a kernel cost less than passes over its outputs.
-
-    The kernel is copied forward and backward, 4·m·k values to and fro; saved are the
-    delta, written and read forward, and one reading of `dy`, 3·n·k. (On an H100 the
-    copy of `x` costs no more than the additions that it saves.)
-    """
-    return 4 * features < 3 * tokens
-
-
-def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
-    """Whether rows can be appended: whole arrays, contracted last by first."""
-    if not _on_one_gpu() or dims.batch or not all(map(is_whole, (x, *kernels))):
-        return False
-    n = len(dims.contract)
-    if dims.contract != tuple(range(x.ndim - n, x.ndim)):
-        return False
-    first = tuple(range(n))
-    plain = all(not k.first and k.contract == first for k in dims.kernels)
-    return plain and all(
-        w.dtype == x.dtype and jnp.issubdtype(w.dtype, jnp.inexact) for w in kernels
-    )
-
-
-def _on_one_gpu() -> bool:
-    """With several devices nothing says, while tracing, which axes are sharded."""
-    return jax.default_backend() == "gpu" and jax.device_count() == 1

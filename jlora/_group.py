@@ -18,7 +18,7 @@ from ._compat import RANK_FIRST_ON_CPU
 from ._sharding import dot_sharding, explicit_sharding
 
 Axes = tuple[int, ...]
-Form = Literal["separate", "extended", "merged"]
+Form = Literal["separate", "extended", "fused", "merged"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ._lazy import (
     primals,
     pulled,
 )
+from ._mosaic import padded_rank
 
 # `x·a` is kept for the backward pass where it has at most an eighth of the columns of
 # `x`, and not computed again under `jax.checkpoint` where it has at most 1/32 of them.
@@ -55,9 +56,11 @@ def low_rank_product(
     varying = frozenset().union(*map(manual_axes, jax.tree.leaves(operands)))
     spread = lambda v: v if isinstance(v, Lazy) else vary(v, varying)
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
+    if form == "fused" and padded_rank(max(operands.ranks)) is None:
+        form = "extended"
     if derive == "custom":
         return _product((dims, form), operands)
-    form = "separate" if form == "extended" else form
+    form = form if form == "merged" else "separate"
     run = lambda operands: forward(
         form, dims, _opened(operands), shrink(dims, operands)
     )
@@ -93,6 +96,7 @@ def _one_kernel_for_all(
 
     The extended and the merged form put factors into a kernel; mapped over factors they
     would make one per adapter. The separate form then keeps the base product unbatched.
+    Mapped over inputs, the fused form turns to the extended one, of one product.
     """
     if form == "separate":
         return run(form, operands, *rest)
@@ -102,7 +106,8 @@ def _one_kernel_for_all(
     def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
         mapped_operands = batched[0]
         factors = (mapped_operands.a, mapped_operands.b, mapped_operands.kernels)
-        inner: Form = "separate" if any(jax.tree.leaves(factors)) else form
+        inner: Form = "extended" if form == "fused" else form
+        inner = "separate" if any(jax.tree.leaves(factors)) else inner
         axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(batched))
 
         def deeper(form: Form, *args: Any) -> Any:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from ._analyze import Log, Use, View
 from ._axes import KernelAxes, Shape
+from ._choice import Contraction
 from ._config import LoraConfig
 from ._decide import decide
 from ._discover import Vote, discover, settle
 from ._errors import MaterializationError, TargetError
-from ._forms import Contraction
 from ._paths import FlatParams, is_quantized, matching, nearest
 from ._quantized import qtype_of
 from ._target import Target, Unusable

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
+from ._choice import Contraction
 from ._config import LoraConfig
 from ._entries import Factored, TrainedRows, lowered
 from ._factors import Adapter, LoraFactors, PyTree
-from ._forms import Contraction
 from ._init import key_of
 from ._inputs import InputStats, input_stats
 from ._interpret import run
@@ -327,7 +327,7 @@ def lora(
         raise TypeError(f"`argnum` must be an int of at least 0, got {argnum!r}")
     _one_of("materialize", materialize, ("error", "allow"))
     _one_of("backward", backward, ("custom", "autodiff"))
-    _one_of("contraction", contraction, ("factored", "merged", "auto"))
+    _one_of("contraction", contraction, ("factored", "merged", "auto", "fused"))
     return Lora(fn, tuple(several), argnum, materialize, backward, contraction)
 
 

@@ -23,7 +23,7 @@ from oracle import assert_close, random_like, reference, relative_error
 from uses import USES
 
 import jlora
-from jlora import _forms
+from jlora import _choice, _forms
 from jlora._flops import step_flops
 
 Tree = Any
@@ -49,8 +49,37 @@ N, D, K, R = 96, 40, 56, 4
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chooses the extended form wherever it is possible, as on one GPU."""
-    monkeypatch.setattr(_forms, "_on_one_gpu", lambda: True)
-    monkeypatch.setattr(_forms, "_extended_pays", lambda tokens, features: True)
+    monkeypatch.setattr(_choice, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(_choice, "_extended_pays", lambda tokens, features: True)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch, extended: None) -> None:
+    """Chooses the fused form likewise; a plain product stands in for its kernel.
+
+    The kernel itself is tested in `test_mosaic.py`.
+    """
+
+    def stand_in(
+        x: jax.Array, w: jax.Array, h: jax.Array, b: jax.Array, turned: bool = False
+    ) -> jax.Array:
+        pairs = (((1,), (1 if turned else 0,)), ((), ()))
+        wide = {"preferred_element_type": jnp.float32}
+        return (lax.dot_general(x, w, pairs, **wide) + h @ b).astype(x.dtype)
+
+    monkeypatch.setattr(_forms, "product_and_delta", stand_in)
+    monkeypatch.setattr(_choice, "_has_kernel", lambda dims, x: True)
+    monkeypatch.setattr(_choice, "fits", lambda *sizes: True)
+
+
+def chosen(form: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Makes a form the one that is chosen, and returns what `jlora.lora` needs."""
+    if form in ("extended", "fused"):
+        request.getfixturevalue(form)
+    return {"contraction": form} if form in ("fused", "merged") else {}
+
+
+each_product = pytest.mark.parametrize("form", ["extended", "fused"])
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -81,9 +110,10 @@ def forms(lora: jlora.Lora, *args: Any) -> dict[str, set[tuple[Any, int]]]:
 # --- every form equals the materialized kernel ---
 
 
+@each_product
 @each_use
-def test_extended(name: str, getkey: Any, extended: None) -> None:
-    case = make_case(BY_NAME[name], getkey)
+def test_one_product(name: str, form: str, getkey: Any, request: Any) -> None:
+    case = make_case(BY_NAME[name], getkey, **chosen(form, request))
     check_values(case, case.lora.apply, reference(case.use))
     check_gradients(case, case.lora.apply, reference(case.use))
 
@@ -95,27 +125,35 @@ def test_merged(name: str, getkey: Any) -> None:
     check_gradients(case, case.lora.apply, reference(case.use), jaxpr=False)
 
 
+@each_product
 @pytest.mark.parametrize("name", ["siblings", "dense_general_two_in_two_out"])
-def test_extended_in_bfloat16(name: str, getkey: Any, extended: None) -> None:
+def test_one_product_in_bfloat16(
+    name: str, form: str, getkey: Any, request: Any
+) -> None:
     half = {"x_dtype": jnp.bfloat16, "w_dtype": jnp.bfloat16}
-    case = make_case(BY_NAME[name], getkey, **half)
+    case = make_case(BY_NAME[name], getkey, **half, **chosen(form, request))
     check_gradients(case, case.lora.apply, reference(case.use))
 
 
+@each_product
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit])
-def test_extended_inside_of(wrap: Any, getkey: Any, extended: None) -> None:
+def test_one_product_inside_of(wrap: Any, form: str, getkey: Any, request: Any) -> None:
     use = BY_NAME["siblings"]
-    case = make_case(use, getkey, fn=wrap(use.model))
+    case = make_case(use, getkey, fn=wrap(use.model), **chosen(form, request))
     check_gradients(case, case.lora.apply, reference(use))
 
 
-def test_extended_is_used_where_it_fits(getkey: Any, extended: None) -> None:
+@each_product
+def test_it_is_one_product_where_that_fits(
+    form: str, getkey: Any, request: Any
+) -> None:
     q, left = BY_NAME["siblings"], BY_NAME["matmul_left"]
-    found = {}
+    found, settings = {}, chosen(form, request)
     for use in (q, left):
         params, inputs = use.make_params(getkey(), F32), use.make_inputs(getkey(), F32)
-        found |= forms(adapt(use, use.model), *use.arguments(params, inputs))
-    assert all(found[f"layer/{p}"] == {("extended", 3)} for p in "qkv")
+        lora = dataclasses.replace(adapt(use, use.model), **settings)
+        found |= forms(lora, *use.arguments(params, inputs))
+    assert all(found[f"layer/{p}"] == {(form, 3)} for p in "qkv")
     assert found["layer/w"] == {("separate", 1)}
 
 
@@ -148,7 +186,7 @@ def test_extended_is_not_used_where_types_have_meshes(
 @pytest.mark.parametrize("tokens", [64, 8192])
 @pytest.mark.parametrize("features", [512, 8192])
 def test_extended_pays_for_many_tokens(tokens: int, features: int) -> None:
-    assert _forms._extended_pays(tokens, features) == (tokens > features)
+    assert _choice._extended_pays(tokens, features) == (tokens > features)
 
 
 @pytest.mark.parametrize("replicate", [False, True])
@@ -360,11 +398,9 @@ def test_siblings_of_other_dtype_rank_and_scaling() -> None:
 # --- many adapters on one base ---
 
 
-@pytest.mark.parametrize("form", ["separate", "extended", "merged"])
+@pytest.mark.parametrize("form", ["separate", "extended", "fused", "merged"])
 def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
-    if form == "extended":
-        request.getfixturevalue("extended")
-    settings = {"contraction": "merged"} if form == "merged" else {}
+    settings = chosen(form, request)
     params, x = attention_like()
     fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
     lora, adapter = adapted(fn, params, x, **settings)
@@ -389,12 +425,10 @@ def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("form", ["separate", "extended", "merged"])
+@pytest.mark.parametrize("form", ["separate", "extended", "fused", "merged"])
 def test_second_derivatives(form: str, mapped: bool, request: Any) -> None:
     """Reverse over reverse, as of a penalty on gradients, beside the formed kernel."""
-    if form == "extended":
-        request.getfixturevalue("extended")
-    settings = {"contraction": "merged"} if form == "merged" else {}
+    settings = chosen(form, request)
     params, x = attention_like()
     fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
     lora, adapter = adapted(fn, params, x, **settings)
@@ -413,11 +447,9 @@ def test_second_derivatives(form: str, mapped: bool, request: Any) -> None:
     assert_close(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("form", ["extended", "merged"])
-def test_vmap_over_inputs_keeps_the_form(form: str, request: Any) -> None:
-    if form == "extended":
-        request.getfixturevalue("extended")
-    settings = {"contraction": "merged"} if form == "merged" else {}
+@pytest.mark.parametrize("form", ["extended", "fused", "merged"])
+def test_vmap_over_inputs_keeps_one_product(form: str, request: Any) -> None:
+    settings = chosen(form, request)
     params, x = attention_like()
     fn = lambda p, x: [x @ p[n] for n in "qkv"]
     lora, adapter = adapted(fn, params, x, **settings)
@@ -425,7 +457,11 @@ def test_vmap_over_inputs_keeps_the_form(form: str, request: Any) -> None:
     mapped = jax.vmap(lora.apply, (None, None, 0))
     # As many products as without vmap: the rows of all inputs are rows of one product.
     shapes = products(mapped, params, adapter, xs)
-    assert shapes.total() == products(lora.apply, params, adapter, x).total()
+    # The fused form, which is for one matrix, turns to the extended one.
+    kept = (
+        dataclasses.replace(lora, contraction="factored") if form == "fused" else lora
+    )
+    assert shapes.total() == products(kept.apply, params, adapter, x).total()
     one = fn(jlora.merge(params, adapter), x)
     assert_close(mapped(params, adapter, xs)[0][1], 2 * one[0], 1e-5)
     # Mapped over adapters outside, it turns to the separate form.

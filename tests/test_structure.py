@@ -20,11 +20,11 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _decompose _errors _memory _paths _patterns
+_axes _compat _decompose _errors _memory _mosaic _paths _patterns
 _factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
 _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
-_dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
+_choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
 _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _gather _mixed _moving_init _products _recording _restoring _triplets

@@ -1,0 +1,80 @@
+"""The choice among the forms of `_forms` for a group of adapted products."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ._group import Form, GroupDims
+from ._mosaic import fits, on_hopper
+from ._sharding import is_whole
+
+Contraction = Literal["factored", "merged", "auto", "fused"]
+
+
+def choose(
+    contraction: Contraction, dims: GroupDims, x: Any, kernels: Sequence[Any]
+) -> Form:
+    """Returns the form for a group, from shapes, dtypes and backend alone.
+
+    Args:
+        contraction: as `jlora.lora` takes it.
+        dims: the static description of the products.
+        x: the shared operand; shape and dtype are read.
+        kernels: the kernels, likewise.
+    """
+    if contraction == "merged":
+        return "merged"
+    size = lambda array, axes: math.prod(array.shape[i] for i in axes)
+    features, shared = size(x, dims.contract), size(x, dims.batch)
+    tokens = x.size // max(features * shared, 1)
+    outputs = [w.size // max(features * shared, 1) for w in kernels]
+    if contraction == "auto" and all(v.dtype == jnp.float32 for v in (x, *kernels)):
+        # Formed twice, forward and backward: 4·r·m·k each against 2·n·r·(m + k).
+        if all(tokens > 2 * features * k / (features + k) for k in outputs):
+            return "merged"
+    extensible = _extensible(dims, x, kernels)
+    if contraction == "fused" and extensible:
+        if _has_kernel(dims, x) and all(fits(tokens, features, k) for k in outputs):
+            return "fused"
+    if extensible and _extended_pays(tokens, features):
+        return "extended"
+    return "separate"
+
+
+def _extended_pays(tokens: int, features: int) -> bool:
+    """Whether the copies of a kernel cost less than passes over its outputs.
+
+    The kernel is copied forward and backward, 4·m·k values to and fro; saved are the
+    delta, written and read forward, and one reading of `dy`, 3·n·k. (On an H100 the
+    copy of `x` costs no more than the additions that it saves.)
+    """
+    return 4 * features < 3 * tokens
+
+
+def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
+    """Whether rows can be appended: whole arrays, contracted last by first."""
+    if not _on_one_gpu() or dims.batch or not all(map(is_whole, (x, *kernels))):
+        return False
+    n = len(dims.contract)
+    if dims.contract != tuple(range(x.ndim - n, x.ndim)):
+        return False
+    first = tuple(range(n))
+    plain = all(not k.first and k.contract == first for k in dims.kernels)
+    return plain and all(
+        w.dtype == x.dtype and jnp.issubdtype(w.dtype, jnp.inexact) for w in kernels
+    )
+
+
+def _has_kernel(dims: GroupDims, x: Any) -> bool:
+    """Whether the kernel of `_mosaic` computes what the program asks for."""
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    asked = [dict(k.params)["preferred_element_type"] for k in dims.kernels]
+    return on_hopper() and half and all(dtype in (None, x.dtype) for dtype in asked)
+
+
+def _on_one_gpu() -> bool:
+    """With several devices nothing says, while tracing, which axes are sharded."""
+    return jax.default_backend() == "gpu" and jax.device_count() == 1

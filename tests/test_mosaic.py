@@ -1,0 +1,202 @@
+"""The kernel of the fused form, and where it is chosen.
+
+It runs on Hopper GPUs alone. On a CPU it is interpreted, where the release of JAX has
+an interpreter for it, and lowered for a GPU, which counts its shared memory. What the
+form computes from it is tested in `test_products.py`.
+"""
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import randomized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import jlora
+from jlora import _choice, _mosaic
+from jlora._mosaic import product_and_delta
+
+BF16 = jnp.bfloat16
+N, D, K = 512, 256, 384
+each_side = pytest.mark.parametrize("turned", [False, True])
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs kernels for GPUs on the CPU; two processors share the tiles."""
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip(f"jax {jax.__version__} has no interpreter for such kernels")
+    monkeypatch.setattr(_mosaic, "_processors", lambda: 2)
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+def operands(
+    n: int, depth: int, columns: int, rank: int, turned: bool, dtype: Any = BF16
+) -> list[jax.Array]:
+    """Random operands, the delta as large as the base product."""
+    kernel = (columns, depth) if turned else (depth, columns)
+    shapes = [(n, depth), kernel, (n, rank), (rank, columns)]
+    keys = jax.random.split(jax.random.key(n + rank), 4)
+    pairs = zip(keys, shapes, strict=True)
+    x, w, h, b = (jax.random.normal(k, s, jnp.float32) for k, s in pairs)
+    return [v.astype(dtype) for v in (x, w, h, (depth / rank) ** 0.5 * b)]
+
+
+def in_double(turned: bool, *args: jax.Array) -> np.ndarray:
+    """The same by NumPy, in float64."""
+    x, w, h, b = (np.asarray(v, np.float64) for v in args)
+    return x @ (w.T if turned else w) + h @ b
+
+
+# --- the kernel ---
+
+
+@each_side
+@pytest.mark.parametrize("rank", [1, 16, 24, 64])
+@pytest.mark.parametrize("shape", [(256, 128, 384), (512, 384, 128)])
+def test_it_is_rounded_once(
+    shape: tuple[int, int, int], rank: int, turned: bool, interpreter: None
+) -> None:
+    args = operands(*shape, rank, turned)
+    run = jax.jit(functools.partial(product_and_delta, turned=turned))
+    found, expected = np.asarray(run(*args), np.float64), in_double(turned, *args)
+    assert run(*args).dtype == BF16
+    # Half a unit in the last of eight bits, and the order of sums in float32.
+    assert np.all(np.abs(found - expected) <= 2.0**-8 * np.abs(expected) + 1e-4)
+
+
+def test_float16(interpreter: None) -> None:
+    args = operands(256, 128, 128, 16, False, jnp.float16)
+    found, expected = jax.jit(product_and_delta)(*args), in_double(False, *args)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found, expected, rtol=2.0**-10, atol=1e-3)
+
+
+@each_side
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("shape", [(256, 128, 128), (8192, 2048, 5632)])
+def test_it_lowers_for_gpus(
+    shape: tuple[int, int, int], rank: int, turned: bool
+) -> None:
+    args = jax.eval_shape(lambda: operands(*shape, rank, turned))
+    run = jax.jit(functools.partial(product_and_delta, turned=turned))
+    program = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("mosaic_gpu") >= 1
+    assert "dot_general" not in program
+
+
+def test_ranks_above_64_are_refused() -> None:
+    args = jax.eval_shape(lambda: operands(256, 128, 128, 65, False))
+    with pytest.raises(ValueError, match="rank 65, only up to 64"):
+        jax.eval_shape(product_and_delta, *args)
+
+
+# --- where it is chosen ---
+
+
+def product(params: Any, x: jax.Array) -> jax.Array:
+    """A model of one product."""
+    return x @ params["w"]
+
+
+def shapes(dtype: Any = BF16, n: int = N, k: int = K) -> tuple[Any, Any]:
+    """Shapes of its params and its input."""
+    struct = jax.ShapeDtypeStruct
+    return {"w": struct((D, k), dtype)}, struct((n, D), dtype)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chooses as on one such GPU."""
+    monkeypatch.setattr(_choice, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(_choice, "on_hopper", lambda: True)
+
+
+def form_of(fn: Any, params: Any, x: Any, **settings: Any) -> str:
+    """The form of the one product of a function, as the plan has it."""
+    lora = jlora.lora(fn, jlora.LoraConfig(rank=4), **settings)
+    (target,) = lora.plan(params, x).targets
+    (use,) = target.uses
+    return use.form
+
+
+def test_it_is_chosen_on_request_alone(hopper: None) -> None:
+    assert form_of(product, *shapes(), contraction="fused") == "fused"
+    assert form_of(product, *shapes()) == "extended"
+    assert form_of(product, *shapes(), contraction="auto") == "extended"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        shapes(jnp.float32),
+        shapes(n=N + 128),
+        shapes(k=K + 64),
+        shapes(n=0),
+        ({"w": shapes(BF16)[0]["w"]}, shapes(jnp.float32)[1]),
+    ],
+    ids=["float32", "rows", "columns", "no rows", "mixed"],
+)
+def test_it_is_not_where_the_kernel_does_not_fit(case: Any, hopper: None) -> None:
+    assert form_of(product, *case, contraction="fused") in ("extended", "separate")
+
+
+def test_it_is_not_where_the_result_is_wider(hopper: None) -> None:
+    wide = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+    assert form_of(wide, *shapes(), contraction="fused") == "extended"
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0", None])
+def test_it_is_not_on_other_devices(
+    capability: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(_choice, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert form_of(product, *shapes(), contraction="fused") == "extended"
+    device.compute_capability = "9.0"
+    assert form_of(product, *shapes(), contraction="fused") == "fused"
+
+
+# --- the form with its kernel ---
+
+
+def test_values_and_gradients(hopper: None, interpreter: None) -> None:
+    """Interpreted, of two layers with siblings, beside the formed kernel."""
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        q, k = x @ params["q"], x @ params["k"]
+        y = jnp.tanh(q[:, :D]) @ params["o"] + k
+        return jnp.sum(jnp.tanh(y.astype(jnp.float32)) ** 2)
+
+    sizes = {"q": (D, K), "k": (D, 128), "o": (D, 128)}
+    keys = dict(zip(sizes, jax.random.split(jax.random.key(0), 3), strict=True))
+    params = {n: jax.random.normal(keys[n], s) / D**0.5 for n, s in sizes.items()}
+    x = jax.random.normal(jax.random.key(1), (256, D))
+    params, x = jax.tree.map(lambda v: v.astype(BF16), (params, x))
+    lora = jlora.lora(loss, jlora.LoraConfig(rank=5, alpha=3.0), contraction="fused")
+    adapter = lora.init(jax.random.key(2), params, x)
+    adapter = randomized(adapter, jax.random.key(3))
+    assert {u.form for t in lora.plan(params, x).targets for u in t.uses} == {"fused"}
+    found = jax.jit(jax.grad(lora.apply, argnums=(1, 2)))(params, adapter, x)
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), params)
+    formed = lambda adapter, x: loss(jlora.merge(wide, adapter), x)
+    expected = jax.grad(formed, argnums=(0, 1))(adapter, x.astype(jnp.float32))
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for ours, theirs in pairs:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert np.linalg.norm(ours - theirs) < 2e-2 * np.linalg.norm(theirs)
+
+
+def test_ranks_above_64_are_extended(hopper: None) -> None:
+    params, x = shapes()
+    lora = jlora.lora(product, jlora.LoraConfig(rank=65), contraction="fused")
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+    program = str(jax.make_jaxpr(lora.apply)(params, adapter, x))
+    assert f"bf16[{D + 65},{K}]" in program  # [W; b]
