@@ -16,6 +16,7 @@ PAGE = Path(__file__).parent / "README.md"
 MARKERS = "<!-- results -->", "<!-- end of results -->"
 NAMES = (
     "train_step",
+    "fused",
     "variants",
     "variants_8b",
     "many_adapters",
