@@ -1,8 +1,8 @@
 """What a step costs before it runs: seconds of trace, lowering and compilation.
 
 `python benchmarks/trace_time.py`. The plain model is stepped as full fine-tuning does;
-the widths are small, since only the size of the program matters. Every measurement
-starts with cleared caches.
+beside it is LoRA written by hand. The widths are small, since only the size of the
+program matters. Every measurement starts with cleared caches.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from models import Decoder
 from programs import (
+    FACTORED,
     FROZEN,
     FULL,
     JLORA,
@@ -27,7 +28,7 @@ from programs import (
 )
 from timing import table, write
 
-NAMES = {"plain": FULL, FROZEN: FROZEN, JLORA: JLORA}
+NAMES = {"plain": FULL, FROZEN: FROZEN, FACTORED: FACTORED, JLORA: JLORA}
 PHASES = ("trace", "lower", "compile")
 MODES = ("scanned", "unrolled")
 Row = dict[str, Any]
@@ -154,8 +155,8 @@ def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
     ratios = {}
     modes = [mode for mode in MODES if any(r["mode"] == mode for r in rows)]
     for mode in modes:
-        for other, sums in ((FROZEN, ("total",)), ("plain", (*PHASES, "total"))):
-            for what in sums:
+        for other in (FROZEN, FACTORED, "plain"):
+            for what in (*PHASES, "total") if other == "plain" else ("total",):
                 own, base = (pick(rows, mode, n, what) for n in (JLORA, other))
                 each = [a[what] / b[what] for a, b in zip(own, base, strict=True)]
                 if each:
@@ -184,7 +185,8 @@ def lines(path: Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = {"plain": "tab:gray", FROZEN: "black", JLORA: "tab:orange"}
+    colors = {"plain": "tab:gray", FROZEN: "black"}
+    colors |= {FACTORED: "tab:blue", JLORA: "tab:orange"}
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for axes, mode in zip(panels, MODES, strict=True):
         for name, color in colors.items():
