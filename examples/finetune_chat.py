@@ -4,14 +4,14 @@ The frozen base is SmolLM2-135M-Instruct and the data a thousand prompts and rep
 both from PyPI (requirements-finetune.txt). The script prints the plan, trains, compares
 held-out loss and replies before and after, saves the adapter and reloads it, and merges
 it into the base. It exits with 1 if a check fails and with 2 if something is missing.
+`python -m jlora inspect runs/finetune_chat` shows what was written.
 
     python examples/finetune_chat.py --steps 20 --rank 4 --target "(q|v)_proj"
 """
 
 import argparse
 import dataclasses
-import json
-import resource
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,14 +20,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 import jlora
+import jlora.checkpoint
 
 try:
     import chat_data
     import generation
+    import parsing
     import pretrained
+    import progress
     import training
     from rich.console import Console
 except ModuleNotFoundError as error:
@@ -41,14 +43,12 @@ PROMPTS = (
     "What is the capital of France?",
 )
 console = Console(soft_wrap=True, highlight=False)
+save = functools.partial(jlora.checkpoint.save, overwrite=True)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=45, help="training steps")
     add("--rank", type=int, default=8, help="rank of the factors")
@@ -59,8 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/finetune_chat"), help="for the adapter")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
-    if min(args.steps, args.rank) < 1:
-        parser.error("--steps and --rank must be at least 1")
+    parsing.at_least_one(parser, args, "steps", "rank")
     return args
 
 
@@ -79,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             variables = jlora.quantize(base.variables, plan, args.quantize)
             base = dataclasses.replace(base, variables=variables)
             plan = lora.plan(base.variables, example)
+        adapter = lora.init(jax.random.key(args.seed), base.variables, example)
+        # If this folder can't be written to, better to know it before training.
+        save(args.out, adapter, config=lora.configs, base=base.variables)
     except (ImportError, OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
     console.print(str(plan), markup=False)
     console.print(f"{len(train)} pairs to train on, {len(held_out)} held out")
-    adapter = lora.init(jax.random.key(args.seed), base.variables, example)
-
     loss = training.make_loss(lora.apply)
     held_out_loss = training.make_held_out_loss(loss, base, held_out)
     answer = make_answer(lora.apply, base)
@@ -98,14 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     after = held_out_loss(adapter), answer(adapter)
     console.print(f"held-out loss after:  {after[0]:.3f}")
     for prompt, old, new in zip(PROMPTS, before[1], after[1], strict=True):
-        text = f"\n> {prompt}\n  before: {old}\n  after:  {new}"
-        console.print(text, markup=False)
-
-    passed = check(lora, base, config, adapter, held_out, args.out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_gb = peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
-    wall = time.perf_counter() - began
-    console.print(f"\nwall time {wall:.0f} s, peak memory {peak_gb:.1f} GB")
+        console.print(f"\n> {prompt}\n  before: {old}\n  after:  {new}", markup=False)
+    passed = check(lora, base, adapter, held_out, args.out)
+    console.print(f"\n{progress.usage_since(began)}")
     return 0 if passed else 1
 
 
@@ -116,18 +111,14 @@ def make_answer(
     stop = chat_data.stop_token(base.tokenizer)
     generate = generation.make_generate(apply, base.model.config, stop=stop, length=32)
     prompts = [chat_data.chat_prompt(text) for text in PROMPTS]
-
-    def answer(adapter: Any) -> list[str]:
-        weights = (base.variables, adapter)
-        return generation.replies(generate, weights, base.tokenizer, prompts)
-
-    return answer
+    return lambda adapter: generation.replies(
+        generate, (base.variables, adapter), base.tokenizer, prompts
+    )
 
 
 def check(
     lora: jlora.Lora,
     base: pretrained.Pretrained,
-    config: jlora.LoraConfig,
     adapter: Any,
     examples: Sequence[chat_data.Example],
     out: Path,
@@ -135,8 +126,8 @@ def check(
     """Saves, reloads and merges the adapter; returns whether the logits agree."""
     batch = chat_data.all_batches(examples[: chat_data.ROWS])[0]
     adapted, plain = jax.jit(lora.apply), jax.jit(base.model.apply)
-    save(out, adapter, config)
-    reloaded = restore(out, adapter)
+    save(out, adapter, config=lora.configs, base=base.variables)
+    reloaded = jlora.checkpoint.restore(out, base=base.variables)
     inputs = {"mask": training.packed_mask(batch.segments), "at": batch.at}
     expected = adapted(base.variables, adapter, batch.tokens, **inputs)
     merged = jlora.merge(base.variables, adapter, dequantize=True)
@@ -152,20 +143,6 @@ def check(
         verdict = "ok" if off <= limit else "FAILED"
         console.print(f"{name}: logits off by {off:.1e} (limit {limit:.0e}): {verdict}")
     return passed
-
-
-def save(out: Path, adapter: Any, config: jlora.LoraConfig) -> None:
-    """Writes the adapter with Orbax, and its config beside it as JSON."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(out.absolute() / "adapter", adapter, force=True)
-
-
-def restore(out: Path, like: Any) -> Any:
-    """Returns the adapter that `save` wrote, with the structure of `like`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(out.absolute() / "adapter", like)
 
 
 if __name__ == "__main__":

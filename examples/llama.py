@@ -46,6 +46,19 @@ class LlamaConfig:
     embeddings: Any = None
 
 
+LLAMA_70B = LlamaConfig(
+    vocab=128256,
+    hidden=8192,
+    mlp=28672,
+    layers=80,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    rope_base=500_000.0,
+    tied=False,
+)
+
+
 class KVCache(NamedTuple):
     """Keys and values of the tokens read so far.
 

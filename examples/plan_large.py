@@ -15,7 +15,7 @@ References:
     <https://arxiv.org/abs/2106.09685>, 2021, sections 4.2 and 7.1.
 """
 
-import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,31 +24,20 @@ import jax
 import jax.numpy as jnp
 import meshes
 import optax
+import parsing
 from gpt3 import GPT3, GPT3Config
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_map_with_path
-from llama import Llama, LlamaConfig
+from llama import LLAMA_70B, Llama
 from placement import ROWS, leaf_spec
 
 import jlora
 
 HALF = jnp.bfloat16
-LLAMA_70B = LlamaConfig(
-    vocab=128256,
-    hidden=8192,
-    mlp=28672,
-    layers=80,
-    heads=64,
-    kv_heads=8,
-    head_dim=128,
-    rope_base=500_000.0,
-    tied=False,
-    dtype=HALF,
-)
 MODELS: dict[str, nn.Module] = {
     "gpt3": GPT3(GPT3Config(dtype=HALF)),
-    "llama70b": Llama(LLAMA_70B),
+    "llama70b": Llama(dataclasses.replace(LLAMA_70B, dtype=HALF)),
 }
 TITLES = {"gpt3": "GPT-3 175B", "llama70b": "Llama-70B"}
 LENGTH = 2048
@@ -137,10 +126,7 @@ def show(name: str, sizes: dict[str, int], rank: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plans the models that the command line names."""
-    parser = argparse.ArgumentParser(
-        description="Plan LoRA for models of 70 and 175 billion values, unallocated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--model", choices=(*MODELS, "both"), default="both", help="which model")
     add(

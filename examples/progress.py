@@ -1,6 +1,7 @@
-"""The progress bar of the training scripts."""
+"""What the training scripts show while they run, and what they say of it at the end."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -40,3 +41,13 @@ def reporting(
             began = now
 
         yield report
+
+
+def usage_since(began: float) -> str:
+    """Returns the time since `began`, by `time.perf_counter`, and the peak memory."""
+    import resource  # which Windows has not
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_gb = peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
+    wall = time.perf_counter() - began
+    return f"wall time {wall:.0f} s, peak memory {peak_gb:.1f} GB"

@@ -6,7 +6,6 @@ a tokenizer of bytes, written as a GGUF file and as a safetensors folder.
 """
 
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -38,6 +37,7 @@ from tiny_llama import (
 )
 
 import jlora
+import jlora.checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,20 @@ def test_the_script_runs_whole_on_a_tiny_model(
     printed = capsys.readouterr().out
     for words in ("trainable", "held-out loss after", "reloaded", "merged", "peak"):
         assert words in printed
-    assert json.loads((tmp_path / "config.json").read_text())["rank"] == 8
+    assert {one.rank for one in jlora.checkpoint.describe(tmp_path).entries} == {8}
+
+
+def test_the_script_knows_before_training_that_it_cannot_save(
+    tiny_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(chat_data, "load_conversations", lambda: TALKS)
+    (tmp_path / "notes").write_text("mine")
+    options = ["--model", str(tiny_path), "--out", str(tmp_path)]
+    assert finetune_chat.main(options) == 2
+    assert "holds something else" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -259,11 +272,12 @@ def test_the_check_notices_another_adapter(
     add = lambda tree: jax.tree.map(lambda v: v + 1e-2, tree)
     nudged = lambda f: lambda *args, **given: add(f(*args, **given))
     if broken == "restore":
-        monkeypatch.setattr(finetune_chat, broken, nudged(finetune_chat.restore))
+        restore = nudged(jlora.checkpoint.restore)
+        monkeypatch.setattr(jlora.checkpoint, broken, restore)
     if broken == "merge":
         monkeypatch.setattr(jlora, broken, nudged(jlora.merge))
     examples = chat_data.encode(tiny.tokenizer, [chat_data.Pair("hello", "bye")])
-    passed = finetune_chat.check(lora, tiny, config, adapter, examples, tmp_path)
+    passed = finetune_chat.check(lora, tiny, adapter, examples, tmp_path)
     assert passed == (broken is None)
 
 
