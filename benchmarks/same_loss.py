@@ -37,7 +37,7 @@ def check(torch_python: str, without: list[str]) -> None:
         model = Decoder(
             d=64,
             ffn=96,
-            layers=3,
+            layers=2,
             heads=4,
             kv_heads=2,
             vocab=128,
