@@ -37,6 +37,8 @@ def make_task(args: argparse.Namespace) -> Task:
     """Returns the encoder with a new head and new biases, and the tweets."""
     tweets = sentiment_data.load_tweets()
     train, held_out = sentiment_data.split(tweets, args.seed, args.held_out)
+    if args.rows > len(train):
+        raise ValueError(f"`--rows` {args.rows} is more than {len(train)} tweets")
     base = encoder.first_layers(pretrained.load(args.model), args.layers)
 
     def as_batch(some: Sequence[sentiment_data.Tweet]) -> Batch:

@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     few = Images(turned.x[: args.images], turned.y[: args.images])
     net, example = ConvNet(), few.x[:1]
     variables = net.init(jax.random.key(0), example)
-    config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
-    lora = jlora.lora(net.apply, config)
     try:
+        config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
+        lora = jlora.lora(net.apply, config)
         plan = lora.plan(variables, example)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False)

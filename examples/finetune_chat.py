@@ -4,14 +4,12 @@ The frozen base is SmolLM2-135M-Instruct and the data a thousand prompts and rep
 both from PyPI (requirements-finetune.txt). The script prints the plan, trains, compares
 held-out loss and replies before and after, saves the adapter and reloads it, and merges
 it into the base. It exits with 1 if a check fails and with 2 if something is missing.
-`python -m jlora inspect runs/finetune_chat` shows what was written.
 
     python examples/finetune_chat.py --steps 20 --rank 4 --target "(q|v)_proj"
 """
 
 import argparse
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +41,6 @@ PROMPTS = (
     "What is the capital of France?",
 )
 console = Console(soft_wrap=True, highlight=False)
-save = functools.partial(jlora.checkpoint.save, overwrite=True)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,18 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         train, held_out = chat_data.load_examples(base.tokenizer, args.seed)
         config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
         lora = jlora.lora(base.model.apply, config)
-        plan = lora.plan(base.variables, example)
         if args.quantize:
+            plan = lora.plan(base.variables, example)
             variables = jlora.quantize(base.variables, plan, args.quantize)
             base = dataclasses.replace(base, variables=variables)
-            plan = lora.plan(base.variables, example)
         adapter = lora.init(jax.random.key(args.seed), base.variables, example)
-        # If this folder can't be written to, better to know it before training.
-        save(args.out, adapter, config=lora.configs, base=base.variables)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if any(args.out.iterdir()):
+            # Raises, before training, if it is no adapter that may be replaced.
+            jlora.checkpoint.describe(args.out)
     except (ImportError, OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
-    console.print(str(plan), markup=False)
+    console.print(str(lora.plan(base.variables, example)), markup=False)
     console.print(f"{len(train)} pairs to train on, {len(held_out)} held out")
     loss = training.make_loss(lora.apply)
     held_out_loss = training.make_held_out_loss(loss, base, held_out)
@@ -126,7 +124,9 @@ def check(
     """Saves, reloads and merges the adapter; returns whether the logits agree."""
     batch = chat_data.all_batches(examples[: chat_data.ROWS])[0]
     adapted, plain = jax.jit(lora.apply), jax.jit(base.model.apply)
-    save(out, adapter, config=lora.configs, base=base.variables)
+    jlora.checkpoint.save(
+        out, adapter, config=lora.configs, base=base.variables, overwrite=True
+    )
     reloaded = jlora.checkpoint.restore(out, base=base.variables)
     inputs = {"mask": training.packed_mask(batch.segments), "at": batch.at}
     expected = adapted(base.variables, adapter, batch.tokens, **inputs)

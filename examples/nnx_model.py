@@ -117,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("runs/nnx_model"), help="for the adapter")
     args, texts = small_options.parse(parser, argv), python_text.load(LENGTH)
     model, tokens = Reader(nnx.Rngs(0)), texts.held_out[:, :-1]
-    config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
     _, params, rest = jlora.nnx.split(model)
     try:
+        config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
         plan = jlora.nnx.lora(model, config).plan(params, rest, tokens)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False)

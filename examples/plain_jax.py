@@ -25,6 +25,8 @@ except ModuleNotFoundError as error:
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=200, help="of both trainings")
 steps = parser.parse_args().steps
+if steps < 1:
+    parser.error(f"--steps must be at least 1, got {steps}")
 console = Console(soft_wrap=True, highlight=False)
 
 

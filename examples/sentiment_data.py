@@ -44,8 +44,11 @@ def split(
     order = random.Random(seed)
     by_label = [[t for t in tweets if t.label == i] for i in range(len(LABELS))]
     smallest, back = min(map(len, by_label)), held_out // len(LABELS)
-    if smallest <= back:
-        raise ValueError(f"`--held-out`: each label has {smallest} tweets at most")
+    if not 0 < back < smallest or held_out % len(LABELS):
+        raise ValueError(
+            f"`--held-out` must be even and less than {2 * smallest}, got {held_out}: "
+            f"each label has {smallest} tweets"
+        )
     drawn = [order.sample(some, smallest) for some in by_label]
     sides = (
         [tweet for some in drawn for tweet in some[back:]],
@@ -57,7 +60,10 @@ def split(
 
 
 def batches(tweets: Sequence[Tweet], seed: int, rows: int) -> Iterator[list[Tweet]]:
-    """Yields `rows` tweets at a time for ever, each epoch in another order."""
+    """Yields `rows` tweets, no more than there are, at a time for ever.
+
+    Each epoch has another order.
+    """
     order = random.Random(seed)
     while True:
         shuffled = order.sample(tweets, len(tweets))

@@ -126,8 +126,9 @@ def test_a_split_is_balanced_and_disjoint() -> None:
     assert [sum(t.label for t in side) for side in (train, held_out)] == [15, 5]
     assert (len(train), len(held_out)) == (30, 10)
     assert not {*train} & {*held_out}
-    with pytest.raises(ValueError, match="20 tweets at most"):
-        sentiment_data.split(tweets, seed=1, held_out=40)
+    for wrong in (40, 1, 11):
+        with pytest.raises(ValueError, match=f"less than 40, got {wrong}"):
+            sentiment_data.split(tweets, seed=1, held_out=wrong)
     epoch = sentiment_data.batches(train, seed=0, rows=10)
     drawn = [tweet for _ in range(3) for tweet in next(epoch)]
     assert sorted(drawn) == sorted(train)

@@ -1,10 +1,12 @@
 """examples/plain_jax.py, as a user runs it: on real digits, for fewer steps."""
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-from example_runs import run_example
+from example_runs import EXAMPLES, run_example
 
 
 @pytest.mark.examples
@@ -19,3 +21,10 @@ def test_an_mlp_learns_mirrored_digits(monkeypatch: Any) -> None:
     assert before < 60
     assert adapted > 85
     assert abs(merged - adapted) < 0.5  # one image of 450 may be on the fence
+
+
+def test_it_refuses_to_do_nothing() -> None:
+    command = [sys.executable, str(EXAMPLES / "plain_jax.py"), "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--steps must be at least 1, got 0" in done.stderr
