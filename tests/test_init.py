@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 
 Key = Callable[[], jax.Array]
+pytestmark = pytest.mark.usefixtures("fast_compile")
 NAMES = ("kaiming_uniform", "gaussian", "orthogonal", "zero_a")
 RANK = 4
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -30,6 +30,8 @@ from oracle import assert_close, random_like, weighted_sum
 import jlora
 import jlora.linen
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 class ConvNet(nn.Module):
     @nn.compact

@@ -20,6 +20,7 @@ from use import ALPHA, RANK, Kernel
 
 import jlora
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 STACK = "lir,lro->lio"
 
 

@@ -22,6 +22,7 @@ from zoo import CASES, Axes, Built, Case
 
 import jlora
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 ALPHA = 3.0
 # Both sides of a comparison round at every layer of a model that computes in bfloat16.
 BF16 = 2e-2
