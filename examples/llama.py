@@ -46,19 +46,6 @@ class LlamaConfig:
     embeddings: Any = None
 
 
-LLAMA_70B = LlamaConfig(
-    vocab=128256,
-    hidden=8192,
-    mlp=28672,
-    layers=80,
-    heads=64,
-    kv_heads=8,
-    head_dim=128,
-    rope_base=500_000.0,
-    tied=False,
-)
-
-
 class KVCache(NamedTuple):
     """Keys and values of the tokens read so far.
 
@@ -237,3 +224,16 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     for i in range(jax.tree.leaves(blocks)[0].shape[0]):
         rest[f"block_{i}"] = jax.tree.map(lambda v, i=i: v[i], blocks)
     return rest
+
+
+LLAMA_70B = LlamaConfig(
+    vocab=128256,
+    hidden=8192,
+    mlp=28672,
+    layers=80,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    rope_base=500_000.0,
+    tied=False,
+)
