@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ._axes import align, contract_rank, expand
 from ._dora import output_scale
 from ._dropout import Dropout, key_words
+from ._dtypes import summed_in
 from ._factors import LoraFactors
 from ._lazy import Lazy, dense
 
@@ -93,7 +94,7 @@ class Adapted:
 
 def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:
     """Returns the delta of one part in float32, broadcast to `shape`."""
-    wide = jnp.promote_types(part.a.dtype, jnp.float32)
+    wide = summed_in(part.a.dtype)
     a, b = part.a.astype(wide), part.b.astype(wide)
     product = contract_rank(a, b, dtype=wide, precision=jax.lax.Precision.HIGHEST)
     return jnp.broadcast_to(part.scaling * product, shape)
@@ -104,7 +105,7 @@ def materialize(value: Any) -> jax.Array:
     if not isinstance(value, Adapted):
         return dense(value)
     base = dense(value.base)
-    total = base.astype(jnp.promote_types(base.dtype, jnp.float32))
+    total = base.astype(summed_in(base.dtype))
     for part in value.parts:
         total = total + part_delta(part, base.shape)
     if value.scale is not None:

@@ -38,12 +38,15 @@ class View:
         origins: for each axis of the value, the axes of the kernel it comes from.
         taken: the lookups (by number) that the value has passed, each with the kernel
             axis that was indexed; they turn out to be carries if a product follows.
+        spread: the axes of the value along which a scale of the kernel varies, as DoRA
+            has one, whatever their origins: it was padded, or joined with others.
     """
 
     path: str
     shape: tuple[int, ...]
     origins: tuple[frozenset[int], ...]
     taken: tuple[tuple[int, int], ...] = ()
+    spread: frozenset[int] = frozenset()
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -56,11 +59,17 @@ class View:
         origins = tuple(
             frozenset().union(*(self.origins[i] for i in axes)) for axes in axis_map
         )
-        return dataclasses.replace(self, origins=origins)
+        spread = frozenset(j for j, axes in enumerate(axis_map) if axes & self.spread)
+        return dataclasses.replace(self, origins=origins, spread=spread)
 
     def without_leading(self) -> "View":
         """Returns the view of one slice along the first axis, as a scan makes it."""
-        return dataclasses.replace(self, origins=self.origins[1:])
+        spread = frozenset(i - 1 for i in self.spread if i)
+        return dataclasses.replace(self, origins=self.origins[1:], spread=spread)
+
+    def spread_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value along whose `axes` a scale varies besides."""
+        return dataclasses.replace(self, spread=self.spread | axes)
 
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""

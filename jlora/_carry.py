@@ -21,6 +21,7 @@ from . import _moves as moves
 from ._adapted import Adapted, Part, base_of
 from ._axes import Roles, Shape
 from ._compat import rebind
+from ._dtypes import summed_in
 from ._gather import gather_axes, gather_rows, rows_inside
 from ._lazy_moves import carried
 from ._moves import AxisMap, identity, present, same_axes
@@ -99,7 +100,7 @@ def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
     value, other = operands[index], operands[1 - index]
     (base,) = carried(eqn, [base_of(v) for v in operands])
     varies = _scale_varies_along(eqn, index)
-    amount = other.astype(jnp.promote_types(other.dtype, jnp.float32))
+    amount = other.astype(summed_in(other.dtype))
     amount = amount[..., None] if amount.ndim else amount
     divides = eqn.primitive.name == "div"
 

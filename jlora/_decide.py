@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
@@ -12,6 +12,7 @@ from ._carry import CARRY
 from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
+from ._dora_uses import fits, spread
 from ._group import GroupDims
 from ._products import group_dims
 from ._siblings import arrange
@@ -23,13 +24,17 @@ class Decision(Analysis):
     Args:
         axes: the settled roles by path.
         contraction: as `jlora.lora` takes it.
+        dora: the paths of the kernels that have DoRA's scale.
     """
 
     def __init__(
-        self, axes: Mapping[str, KernelAxes], contraction: Contraction
+        self,
+        axes: Mapping[str, KernelAxes],
+        contraction: Contraction,
+        dora: Collection[str] = (),
     ) -> None:
         super().__init__(CONTROL_FLOW)
-        self.axes = axes
+        self.axes, self.dora = axes, dora
         self.contraction: Contraction = contraction
         # Of each product: the operand that is a kernel, and its entries in the log.
         self._products: dict[int, tuple[int, range]] = {}
@@ -38,6 +43,9 @@ class Decision(Analysis):
         """Consumes, carries, looks up, or else materializes the adapted operands."""
         nothing: list[Views] = [()] * len(eqn.outvars)
         kinds = self._consumed(eqn, views)
+        if kinds and not self._scale_fits(eqn, views):
+            self.materialized(eqn, views, OF_DORA)
+            return Step("materialize"), nothing
         if kinds:
             before = len(self.log.uses)
             self._used(eqn, views, kinds)
@@ -124,6 +132,21 @@ class Decision(Analysis):
             kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
         return kinds
 
+    def _scale_fits(self, eqn: Any, views: list[Views]) -> bool:
+        """Whether DoRA's scale, where there is one, can be applied beside a use."""
+        for operand, group in enumerate(views):
+            scaled = [view for view in group if view.path in self.dora]
+            varies = set().union(*map(self._varies, scaled))
+            varies = {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
+            if scaled and not fits(eqn, operand, varies):
+                return False
+        return True
+
+    def _varies(self, view: View) -> set[int]:
+        """Returns the axes of a value along which DoRA's scale of a kernel varies."""
+        roles = enumerate(self._roles(view) or [])
+        return {i for i, role in roles if role in ("batch", "out")} | view.spread
+
     def _carried(self, eqn: Any, views: list[Views]) -> list[Views] | None:
         rule = CARRY.get(eqn.primitive.name)
         where = [i for i, group in enumerate(views) if group]
@@ -138,7 +161,9 @@ class Decision(Analysis):
                 if not rule.supports(eqn, operand, self._roles(view) or []):
                     return None
                 for output, axis_map in zip(outputs, maps, strict=True):
-                    output.extend([] if axis_map is None else [view.moved(axis_map)])
+                    if axis_map is not None:
+                        moved = view.moved(axis_map).spread_along(spread(eqn))
+                        output.append(moved)
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         return [tuple(output) for output in outputs]
@@ -157,6 +182,10 @@ class Decision(Analysis):
         return False
 
 
+# What the name of a use gets where DoRA alone keeps it from staying factored.
+OF_DORA = " over a part of DoRA's outputs"
+
+
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
     """Names a product that contracts the output axes: the transposed use."""
     if roles is None:
@@ -170,7 +199,8 @@ def decide(
     views: Sequence[View | None],
     axes: Mapping[str, KernelAxes],
     contraction: Contraction,
+    dora: Collection[str] = (),
 ) -> tuple[Program, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it."""
-    decision = Decision(axes, contraction)
+    decision = Decision(axes, contraction, dora)
     return decision.whole(jaxpr, views), decision.log

@@ -13,6 +13,7 @@ from jax import lax
 
 from ._axes import KernelAxes
 from ._compat import manual_axes
+from ._dtypes import summed_in
 from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._group import dot
@@ -86,7 +87,7 @@ def _products(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns ‖w_j‖², ⟨w_j, Δ_j⟩ and ‖Δ_j‖² of each output, `(*batch, *out)`."""
     axes, scaling, kernel = factors.axes, factors.scaling, _workable(kernel)
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = summed_in(kernel.dtype)
     a, b = factors.a.astype(wide), factors.b.astype(wide)
     n = len(axes.batch)
     batch, inner = tuple(range(n)), tuple(range(n, a.ndim - 1))
@@ -100,12 +101,16 @@ def _products(
 
 def _squares(kernel: jax.Array, axes: KernelAxes) -> jax.Array:
     """Returns ‖W‖² over the input axes as one contraction: W² is not formed."""
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = summed_in(kernel.dtype)
     kept = axes.batch + axes.out
     return dot(kernel, kernel, (axes.in_, axes.in_), (kept, kept), wide, _HIGHEST)
 
 
 def _workable(kernel: jax.Array) -> jax.Array:
-    """Widens 16-bit kernels on CPUs, which have no such product inside of loops."""
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    return kernel.astype(wide) if jax.default_backend() == "cpu" else kernel
+    """Widens 16-bit kernels on CPUs, which have no such product inside of loops.
+
+    Those of eight bits anywhere: `a` would lose most of its digits beside them.
+    """
+    wide = summed_in(kernel.dtype)
+    widened = jax.default_backend() == "cpu" or kernel.dtype.itemsize == 1
+    return kernel.astype(wide) if widened else kernel

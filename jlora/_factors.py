@@ -9,6 +9,7 @@ import jax.export
 import jax.numpy as jnp
 
 from ._axes import KernelAxes, align, contract_rank
+from ._dtypes import summed_in
 
 PyTree: TypeAlias = Any
 
@@ -105,7 +106,7 @@ def delta(factors: LoraFactors, *, dtype: Any = jnp.float32) -> jax.Array:
         >>> float(delta(factors)[0, 0])
         1.0
     """
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = summed_in(dtype)
     a, b = align(factors.a.astype(wide), factors.b.astype(wide), factors.axes)
     product = contract_rank(a, b, dtype=wide, precision=jax.lax.Precision.HIGHEST)
     return (factors.scaling * product).astype(dtype)

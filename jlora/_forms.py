@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._dtypes import summed_in
 from ._group import (
     Form,
     GroupDims,
@@ -256,7 +257,7 @@ def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
     kernels = []
     rows = zip(dims.kernels, operands.kernels, operands.a, operands.b, strict=True)
     for one, w, a, b in rows:
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = summed_in(w.dtype)
         a, b = one.scaling * a.astype(wide), b.astype(wide)
         contract = ((a.ndim - 1,), (b.ndim - 1,))
         highest = lax.Precision.HIGHEST

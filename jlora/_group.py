@@ -15,6 +15,7 @@ from jax import lax
 
 from ._axes import free_axes
 from ._compat import RANK_FIRST_ON_CPU
+from ._dtypes import summed_in
 from ._sharding import dot_sharding, explicit_sharding
 
 Axes = tuple[int, ...]
@@ -250,7 +251,7 @@ def _rank_last(
     precision: Any,
 ) -> jax.Array:
     """The gradient of a factor, `(batch, free of wide, r)`, in float32 at least."""
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = summed_in(dtype)
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._axes import KernelAxes, Shape
+from ._dtypes import summed_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def orthogonal(key: jax.Array, wanted: Wanted) -> Factors:
     """
     (a, b), (place_a, place_b) = wanted.shapes, wanted.places
     n, half = len(wanted.axes.batch), wanted.rank // 2
-    wide = jnp.promote_types(wanted.dtype, jnp.float32)
+    wide = summed_in(wanted.dtype)
     keys, draw = jax.random.split(key, 3), jax.random.normal
     g = draw(keys[0], (*a[:-1], half), wide, out_sharding=place_a)
     h = draw(keys[1], (*b[:n], half, *b[n + 1 :]), wide, out_sharding=place_b)

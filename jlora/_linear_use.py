@@ -16,6 +16,7 @@ from ._adapted import Adapted, Part, complete
 from ._analyze import indexed_axes
 from ._axes import Shape, free_axes
 from ._compat import manual_axes, rebind
+from ._dtypes import summed_in
 from ._group import dot
 from ._products import dot_dims
 
@@ -48,7 +49,7 @@ def use_terms(
 ) -> Iterator[Term]:
     """Returns what the columns of a probe gather in a product or convolution."""
     shape, x = values[operand].base.shape, values[1 - operand]
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(summed_in(x.dtype))
     probe, ones = part.a[..., :-1], part.a[..., -1:]
     if eqn.primitive.name == "dot_general":
         apply = lambda probe: _dot(eqn, operand, x, probe, shape)

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from ._axes import KernelAxes, expand
 from ._dora import output_scale
+from ._dtypes import summed_in
 from ._entries import TrainedRows, lowered
 from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors, PyTree, delta
@@ -96,7 +97,7 @@ def _sum(kernel: jax.Array, entry: Any) -> jax.Array:
     entry = lowered(entry, kernel)
     if not isinstance(entry, LoraFactors):
         return entry.astype(kernel.dtype)
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = summed_in(kernel.dtype)
     total = kernel.astype(wide) + delta(entry, dtype=wide)
     scale = output_scale(kernel, entry)
     if scale is not None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._dtypes import summed_in
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import Adapter, LoraFactors, PyTree, delta
 from ._match import check_adapter
@@ -56,7 +57,7 @@ def _moved(
     static: Any, kernel: jax.Array, entry: LoraFactors, *extra: Any
 ) -> tuple[jax.Array, LoraFactors]:
     split, settings = static
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    wide = kernel.astype(summed_in(kernel.dtype))
     a, b = split(entry.axes.to_matrix(wide), entry, *extra, **dict(settings))
     new = with_matrices(entry, a, b)
     # The delta of the factors as they are kept: what they lose in rounding stays here.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ._decompose import balanced, randomized_svd, svd, transposed
+from ._dtypes import summed_in
 from ._factors import Adapter, LoraFactors, PyTree, delta
 from ._init import key_of
 from ._matrices import with_matrices
@@ -258,7 +259,7 @@ def loftq(
 
 def _wide(kernel: Any) -> jax.Array:
     kernel = jnp.asarray(kernel)
-    return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    return kernel.astype(summed_in(kernel.dtype))
 
 
 def _values(path: str, kernel: Any, given: Any, read: Callable[[Any], Any]) -> Any:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from ._dora import change_squares
+from ._dtypes import summed_in
 from ._entries import lowered
 from ._factors import LoraFactors, PyTree
 from ._match import check_adapter
@@ -116,7 +117,7 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
 def _delta_squares(kernel: jax.Array, entry: Any) -> jax.Array:
     entry = lowered(entry, kernel)
     if not isinstance(entry, LoraFactors):
-        wide = _wide(kernel.dtype)
+        wide = summed_in(kernel.dtype)
         return _sum_of_squares(entry.astype(wide) - kernel.astype(wide))
     if entry.magnitude is not None:
         return change_squares(kernel, entry)
@@ -132,10 +133,5 @@ def gram(x: jax.Array, contracted: range, batch: range) -> jax.Array:
     """Returns the products of `x` with itself: (*batch, *others, *others)."""
     dims = (tuple(contracted), tuple(contracted)), (tuple(batch), tuple(batch))
     out_sharding = dot_sharding(x, x, dims)
-    kind, precision = _wide(x.dtype), lax.Precision.HIGHEST
+    kind, precision = summed_in(x.dtype), lax.Precision.HIGHEST
     return lax.dot_general(x, x, dims, precision, kind, out_sharding=out_sharding)
-
-
-def _wide(dtype: Any) -> Any:
-    # Not `promote_types`, which knows no wider type for float8 and int4.
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._dtypes import summed_in
 from ._factors import Adapter, LoraFactors
 from ._stackable import (
     as_adapters,
@@ -228,7 +229,7 @@ def _fitted(entry: LoraFactors, rank: int, scaling: float) -> LoraFactors:
     """Returns factors of the same ΔW with this rank and this scaling."""
     a, b = jnp.asarray(entry.a), jnp.asarray(entry.b)
     if entry.scaling != scaling:
-        wide = jnp.promote_types(b.dtype, jnp.float32)
+        wide = summed_in(b.dtype)
         b = (b.astype(wide) * (entry.scaling / scaling)).astype(b.dtype)
     a = _padded(a, a.ndim - 1, rank)
     b = _padded(b, len(entry.axes.batch), rank)

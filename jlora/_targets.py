@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ from ._analyze import Log, Use, View
 from ._axes import KernelAxes, Shape
 from ._choice import Contraction
 from ._config import LoraConfig
-from ._decide import decide
+from ._decide import OF_DORA, decide
 from ._discover import Vote, discover, settle
-from ._errors import MaterializationError, TargetError
-from ._paths import FlatParams, is_quantized, matching, nearest
+from ._errors import MaterializationError
+from ._paths import FlatParams, is_quantized, matching
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
+from ._unfit import DOUBT, FROZEN, check, several
 
 
 def resolve(
@@ -47,8 +48,12 @@ def resolve(
         # kernel is left for a later config that trains it whole.
         targets.extend(usable[:1])
         unusable.extend([] if usable else tried[:1])
-    _check(configs, matches, targets, unusable, params.paths)
-    targets += _biases(configs, matches, targets, leaves)
+    narrow = [
+        _narrow(config, {path: kernels[path] for path in matched}, leaves)
+        for config, matched in zip(configs, matches, strict=True)
+    ]
+    check(configs, matches, targets, unusable, narrow, params.paths)
+    targets += _biases(configs, targets, leaves)
     trained = {target.path for target in targets}
     order = {path: i for i, path in enumerate(params.paths)}
     targets.sort(key=lambda target: order[target.path])
@@ -56,10 +61,7 @@ def resolve(
 
 
 def _biases(
-    configs: Sequence[LoraConfig],
-    matches: Sequence[set[str]],
-    targets: Sequence[Target],
-    leaves: Mapping[str, Any],
+    configs: Sequence[LoraConfig], targets: Sequence[Target], leaves: Mapping[str, Any]
 ) -> list[Target]:
     """Returns the biases that configs train beside their kernels, as `bias` says."""
     found: dict[str, Target] = {}
@@ -68,28 +70,24 @@ def _biases(
         if config.bias == "none":
             continue
         own = {t.path.rpartition("/")[0] for t in targets if t.config is config}
+        left_out = taken | _hit(config.exclude, list(leaves))
         for path, leaf in leaves.items():
             module, _, name = path.rpartition("/")
             wanted = config.bias == "all" or module in own
-            if name == "bias" and wanted and path not in taken and _is_floating(leaf):
+            wanted = wanted and name == "bias" and path not in left_out
+            if wanted and _is_floating(leaf):
                 shape = tuple(leaf.shape)
                 found.setdefault(path, Target(path, shape, leaf.dtype, None, config))
     return list(found.values())
 
 
 def _match(config: LoraConfig, paths: Sequence[str]) -> set[str]:
-    found = set(paths)
-    if config.target is not None:
-        found = set().union(*(matching(p, paths) for p in _several(config.target)))
-    for pattern in _several(config.exclude):
-        found -= set(matching(pattern, paths))
-    return found
+    found = set(paths) if config.target is None else _hit(config.target, paths)
+    return found - _hit(config.exclude, paths)
 
 
-def _several(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
-    if patterns is None:
-        return ()
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _hit(patterns: str | Sequence[str] | None, paths: Sequence[str]) -> set[str]:
+    return set().union(*(matching(p, paths) for p in several(patterns)))
 
 
 # --- which leaves are kernels ---
@@ -153,7 +151,7 @@ def _named(path: str, leaf: Any) -> _Kernel:
         return _Kernel(KernelAxes((), tuple(range(ndim - 1)), (ndim - 1,)))
     if ndim < 2:
         return _Kernel(None, f"has {ndim} axes; a kernel has at least two")
-    return _Kernel(None, _DOUBT)
+    return _Kernel(None, DOUBT)
 
 
 def named_axes(path: str, leaf: Any) -> tuple[KernelAxes, bool]:
@@ -167,10 +165,6 @@ def named_axes(path: str, leaf: Any) -> tuple[KernelAxes, bool]:
     return KernelAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,)), False
 
 
-_FROZEN = "its values are frozen and cannot be trained whole"
-_DOUBT = "has axes whose roles cannot be told from its name and shape"
-
-
 def _is_conv(module: Sequence[str]) -> bool:
     return bool(module) and re.match(r"conv(_?\d+)?$", module[-1].lower()) is not None
 
@@ -181,7 +175,7 @@ def _target(
     shape = tuple(getattr(leaf, "shape", ()))
     known = kernels[path]
     if config.full and is_quantized(leaf):
-        return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {_FROZEN}")
+        return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {FROZEN}")
     if config.full:
         if _is_floating(leaf):
             return Target(path, shape, leaf.dtype, None, config)
@@ -196,12 +190,32 @@ def _target(
         return Unusable(
             path, shape, "is a table that is looked up; name it to adapt it"
         )
-    low = config.rows is None
-    if config.target is None and low and config.rank > min(fans):
+    if _is_narrow(config, fans):
         reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
         return Unusable(path, shape, reason)
     qtype = qtype_of(leaf) if is_quantized(leaf) else None
     return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
+
+
+def _is_narrow(config: LoraConfig, fans: tuple[int, int]) -> bool:
+    """Whether a config for all kernels leaves one out, as its rank is too large."""
+    low = config.rows is None and not config.full
+    return config.target is None and low and config.rank > min(fans)
+
+
+def _narrow(
+    config: LoraConfig, kernels: Mapping[str, _Kernel], leaves: Mapping[str, Any]
+) -> dict[str, tuple[int, int]]:
+    """Returns the kernels that a config leaves out for its rank alone, with fans."""
+    found = {}
+    for path, known in kernels.items():
+        if known.axes is None or known.looked_up:
+            continue
+        shape = tuple(leaves[path].shape)
+        fans = known.axes.fans(shape)
+        if _is_narrow(config, fans) and not _misfit(config, known.axes, shape):
+            found[path] = fans
+    return found
 
 
 def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
@@ -219,109 +233,6 @@ def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
     return None
 
 
-# --- checks ---
-
-
-def _check(
-    configs: Sequence[LoraConfig],
-    matches: Sequence[set[str]],
-    targets: Sequence[Target],
-    unusable: Sequence[Unusable],
-    paths: Sequence[str],
-) -> None:
-    """Raises one error that lists everything that does not fit."""
-    problems = [
-        problem
-        for config, matched in zip(configs, matches, strict=True)
-        for problem in _config_problems(config, matched, targets, unusable, paths)
-    ]
-    problems += [p for target in targets if (p := _rank_problem(target))]
-    frozen = [u for u in unusable if u.reason.endswith(_FROZEN)]
-    problems += [
-        f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out "
-        "with `exclude`, or adapt it"
-        for u in frozen
-    ]
-    doubtful = [u.path for u in unusable if u.reason == _DOUBT]
-    if doubtful:
-        problems.append(
-            f"the axes of {doubtful} cannot be told from their names and shapes; pass "
-            "the example arguments of the function too, as arrays or "
-            "`jax.ShapeDtypeStruct`s"
-        )
-    if problems:
-        raise TargetError("\n".join(problems))
-
-
-def _config_problems(
-    config: LoraConfig,
-    matched: set[str],
-    targets: Sequence[Target],
-    unusable: Sequence[Unusable],
-    paths: Sequence[str],
-) -> list[str]:
-    usable = {t.path for t in targets}
-    reasons = {u.path: u for u in unusable}
-    problems = []
-    for pattern in _several(config.target):
-        hits = matching(pattern, paths)
-        if not hits:
-            problems.append(_dead("target", pattern, paths))
-        elif not usable & set(hits):
-            told = [_why(path, reasons.get(path)) for path in hits[:5]]
-            more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
-            problems.append(
-                f"`LoraConfig.target` {pattern!r} matches no usable kernel of the "
-                f"{len(paths)} leaves: {'; '.join(told)}{more}. A leaf that is no "
-                "kernel can be trained whole with `full=True`"
-            )
-    for pattern in _several(config.exclude):
-        if not matching(pattern, paths):
-            problems.append(_dead("exclude", pattern, paths))
-    if not problems and not any(t.config is config for t in targets):
-        problems.append(_nothing(config, matched, usable))
-    return problems
-
-
-def _dead(field: str, pattern: str, paths: Sequence[str]) -> str:
-    near = ", ".join(map(repr, nearest(pattern, paths)))
-    return (
-        f"`LoraConfig.{field}` {pattern!r} matches none of the {len(paths)} leaves of "
-        f"params. Nearest: {near}. A pattern must match a run of whole path segments"
-    )
-
-
-def _why(path: str, found: Unusable | None) -> str:
-    if found is None:
-        return f"{path!r} is excluded"
-    return f"{path!r} {found.shape} {found.reason}"
-
-
-def _nothing(config: LoraConfig, matched: set[str], usable: set[str]) -> str:
-    if matched & usable:
-        return (
-            f"{config} decides for no leaf: an earlier config takes each of "
-            f"{sorted(matched & usable)[:5]}. Of the configs that match, the first "
-            "that can use a leaf decides; put the narrower one first"
-        )
-    return f"{config} matches no kernel that the function uses in a product"
-
-
-def _rank_problem(target: Target) -> str | None:
-    if target.axes is None or not target.is_low_rank:
-        return None
-    fan_in, fan_out = target.axes.fans(target.shape)
-    if target.config.slices is not None:
-        fan_out = min(stop - first for first, stop in target.config.slices)
-    if target.config.rank <= min(fan_in, fan_out):
-        return None
-    return (
-        f"`LoraConfig.rank` {target.config.rank} is larger than {target.path!r} "
-        f"{target.shape} allows: it maps {fan_in} to {fan_out}. Give it a config with "
-        f"a rank of at most {min(fan_in, fan_out)}, or train it whole with `full=True`"
-    )
-
-
 def with_uses(
     targets: Sequence[Target],
     traced: Traced,
@@ -330,7 +241,8 @@ def with_uses(
 ) -> list[Target]:
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
-    _, log = program_of(traced, axes, materialize, contraction)
+    dora = {t.path for t in targets if t.config.dora}
+    _, log = program_of(traced, axes, materialize, contraction, dora)
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -343,12 +255,13 @@ def program_of(
     axes: Mapping[str, KernelAxes],
     materialize: str,
     contraction: Contraction,
+    dora: Collection[str] = (),
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
     Raises:
-        MaterializationError: if a kernel reaches an operation without a low-rank rule
-            and `materialize` is "error".
+        MaterializationError: if a kernel reaches an operation without a low-rank rule,
+            or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
     views: list[View | None] = [None] * len(traced.inputs)
     shapes = {}
@@ -356,7 +269,7 @@ def program_of(
         place = traced.positions[path]
         shapes[path] = tuple(traced.inputs[place].shape)
         views[place] = View.whole(path, shapes[path])
-    program, log = decide(traced.jaxpr, views, axes, contraction)
+    program, log = decide(traced.jaxpr, views, axes, contraction, dora)
     if log.obstacles and materialize == "error":
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
@@ -368,7 +281,10 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         f"{use.source}, which has no low-rank rule"
         for use in dict.fromkeys(uses)
     ]
+    of_dora = any(use.kind.endswith(OF_DORA) for use in uses)
+    apart = ", leave DoRA off for them with a config of their own" if of_dora else ""
     return (
-        "\n".join(lines) + "\nLeave these paths out of `LoraConfig.target`, or pass "
+        "\n".join(lines)
+        + f"\nLeave these paths out of `LoraConfig.target`{apart}, or pass "
         '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
     )

@@ -121,7 +121,10 @@ class Lora:
         check_adapter(flat, adapter)
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
-        program, _ = program_of(traced, axes, self.materialize, self.contraction)
+        dora = {
+            p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
+        }
+        program, _ = program_of(traced, axes, self.materialize, self.contraction, dora)
         inputs = _lazily(traced)
         dropout = self._dropout(flat, traced, lora_dropout_key)
         for path, entry in adapter.items():

@@ -140,6 +140,15 @@ def test_rank_too_large():
     assert "at most 5" in message
 
 
+@pytest.mark.parametrize("configs", [[], [LoraConfig("value/kernel", rank=2)]])
+def test_rank_larger_than_that_of_any_kernel(configs: list[LoraConfig]):
+    """Without a target a kernel that is too small is left out, but not all of them."""
+    message = refusal(LoraConfig(rank=6), *configs)
+    assert_in_order(message, "rank` 6 is larger than any", "kernel'", "5 to ")
+    assert_in_order(message, "rank of at most 5")
+    assert "earlier config" not in message
+
+
 def test_largest_rank_is_allowed():
     adapter = adapter_of(LoraConfig("query", rank=5))
     assert adapter["encoder/query/kernel"].a.shape == (5, 5)

@@ -135,6 +135,15 @@ def test_the_rooms_are_all_there() -> None:
     assert sorted(rooms) == sorted(f.stem for f in PACKAGE.glob("*.py"))
 
 
+def test_the_table_of_rooms_has_each_once() -> None:
+    """Beside the doors, each of which the README describes."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = page[page.index("| room |") :].split("\n\n")[0].splitlines()[2:]
+    rooms = [r for row in table for r in re.findall(r"`(\w+)`", row.split(" | ")[0])]
+    private = {f.stem for f in PACKAGE.glob("_*.py")} - {"__init__"}
+    assert sorted(rooms) == sorted(private)
+
+
 def test_the_tests_install_what_builds_the_site() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]

@@ -219,3 +219,66 @@ def test_the_norm_of_a_fresh_adapter_is_its_magnitude(getkey):
     wanted = np.sqrt(np.sum(np.float64(kernel) ** 2, axis=(0, 1, 2)))
     np.testing.assert_allclose(factors.magnitude, wanted, rtol=1e-6)
     np.testing.assert_allclose(kernel_norm(kernel, factors.axes), wanted, rtol=1e-6)
+
+
+# --- uses that a scale of the outputs cannot be taken out of ---
+
+
+def twice(again: Any) -> Any:
+    """The kernel in a product, and once more in another use."""
+
+    def model(params: Any, x: jax.Array) -> Any:
+        y = jnp.einsum("bi,iho->bho", x, params["w"])
+        return y, again(params["w"], x, y)
+
+    return model
+
+
+ROWS = jnp.array([0, 2, 9])
+FLAT = (6, 12)
+UNFIT = {
+    "part": lambda w, x, y: jnp.einsum("bo,iho->bih", y[:, 0], w),
+    "reshaped": lambda w, x, y: jnp.einsum(
+        "bho,ikho->bik", y[:, :2], w.reshape(6, 2, 2, 3)
+    ),
+    "padded": lambda w, x, y: x @ jnp.pad(w.reshape(FLAT), ((1, 0), (0, 0)))[:6],
+    "joined": lambda w, x, y: (
+        jnp.tile(x, 2) @ jnp.concatenate([w.reshape(FLAT), jnp.ones(FLAT)])
+    ),
+    "stacked": lambda w, x, y: jnp.einsum(
+        "kbi,kiho->bho", jnp.stack([x, x]), jnp.stack([w, 2 * w])
+    ),
+    "filled": lambda w, x, y: jnp.einsum(
+        "bik,iko->bo",
+        x.reshape(5, 2, 3),
+        jnp.take(w.reshape(2, 3, 12), ROWS, 1, mode="fill", fill_value=0),
+    ),
+    "conv": lambda w, x, y: jax.lax.conv_general_dilated(y, w, (1,), "SAME"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_uses_are_refused_by_the_plan(name: str, getkey):
+    """As by `init` and `apply`; where it is allowed the sum is formed there alone."""
+    params = {"w": jax.random.normal(getkey(), (6, 4, 3))}
+    x, config = jax.random.normal(getkey(), (5, 6)), jlora.LoraConfig("w", rank=2)
+    config = dataclasses.replace(config, **DORA)
+    model = twice(UNFIT[name])
+    lora = jlora.lora(model, config)
+    allowed = jlora.lora(model, config, materialize="allow")
+    adapter = allowed.init(getkey(), params, x)
+    adapter = jax.tree.map(lambda v: v + jax.random.normal(getkey(), v.shape), adapter)
+    for attempt in (
+        lambda: lora.plan(params, x),
+        lambda: lora.init(getkey(), params, x),
+        lambda: lora.apply(params, adapter, x),
+    ):
+        with pytest.raises(jlora.MaterializationError) as error:
+            attempt()
+        for part in ("'w' (6, 4, 3)", "test_dora.py:", "DoRA's outputs", "leave DoRA"):
+            assert part in str(error.value)
+    assert "materialized" in str(allowed.plan(params, x))
+    merged = jlora.merge(params, adapter)
+    assert_close(allowed.apply(params, adapter, x), model(merged, x), 1e-4)
+    plain = dataclasses.replace(config, dora=False)
+    assert jlora.lora(model, plain).plan(params, x).targets

@@ -1,6 +1,7 @@
 """The README: its code runs and prints what it says, its commands are those of CI."""
 
 import dataclasses
+import inspect
 import re
 import shlex
 import subprocess
@@ -91,6 +92,21 @@ def test_the_data_of_the_example_is_pinned() -> None:
 def test_the_table_has_every_public_name() -> None:
     assert set(table("name")) == {f"jlora.{name}" for name in imported_names()}
     assert all(len(row) == 1 and row[0] for row in table("name").values())
+
+
+def test_the_row_of_lora_has_its_signature() -> None:
+    told = re.search(r"`lora\((.*?)\)`", table("name")["jlora.lora"][0])
+    given = inspect.signature(jlora.lora).parameters.values()
+    keywords = [f'{p.name}="{p.default}"' for p in given if isinstance(p.default, str)]
+    assert told
+    assert told[1] == ", ".join(["fn, config, *, argnum=0", *keywords])
+    assert len(given) == 3 + len(keywords)
+
+
+def test_the_row_of_the_result_has_its_methods() -> None:
+    told = re.findall(r"`(\w+)`", table("name")["jlora.Lora"][0])
+    methods = [n for n, v in vars(jlora.Lora).items() if inspect.isfunction(v)]
+    assert sorted(told) == sorted(n for n in methods if not n.startswith("_"))
 
 
 def test_public_names_are_those_of_the_module() -> None:

@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _decompose _errors _memory _mosaic _paths _patterns
+_axes _compat _decompose _dtypes _errors _memory _mosaic _paths _patterns
 _factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
 _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
@@ -29,10 +29,10 @@ _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _gather _mixed _moving_init _products _recording _restoring _triplets
 _allocation _analyze _combine _consume _quantized_moves _siblings
-_adalora _lazy_moves _linear_use _target
+_adalora _dora_uses _lazy_moves _linear_use _target
 _control_flow _measure _moves _new_entry
 _carry _plan
-_base _decide _discover _interpret
+_base _decide _discover _interpret _unfit
 _inputs _peft_write _targets _torch_params
 _data_init _peft_lora_bias _peft_whole _quantize _transform
 _peft_read

@@ -84,6 +84,21 @@ def test_another_config_may_decide_for_a_bias():
 
 
 @pytest.mark.parametrize(
+    ("bias", "exclude", "wanted"),
+    [
+        ("adapted", "bias", []),
+        ("adapted", "two", ["one/bias"]),
+        ("all", "two", ["norm/bias", "one/bias"]),
+        ("all", ["one/bias", "norm"], ["two/bias"]),
+    ],
+)
+def test_excluded_biases_are_left_out(bias: str, exclude: Any, wanted: list[str]):
+    config = jlora.LoraConfig("kernel", rank=2, bias=bias, exclude=exclude)
+    plan = jlora.lora(layers, config).plan(LAYERS, X)
+    assert sorted(t.path for t in plan.targets if t.axes is None) == wanted
+
+
+@pytest.mark.parametrize(
     "settings", [{"bias": "some"}, {"bias": "all", "full": True}, {"bias": True}]
 )
 def test_bad_bias_modes(settings: Any):

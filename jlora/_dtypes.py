@@ -1,0 +1,16 @@
+"""The dtype in which sums and products are formed."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def summed_in(dtype: Any) -> Any:
+    """Returns float32, or a dtype that is wider as it is.
+
+    Unlike `jnp.promote_types`, which raises for floats of eight bits and fewer: it
+    leaves it to the program to say when they are widened, and here it is said.
+    """
+    dtype = jnp.dtype(dtype)
+    narrow = dtype.itemsize < 4
+    return jnp.dtype("float32") if narrow else jnp.promote_types(dtype, jnp.float32)

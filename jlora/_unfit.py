@@ -1,0 +1,147 @@
+"""What does not fit between configs and leaves, told in one error."""
+
+from collections.abc import Mapping, Sequence
+
+from ._config import LoraConfig
+from ._errors import TargetError
+from ._paths import matching, nearest
+from ._target import Target, Unusable
+
+FROZEN = "its values are frozen and cannot be trained whole"
+DOUBT = "has axes whose roles cannot be told from its name and shape"
+
+
+def several(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the patterns of a field of a config."""
+    if patterns is None:
+        return ()
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def check(
+    configs: Sequence[LoraConfig],
+    matches: Sequence[set[str]],
+    targets: Sequence[Target],
+    unusable: Sequence[Unusable],
+    narrow: Sequence[Mapping[str, tuple[int, int]]],
+    paths: Sequence[str],
+) -> None:
+    """Raises one error that lists everything that does not fit.
+
+    Args:
+        configs: the configs.
+        matches: the paths that each matches.
+        targets: the leaves that will be trained.
+        unusable: the leaves that were matched in vain.
+        narrow: for each config the kernels that its rank alone keeps it from, with
+            the sizes of their inputs and outputs.
+        paths: all paths of the params.
+
+    Raises:
+        TargetError: if there is any problem.
+    """
+    problems = [
+        problem
+        for config, matched, small in zip(configs, matches, narrow, strict=True)
+        for problem in _config_problems(
+            config, matched, small, targets, unusable, paths
+        )
+    ]
+    problems += [p for target in targets if (p := _rank_problem(target))]
+    frozen = [u for u in unusable if u.reason.endswith(FROZEN)]
+    problems += [
+        f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out "
+        "with `exclude`, or adapt it"
+        for u in frozen
+    ]
+    doubtful = [u.path for u in unusable if u.reason == DOUBT]
+    if doubtful:
+        problems.append(
+            f"the axes of {doubtful} cannot be told from their names and shapes; pass "
+            "the example arguments of the function too, as arrays or "
+            "`jax.ShapeDtypeStruct`s"
+        )
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def _config_problems(
+    config: LoraConfig,
+    matched: set[str],
+    narrow: Mapping[str, tuple[int, int]],
+    targets: Sequence[Target],
+    unusable: Sequence[Unusable],
+    paths: Sequence[str],
+) -> list[str]:
+    usable = {t.path for t in targets}
+    reasons = {u.path: u for u in unusable}
+    problems = []
+    for pattern in several(config.target):
+        hits = matching(pattern, paths)
+        if not hits:
+            problems.append(_dead("target", pattern, paths))
+        elif not usable & set(hits):
+            told = [_why(path, reasons.get(path)) for path in hits[:5]]
+            more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
+            problems.append(
+                f"`LoraConfig.target` {pattern!r} matches no usable kernel of the "
+                f"{len(paths)} leaves: {'; '.join(told)}{more}. A leaf that is no "
+                "kernel can be trained whole with `full=True`"
+            )
+    for pattern in several(config.exclude):
+        if not matching(pattern, paths):
+            problems.append(_dead("exclude", pattern, paths))
+    if not problems and not any(t.config is config for t in targets):
+        problems.append(_nothing(config, matched, usable, narrow))
+    return problems
+
+
+def _dead(field: str, pattern: str, paths: Sequence[str]) -> str:
+    near = ", ".join(map(repr, nearest(pattern, paths)))
+    return (
+        f"`LoraConfig.{field}` {pattern!r} matches none of the {len(paths)} leaves of "
+        f"params. Nearest: {near}. A pattern must match a run of whole path segments"
+    )
+
+
+def _why(path: str, found: Unusable | None) -> str:
+    if found is None:
+        return f"{path!r} is excluded"
+    return f"{path!r} {found.shape} {found.reason}"
+
+
+def _nothing(
+    config: LoraConfig,
+    matched: set[str],
+    usable: set[str],
+    narrow: Mapping[str, tuple[int, int]],
+) -> str:
+    if narrow:
+        path, (fan_in, fan_out) = max(narrow.items(), key=lambda item: min(item[1]))
+        return (
+            f"`LoraConfig.rank` {config.rank} is larger than any kernel allows that is "
+            f"left to {config}: the largest is {path!r}, which maps {fan_in} to "
+            f"{fan_out}. Give a rank of at most {min(fan_in, fan_out)}"
+        )
+    if matched & usable:
+        return (
+            f"{config} decides for no leaf: an earlier config takes each of "
+            f"{sorted(matched & usable)[:5]}. Of the configs that match, the first "
+            "that can use a leaf decides; put the narrower one first"
+        )
+    return f"{config} matches no kernel that the function uses in a product"
+
+
+def _rank_problem(target: Target) -> str | None:
+    if target.axes is None or not target.is_low_rank:
+        return None
+    fan_in, fan_out = target.axes.fans(target.shape)
+    if target.config.slices is not None:
+        fan_out = min(stop - first for first, stop in target.config.slices)
+    if target.config.rank <= min(fan_in, fan_out):
+        return None
+    return (
+        f"`LoraConfig.rank` {target.config.rank} is larger than {target.path!r} "
+        f"{target.shape} allows: it maps {fan_in} to {fan_out}. Give it a config with "
+        f"a rank of at most {min(fan_in, fan_out)}, or train it whole with `full=True`"
+    )
