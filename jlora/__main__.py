@@ -5,8 +5,9 @@ standard error and exit code 2; `diff` exits with 1 if the adapters differ.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax
 import numpy as np
 
 from . import _peft_alone, _spectrum
-from ._entries import SlicedFactors, TrainedRows
-from ._errors import AdapterError
+from ._entries import Factored, SlicedFactors, TrainedRows
+from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
 
 Configs = Any
@@ -27,11 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except BrokenPipeError:  # who reads the output has seen enough
-        return SAME
     except (AdapterError, OSError, ValueError, TypeError, ImportError) as error:
         told = "; ".join(line.strip() for line in str(error).splitlines() if line)
-        print(f"python -m jlora {parsed.command}: {told}", file=sys.stderr)
+        _say(f"python -m jlora {parsed.command}: {told}", sys.stderr)
         return FAILED
 
 
@@ -39,10 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jlora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[Any], int], *places: str) -> Any:
-        added = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
-        for place in places:
-            added.add_argument(place, type=Path)
+    def command(name: str, run: Callable[[Any], int], **places: str) -> Any:
+        told = (run.__doc__ or "").splitlines()[0]
+        added = commands.add_parser(name, help=told, description=told)
+        for place, what in places.items():
+            added.add_argument(place, type=Path, help=what)
         added.add_argument(
             "--ignore",
             action="append",
@@ -53,15 +53,39 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command("inspect", _inspect, "path")
-    convert = command("convert", _convert, "source", "target")
-    convert.add_argument("--names", metavar="FAMILY", help="llama, gpt2, bert, vit, …")
-    convert.add_argument("--base-model", help="written into adapter_config.json")
-    convert.add_argument("--profile", choices=("peft", "vllm"), default="peft")
-    convert.add_argument("--overwrite", action="store_true")
-    command("merge", _merge, "base", "adapter", "out")
-    command("diff", _diff, "one", "other")
+    either = "the folder of an adapter, of PEFT or a checkpoint"
+    command("inspect", _inspect, path=either)
+    convert = command("convert", _convert, source=either, target="the folder to write")
+    _add_options_of_peft(convert)
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace an adapter in TARGET"
+    )
+    model = "the folder of a Hugging Face model, of safetensors"
+    out = "the folder to write, which must not exist"
+    command("merge", _merge, base=model, adapter="the folder of PEFT's", out=out)
+    command("diff", _diff, one=either, other=either)
     return parser
+
+
+def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
+    """Adds what is said of the files of PEFT that are written."""
+    convert.add_argument(
+        "--names",
+        metavar="FAMILY",
+        help="writing PEFT: torch's names of a model, llama, gpt2, bert, vit, …; "
+        "without it the paths of the kernels are the names",
+    )
+    convert.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="writing PEFT: the base, to be named in adapter_config.json",
+    )
+    convert.add_argument(
+        "--profile",
+        choices=("peft", "vllm"),
+        default="peft",
+        help="writing PEFT: for PEFT, or for what vLLM loads",
+    )
 
 
 # --- reading either format ---
@@ -80,10 +104,18 @@ def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
     if not _is_peft(path) and path.is_dir() and not any(path.glob("adapter_model.*")):
         from . import checkpoint
 
+        if not any(path.iterdir()):
+            raise FileNotFoundError(f"{path} is empty")
         return checkpoint.describe(path).config, checkpoint.restore(path)
     from . import peft
 
     return _peft_alone.adapter_alone(peft.read_files(path, ignore=ignore))
+
+
+def _holds_steps(folder: Path) -> bool:
+    """Returns whether a folder is that of a checkpoint, whoever wrote it."""
+    marks = [*folder.glob("*/_CHECKPOINT_METADATA"), *folder.glob("*/record/metadata")]
+    return any(p.relative_to(folder).parts[0].isdecimal() for p in marks)
 
 
 # --- commands ---
@@ -93,10 +125,10 @@ def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
     _, adapter = _read(given.path, given.ignore)
     rows = [_row(path, entry) for path, entry in _with_progress(adapter)]
-    print(_table(_HEAD, rows))
+    _say(_table(_HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
-    print(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
+    _say(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
     return SAME
 
 
@@ -146,38 +178,85 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
 
 def _convert(given: Any) -> int:
     """Write an adapter in the other format: PEFT from a checkpoint, or the reverse."""
-    configs, adapter = _read(given.source, given.ignore)
     if _is_peft(given.source):
-        from . import checkpoint
-
-        checkpoint.save(
-            given.target, adapter, config=configs, overwrite=given.overwrite
-        )
+        _write_checkpoint(given)
     else:
-        _write_peft(given, configs, adapter)
-    print(f"{given.target}: {len(adapter)} targets")
+        _write_peft(given)
     return SAME
 
 
-def _write_peft(given: Any, configs: Configs, adapter: dict[str, Any]) -> None:
+def _write_checkpoint(given: Any) -> None:
+    from . import checkpoint
+
+    options = {
+        "--names": given.names is not None,
+        "--base-model": given.base_model is not None,
+        "--profile": given.profile != "peft",
+    }
+    vain = [option for option, is_given in options.items() if is_given]
+    if vain:
+        raise ValueError(
+            f"{given.source} is of PEFT and becomes a checkpoint, which has no place "
+            f"for {', '.join(vain)}; leave that out"
+        )
+    configs, adapter = _read(given.source, given.ignore)
+    checkpoint.save(given.target, adapter, config=configs, overwrite=given.overwrite)
+    _say(f"{given.target}: {len(adapter)} targets")
+
+
+def _write_peft(given: Any) -> None:
     from . import peft
 
-    shapes = {
-        path: jax.ShapeDtypeStruct(entry.kernel_shape, entry.a.dtype)
-        if isinstance(entry, LoraFactors)
-        else entry
-        for path, entry in adapter.items()
-    }
+    configs, adapter = _read(given.source, given.ignore)
+    _check_apart(given.source, given.target)
+    if given.names is None:
+        _check_one_input(adapter)
     peft.save(
         given.target,
-        shapes,
+        {path: _kernel(entry) for path, entry in adapter.items()},
         adapter,
         configs,
-        peft.names(given.names) if given.names else None,
+        peft.names(given.names) if given.names is not None else None,
         profile=given.profile,
         base_model=given.base_model,
         overwrite=given.overwrite,
     )
+    _say(f"{given.target}: {len(adapter)} targets")
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raises if files of PEFT would be written into a checkpoint."""
+    place = target.resolve()
+    if source.resolve() in (place, *place.parents) or _holds_steps(target):
+        raise FileExistsError(
+            f"{target} is a checkpoint, or in one, where files of PEFT have no place; "
+            "give a folder elsewhere"
+        )
+
+
+def _check_one_input(adapter: Mapping[str, Any]) -> None:
+    """Raises for what may be a convolution: its window counts as inputs, too.
+
+    The rules of a family say which kernels are convolutions; paths alone do not.
+    """
+    found = [
+        f"{path!r} ({_shape(entry.kernel_shape)})"
+        for path, entry in adapter.items()
+        if isinstance(entry, LoraFactors | SlicedFactors) and len(entry.axes.in_) > 1
+    ]
+    if found:
+        raise UnsupportedFeatureError(
+            f"{', '.join(found)}: a checkpoint does not tell dense kernels of several "
+            "input axes from convolutions, which PEFT keeps in another way. Give "
+            "--names of a family that has them, or call `jlora.peft.save` with a plan"
+        )
+
+
+def _kernel(entry: Any) -> Any:
+    """Returns what stands for the kernel of an entry: its shape, and a dtype."""
+    if not isinstance(entry, Factored):
+        return entry
+    return jax.ShapeDtypeStruct(entry.kernel_shape, jax.tree.leaves(entry)[0].dtype)
 
 
 def _merge(given: Any) -> int:
@@ -185,12 +264,17 @@ def _merge(given: Any) -> int:
     from . import weights
 
     def progress(done: int, total: int, name: str) -> None:
-        print(f"{done}/{total} tensors, {name}", file=sys.stderr)
+        _say(f"{done}/{total} tensors, {name}", sys.stderr)
 
+    if not _is_peft(given.adapter) and _holds_steps(given.adapter):
+        raise AdapterError(
+            f"{given.adapter} is a checkpoint, and merge takes files of PEFT; write "
+            f"them with python -m jlora convert {given.adapter} FOLDER"
+        )
     weights.merge_folder(
         given.base, given.adapter, given.out, ignore=given.ignore, progress=progress
     )
-    print(f"{given.out}: merged")
+    _say(f"{given.out}: merged")
     return SAME
 
 
@@ -205,14 +289,18 @@ def _diff(given: Any) -> int:
         if told:
             rows.append((path, *told))
     if not rows:
-        print(f"the same: {len(one)} targets")
+        _say(f"the same: {len(one)} targets")
         return SAME
-    print(_table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
+    _say(_table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
     return DIFFERENT
 
 
 def _difference(one: Any, other: Any) -> tuple[str, str] | None:
     """Returns the relative distance of two entries, and what differs, if at all."""
+    if isinstance(one, TrainedRows) != isinstance(other, TrainedRows):
+        return "", "rows and a whole table"
+    if isinstance(one, TrainedRows) and _rows(one) != _rows(other):
+        return "", "rows"
     one, other = _told(one), _told(other)
     kinds = [isinstance(entry, LoraFactors) for entry in (one, other)]
     if kinds[0] != kinds[1]:
@@ -229,6 +317,11 @@ def _difference(one: Any, other: Any) -> tuple[str, str] | None:
     if not what and all(np.array_equal(x, y) for x, y in pairs):
         return None
     return _relative(one, other), ", ".join(what) or "values"
+
+
+def _rows(entry: TrainedRows) -> Any:
+    """Returns which rows of what table are trained."""
+    return entry.rows, entry.kernel_shape, entry.axes
 
 
 def _relative(one: Any, other: Any) -> str:
@@ -248,6 +341,23 @@ def _relative(one: Any, other: Any) -> str:
 # --- printing ---
 
 
+def _say(text: str, stream: Any = None) -> None:
+    """Prints, whatever becomes of it.
+
+    Who reads the output may have seen enough and be gone, which must not end what is
+    being written; and a terminal may lack some letters.
+    """
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(
+            text.encode(encoding, "replace").decode(encoding), file=stream, flush=True
+        )
+    except BrokenPipeError:
+        # Python flushes again at its end, and has to find somewhere to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _with_progress(adapter: dict[str, Any]) -> Any:
     """Yields the items; a line on a terminal says how far it has come."""
     shown = sys.stderr.isatty()
@@ -259,7 +369,10 @@ def _with_progress(adapter: dict[str, Any]) -> Any:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [tuple(head), *map(tuple, rows)]
+    plain = lambda cell: (
+        cell if cell.isprintable() else repr(cell)
+    )  # paths are any text
+    lines = [tuple(map(plain, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))
     padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

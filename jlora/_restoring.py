@@ -12,7 +12,9 @@ from ._entries import Factored, SlicedFactors
 from ._errors import AdapterError
 from ._factors import LoraFactors
 from ._layout import unboxed
+from ._paths import nearest
 from ._record import Entry, Record, arrays_of, entry_with
+from ._trace import is_array
 
 # By the place of the entry and the name of the array, as they are on disk.
 Arrays = dict[str, dict[str, Any]]
@@ -33,13 +35,15 @@ def targets(record: Record, like: Any, shardings: Any, place: str) -> Arrays:
         TypeError: if `like` or `shardings` is no dict by path.
         AdapterError: with every difference.
     """
-    for name, given in (("like", like), ("shardings", shardings)):
-        if not isinstance(given, Mapping | Sharding | None):
-            kind = type(given).__name__
-            raise TypeError(f"`{name}` is a dict by path as an adapter is, got {kind}")
+    kinds = {"like": (like, Mapping), "shardings": (shardings, Mapping | Sharding)}
+    for name, (given, kind) in kinds.items():
+        if not isinstance(given, kind | None):
+            got = type(given).__name__
+            raise TypeError(f"`{name}` is a dict by path as an adapter is, got {got}")
     problems = _unlike(record.adapter, like) if like is not None else []
     found: Arrays = {}
     if not problems:
+        problems += _unplaced(record.adapter, shardings)
         for i, entry in enumerate(record.entries):
             where = _shardings_of(entry, like, shardings, problems)
             found[str(i)] = {
@@ -53,11 +57,20 @@ def targets(record: Record, like: Any, shardings: Any, place: str) -> Arrays:
     return found
 
 
+def _unplaced(saved: Mapping[str, Any], shardings: Any) -> list[str]:
+    """Returns a line for each path of `shardings` that nothing was saved under."""
+    given = shardings if isinstance(shardings, Mapping) else ()
+    return [_unknown(path, "`shardings`", saved) for path in given if path not in saved]
+
+
 def _unlike(saved: Mapping[str, Any], like: Mapping[str, Any]) -> list[str]:
     """Returns a line for each difference between what was saved and what is wanted."""
-    lines = [f"{p!r} is missing in it" for p in sorted(like.keys() - saved.keys())]
+    lines = [_unknown(path, "`like`", saved) for path in like if path not in saved]
     lines += [f"{p!r} is not wanted" for p in sorted(saved.keys() - like.keys())]
     for path in sorted(saved.keys() & like.keys()):
+        if odd := _no_arrays(like[path]):
+            lines.append(f"{path!r} in `like` holds a {odd}, not factors or an array")
+            continue
         ours, wanted = _static(saved[path]), _static(like[path])
         lines += [
             f"{path!r}: {key} is {ours.get(key)}, and {wanted.get(key)} is wanted"
@@ -65,6 +78,20 @@ def _unlike(saved: Mapping[str, Any], like: Mapping[str, Any]) -> list[str]:
             if ours.get(key) != wanted.get(key)
         ]
     return lines
+
+
+def _unknown(path: Any, where: str, saved: Mapping[str, Any]) -> str:
+    near = ", ".join(map(repr, nearest(str(path), list(saved))))
+    return f"{path!r} is missing in it, and {where} has it; the nearest: {near}"
+
+
+def _no_arrays(entry: Any) -> str | None:
+    """Returns the kind of what is no array, of an entry that should hold arrays."""
+    held = arrays_of(entry)
+    if isinstance(entry, LoraFactors | SlicedFactors):
+        held |= {"a": entry.a, "b": entry.b}  # which may be None by mistake
+    odd = [type(x).__name__ for x in held.values() if not is_array(unboxed(x))]
+    return odd[0] if odd else None
 
 
 def _static(entry: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ._axes import KernelAxes
 from ._base import Base
-from ._errors import AdapterError
+from ._errors import AdapterError, NonFiniteError, UnsupportedFeatureError
 from ._merge import merge
 from ._peft_keys import ModuleTensors
 from ._peft_read import AdapterFiles, adapter_of
@@ -33,6 +33,8 @@ _DTYPES = {
     "F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64,
     "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
 }  # fmt: skip
+# Of these a weight can take a sum; the others are codes, or too coarse for one.
+_SUMMED = frozenset(np.dtype(_DTYPES[name]) for name in ("F16", "BF16", "F32", "F64"))
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -121,9 +123,10 @@ def merge_folder(
 ) -> None:
     """Writes a Hugging Face model with a PEFT adapter merged into its weights.
 
-    Each sum is formed in float32 and rounded once to the dtype of the weight. Files are
-    written one after the other, under the names of the base, with everything else that
-    is in its folder; `out` appears when it is complete.
+    Each sum is formed in float32 (or the dtype of the weight, if wider) and rounded
+    once to the dtype of the weight. Files are written one after the other, under the
+    names of the base, with the other files of its folder, but for weights in other
+    formats, which would not be merged; `out` appears when it is complete.
 
     Args:
         base: the folder of the model.
@@ -134,11 +137,15 @@ def merge_folder(
 
     Raises:
         FileExistsError: if `out` exists.
+        NotADirectoryError: if `base` is one file of a model.
+        UnsupportedFeatureError: if weights that change are quantised: of another dtype
+            than float16, bfloat16, float32 or float64. All are named.
+        NonFiniteError: if sums are too large for the dtype of their weight. All are
+            named.
         AdapterError: if the adapter does not fit the weights, or cannot be read.
     """
     source, target = Path(base), Path(out)
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"{target} is there already; give another folder")
+    _check_places(source, target)
     weights = open_weights(source)
     files = read_files(adapter, ignore=ignore)
     entries = adapter_of(files, torch_base(weights, files))
@@ -153,10 +160,24 @@ def merge_folder(
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _check_places(source: Path, target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} is there already; give another folder")
+    if source.is_file():
+        raise NotADirectoryError(
+            f"{source} is a file, and a model is merged with all that is beside it; "
+            f"give {source.parent}"
+        )
+
+
 def torch_base(weights: Weights, files: AdapterFiles) -> Base:
     """Returns the weights as params under torch's own names and layouts.
 
     A weight is `(out, in, *window)` then, a table `(rows, features)`.
+
+    Raises:
+        UnsupportedFeatureError: if weights that the adapter changes are quantised.
+        AdapterError: if the config selects weights that the file has no factors for.
     """
     # PEFT writes an adapted table along, which must be that of the base.
     copied = any(name.endswith(".base_layer.weight") for name in files.whole)
@@ -167,6 +188,7 @@ def torch_base(weights: Weights, files: AdapterFiles) -> Base:
         name: weights[name] if name in tables | biases else weights.shape(name)
         for name in weights
     }
+    _check_summed(leaves, files)
     _check_complete(leaves, files)
     chosen = files.config.selects_parameter
     rules, axes = [], {}
@@ -215,6 +237,26 @@ def _parameter_axes(
     return found
 
 
+def _check_summed(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
+    """Raises if the adapter changes weights that are no plain numbers."""
+    own = {module.replace(".base_layer.", ".") for module in files.modules}
+    saved = {name.replace(".base_layer.", ".") for name in files.whole}
+    beside = {"bias": "same"} if files.config.lora_bias else {}
+    changed = saved | {f"{name}.{leaf}" for name in own for leaf in _WEIGHTS | beside}
+    found = [
+        f"{name!r} ({np.dtype(leaf.dtype).name})"
+        for name, leaf in leaves.items()
+        if name in changed or files.config.selects_parameter(name)
+        if leaf.dtype not in _SUMMED
+    ]
+    if found:
+        raise UnsupportedFeatureError(
+            f"{files.where} cannot be merged into the quantised {', '.join(found)}: "
+            "W + ΔW is not of their values. Merge into the float16, bfloat16, float32 "
+            "or float64 weights that were quantised"
+        )
+
+
 def _check_complete(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
     """Raises if the config selects weights that the file has no factors for."""
     config, present = files.config, {m.split(".base_layer")[0] for m in files.modules}
@@ -253,10 +295,17 @@ def _axes(tensors: ModuleTensors, ndim: int, files: AdapterFiles) -> KernelAxes:
     return KernelAxes((), tuple(range(1, ndim)), (0,))
 
 
+# Weights, and indices of them: a folder may have the same ones in other formats.
+_WEIGHT_FILES = (
+    ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5",
+    ".msgpack", ".onnx",
+)  # fmt: skip
+
+
 def _copy_rest(source: Path, target: Path) -> None:
     """Copies what is no weight: the config, the tokenizer, the index of the files."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors":
+        if file.is_file() and not file.name.lower().endswith(_WEIGHT_FILES):
             shutil.copyfile(file, target / file.name)
 
 
@@ -266,13 +315,43 @@ def _write_merged(
     folder: Path,
     progress: Callable[[int, int, str], None],
 ) -> None:
-    done = 0
+    """Writes the files one by one; of sums that overflow, all are looked for first.
+
+    Raises:
+        NonFiniteError: with every weight whose sum is too large for its dtype.
+    """
+    done, bad = 0, []
     for file, names in weights.files.items():
         tensors = {name: np.asarray(weights[name]) for name in names}
         own = {name: entries[name] for name in names if name in entries}
-        merged = merge(tensors, jax.tree.map(jnp.asarray, own)) if own else tensors
-        # The library writes what memory holds, whatever the strides say.
-        dense = {n: np.ascontiguousarray(t).reshape(t.shape) for n, t in merged.items()}
-        save_file(dense, folder / file.name, metadata={"format": "pt"})
+        merged = _merged(tensors, own) if own else tensors
+        bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
+        if not bad:
+            # The library writes what memory holds, whatever the strides say.
+            dense = {
+                n: np.ascontiguousarray(t).reshape(t.shape) for n, t in merged.items()
+            }
+            save_file(dense, folder / file.name, metadata={"format": "pt"})
         done += len(names)
         progress(done, len(weights), file.name)
+    if bad:
+        raise NonFiniteError(
+            f"merged, these weights are too large for their dtype: {'; '.join(bad)}. "
+            "Merge into weights of a wider one, such as bfloat16 or float32"
+        )
+
+
+def _merged(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    wide = any(tensors[name].dtype == np.float64 for name in own)
+    # JAX would round the weight itself to float32 otherwise.
+    with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):
+        return merge(dict(tensors), jax.tree.map(jnp.asarray, dict(own)))
+
+
+def _overflow(name: str, before: np.ndarray, after: np.ndarray) -> str | None:
+    """Returns what to say of a weight that was finite before the sum and is not now."""
+    lost = ~np.isfinite(after) & np.isfinite(before)
+    if not lost.any():
+        return None
+    first = tuple(int(i) for i in np.argwhere(lost)[0])
+    return f"{name!r} ({after.dtype}) has {int(lost.sum())}, the first at {first}"

@@ -398,11 +398,19 @@ def test_shardings_that_do_not_fit_are_all_named(saved: Path) -> None:
         assert f"{path!r}, {name}" in str(caught.value)
     with pytest.raises(jlora.AdapterError, match="no place in `shardings`"):
         restore(saved, shardings={DENSE: place})
+    with pytest.raises(jlora.AdapterError) as caught:
+        restore(saved, shardings={"params/a.b/kernl": place, "params/more": place})
+    for path in ("params/a.b/kernl", "params/more"):
+        assert f"{path!r} is missing in it, and `shardings` has it" in str(caught.value)
+    assert f"the nearest: {DENSE!r}" in str(caught.value)
+    assert f"{DENSE!r} has no place in `shardings`" in str(caught.value)
     abstract = NamedSharding(place.mesh.abstract_mesh, P())
     with pytest.raises(jlora.AdapterError, match="cannot be laid out"):
         restore(saved, shardings=abstract)
     with pytest.raises(TypeError, match="`shardings` is a dict"):
         restore(saved, shardings=[place])
+    with pytest.raises(TypeError, match="`like` is a dict"):
+        restore(saved, like=place)  # type: ignore[arg-type]
 
 
 # like another adapter
@@ -427,7 +435,7 @@ def test_all_differences_from_what_is_wanted_are_named(saved: Path) -> None:
         restore(saved, like=like)
     for part in [
         f"{WHOLE!r} is not wanted",
-        "'params/other' is missing in it",
+        "'params/other' is missing in it, and `like` has it; the nearest: ",
         f"{DENSE!r}: shape of a is (8, 3), and (8, 4) is wanted",
         f"{DENSE!r}: scaling is {5 / 3}, and 0.5 is wanted",
         f"{DENSE!r}: rank is 3, and 4 is wanted",
@@ -435,6 +443,18 @@ def test_all_differences_from_what_is_wanted_are_named(saved: Path) -> None:
         f"{HEADS!r}: dtype of b is float32, and bfloat16 is wanted",
     ]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", [None, 3, "float32", (8, 3)])
+def test_what_is_no_array_in_what_is_wanted_is_named(saved: Path, odd: Any) -> None:
+    like = jax.eval_shape(lambda: adapter_of(0))
+    like[WHOLE] = odd
+    like[DENSE] = dataclasses.replace(like[DENSE], b=odd)
+    with pytest.raises(jlora.AdapterError) as caught:
+        restore(saved, like=like)
+    for path in (WHOLE, DENSE):
+        said = f"{path!r} in `like` holds a {type(odd).__name__}"
+        assert said in str(caught.value)
 
 
 # beside which base

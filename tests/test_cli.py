@@ -1,6 +1,7 @@
 """The command line, in process: what it prints, writes and returns."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jlora.checkpoint
 import jlora.peft
 import jlora.weights
 from jlora.__main__ import DIFFERENT, FAILED, SAME, main
+from jlora._entries import SlicedFactors, TrainedRows
 
 CASES = Path(__file__).parent / "data" / "peft"
+GOLDEN = Path(__file__).parent / "data" / "checkpoint_v1"
 SHAPES = {"params/up/kernel": (5, 7), "params/down/kernel": (3, 7, 5)}
 CONFIG = jlora.LoraConfig("up|down", rank=2, alpha=3.0)
 
@@ -107,6 +110,84 @@ def test_names_of_a_family_number_the_layers_of_a_stack(tmp_path: Path) -> None:
     assert config["target_modules"] == wanted
 
 
+def several_inputs(window: tuple[int, ...], seed: int = 0) -> jlora.LoraFactors:
+    """Factors of a kernel `(*window, 4, 6)`, of a convolution or of heads."""
+    axes = jlora.KernelAxes((), tuple(range(len(window) + 1)), (len(window) + 1,))
+    generator = np.random.default_rng(seed)
+    shapes = axes.factor_shapes((*window, 4, 6), 2)
+    a, b = (jnp.asarray(generator.normal(size=s), jnp.float32) for s in shapes)
+    return jlora.LoraFactors(a, b, axes, 1.5)
+
+
+@pytest.mark.parametrize(
+    "words, path, shape",
+    [
+        (["--names", "vit"], "params/patch_embeddings/projection/kernel", (2, 4, 3, 3)),
+        (["--names", "llama"], "params/layers_0/attn/out/kernel", (2, 36)),
+        ([], "params/patch/kernel", None),
+        ([], "params/attn/out/kernel", None),
+    ],
+)
+def test_convolutions_are_written_where_names_tell_them(
+    words: list[str], path: str, shape: Any, tmp_path: Path, capsys: Any
+) -> None:
+    adapter = {path: several_inputs((3, 3))}
+    config = jlora.LoraConfig("kernel", rank=2, alpha=3.0)
+    jlora.checkpoint.save(tmp_path / "first", adapter, config=config)
+    peft = tmp_path / "peft"
+    done = main(["convert", str(tmp_path / "first"), str(peft), *words])
+    if shape is None:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert done == FAILED and not peft.exists()
+        assert f"{path!r} (3×3×4×6)" in line and "jlora.peft.save" in line
+        return
+    assert done == SAME
+    tensors = load_file(peft / "adapter_model.safetensors")
+    (a,) = (tensor for name, tensor in tensors.items() if "lora_A" in name)
+    assert a.shape == shape
+
+
+def test_slices_are_converted_as_the_factors_they_stand_for(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    a, b = (generator.normal(size=s).astype(np.float32) for s in [(5, 4), (2, 6)])
+    axes, slices = jlora.KernelAxes((), (0,), (1,)), ((0, 3), (6, 9))
+    factors = SlicedFactors(jnp.asarray(a), jnp.asarray(b), axes, 1.5, slices, (9,))
+    config = jlora.LoraConfig("q", rank=2, alpha=3.0, slices=slices)
+    first, peft = tmp_path / "first", tmp_path / "peft"
+    adapter: dict[str, Any] = {"params/q/kernel": factors}
+    jlora.checkpoint.save(first, adapter, config=config)
+    assert main(["convert", str(first), str(peft)]) == SAME
+    params = {"params": {"q": {"kernel": jax.ShapeDtypeStruct((5, 9), jnp.float32)}}}
+    _, found = jlora.peft.load(peft, params)
+    wanted = jlora.delta(factors.lowered())
+    assert np.array_equal(jlora.delta(found["params/q/kernel"]), wanted)
+
+
+@pytest.mark.parametrize("place", ["", "0", "peft", "../other"])
+def test_peft_is_not_written_into_a_checkpoint(
+    place: str, saved: Path, capsys: Any
+) -> None:
+    jlora.checkpoint.save(saved.parent / "other", dense(1), config=CONFIG)
+    assert main(["convert", str(saved), str(saved / place), "--overwrite"]) == FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is a checkpoint, or in one" in line
+    for folder in (saved, saved.parent / "other"):
+        jlora.checkpoint.save(folder, dense(2), config=CONFIG, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "words", [["--names", "llama"], ["--base-model", "x"], ["--profile", "vllm"]]
+)
+def test_options_that_a_checkpoint_has_no_place_for_are_refused(
+    words: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    target = tmp_path / "new"
+    command = ["convert", str(CASES / "linear"), str(target), *words]
+    assert main(command) == FAILED and not target.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words[0] in line and "becomes a checkpoint" in line
+
+
 def test_a_model_is_merged(tmp_path: Path, capsys: Any) -> None:
     arrays = np.load(CASES / "linear" / "arrays.npz")
     part = lambda group: {
@@ -153,6 +234,35 @@ def test_the_same_delta_in_other_factors_is_a_distance_of_zero(
 
 
 @pytest.mark.parametrize(
+    "rows, values, said",
+    [((1, 4), 2.0, "rows"), (None, 2.0, "rows and a whole table"), ((1, 3), 2.0, None)],
+)
+def test_diff_compares_which_rows_are_trained(
+    rows: Any, values: float, said: str | None, tmp_path: Path, capsys: Any
+) -> None:
+    axes = jlora.KernelAxes((), (0,), (1,))
+    trained = lambda rows: TrainedRows(jnp.full((2, 3), values), rows, 5, axes)
+    one, other = trained((1, 3)), trained(rows) if rows else jnp.full((5, 3), values)
+    for name, entry in (("one", one), ("other", other)):
+        own = {"rows": entry.rows} if isinstance(entry, TrainedRows) else {"full": True}
+        config = jlora.LoraConfig("table", **own)
+        jlora.checkpoint.save(tmp_path / name, {"table": entry}, config=config)
+    done = main(["diff", str(tmp_path / "one"), str(tmp_path / "other")])
+    assert done == (DIFFERENT if said else SAME)
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].split(maxsplit=1)[1].strip() == (said or "same: 1 targets")
+
+
+def test_paths_of_any_text_take_one_line_each(tmp_path: Path, capsys: Any) -> None:
+    adapter = {"up\n\x1b[2J": dense()["params/up/kernel"]}
+    config = jlora.LoraConfig(rank=2, alpha=3.0)
+    jlora.checkpoint.save(tmp_path / "odd", adapter, config=config)
+    assert main(["inspect", str(tmp_path / "odd")]) == SAME
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and len(out.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
     "words, said",
     [
         (["inspect", "nowhere"], "there is no nowhere"),
@@ -160,6 +270,8 @@ def test_the_same_delta_in_other_factors_is_a_distance_of_zero(
         (["merge", "nowhere", str(CASES / "linear"), "out"], "nowhere"),
         (["inspect", str(CASES / "lora_bias")], "lora_bias"),
         (["convert", str(CASES / "linear"), str(CASES / "linear")], "linear"),
+        (["convert", "nowhere", "nowhere"], "there is no nowhere"),
+        (["merge", "base", str(GOLDEN), "out"], "python -m jlora convert"),
     ],
 )
 def test_errors_are_one_line(words: list[str], said: str, capsys: Any) -> None:
@@ -174,3 +286,22 @@ def test_the_module_runs() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (FAILED, "")
     assert done.stderr == "python -m jlora inspect: there is no nowhere\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_printed_may_find_no_reader_or_few_letters(
+    encoding: str,
+) -> None:
+    """Neither ends the command, or changes its exit code."""
+    paths = [str(CASES / name) for name in ("linear", "conv2d")]
+    command = [sys.executable, "-m", "jlora", "diff", *paths]
+    read, write = os.pipe()
+    os.close(read)
+    said = subprocess.run(
+        command,
+        stdout=write if encoding == "utf-8" else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    os.close(write)
+    assert (said.returncode, said.stderr) == (DIFFERENT, b"")

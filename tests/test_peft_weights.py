@@ -1,14 +1,17 @@
 """The weights of a torch model: opened lazily, and merged as PEFT merges them."""
 
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jlora.peft
 import jlora.weights
@@ -95,6 +98,96 @@ def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
         assert found[name].dtype == jnp.bfloat16
         step = np.spacing(np.abs(exact).max()) * 2.0**16  # of bfloat16
         assert np.abs(found[name].astype(np.float32) - exact).max() <= step / 2 * 1.01
+
+
+def test_float64_is_summed_in_float64(tmp_path: Path) -> None:
+    base = {k: v.astype(np.float64) for k, v in arrays_of("linear", "base").items()}
+    fine = {k: v + 1e-9 for k, v in base.items()}  # lost in float32
+    merge_quietly(model_folder(tmp_path, fine), CASES / "linear", tmp_path / "merged")
+    found = jlora.weights.open_weights(tmp_path / "merged")
+    (tmp_path / "coarse").mkdir()
+    folder = model_folder(tmp_path / "coarse", base)
+    merge_quietly(folder, CASES / "linear", tmp_path / "coarse" / "merged")
+    for name, coarse in jlora.weights.open_weights(folder.parent / "merged").items():
+        np.testing.assert_allclose(found[name] - coarse, 1e-9, rtol=1e-3)
+
+
+def changed_by(case: str) -> list[str]:
+    """The weights that the adapter of a case changes."""
+    base, merged = arrays_of(case, "base"), arrays_of(case, "merged")
+    return [n for n in base if n in merged and not np.array_equal(merged[n], base[n])]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("case", ["linear", "modules_to_save", "mha", "experts_two"])
+def test_quantised_weights_are_refused_by_name(
+    case: str, dtype: Any, tmp_path: Path
+) -> None:
+    base = arrays_of(case, "base")
+    codes = {name: base[name].astype(dtype) for name in changed_by(case)}
+    scales = {f"{n}.SCB": np.ones(len(codes[n]), np.float32) for n in codes}
+    folder = model_folder(tmp_path, base | codes | scales)
+    with pytest.raises(jlora.UnsupportedFeatureError) as caught:
+        merge_quietly(folder, CASES / case, tmp_path / "merged")
+    assert len(codes) > 1
+    for name in codes:
+        assert f"{name!r} ({np.dtype(dtype).name})" in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_codes_that_the_adapter_leaves_alone_are_copied(tmp_path: Path) -> None:
+    codes = {
+        "other.weight": np.arange(6, dtype=np.int8).reshape(2, 3),
+        "scaled.weight": np.ones((2, 3), jnp.float8_e4m3fn),
+    }
+    folder = model_folder(tmp_path, arrays_of("linear", "base") | codes)
+    merge_quietly(folder, CASES / "linear", tmp_path / "merged")
+    found = jlora.weights.open_weights(tmp_path / "merged")
+    for name, before in codes.items():
+        assert found[name].dtype == before.dtype
+        assert found[name].tobytes() == before.tobytes()
+
+
+def test_sums_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
+    base, largest = arrays_of("linear", "base"), np.finfo(np.float16).max
+    half = {name: weight.astype(np.float16) for name, weight in base.items()}
+    changed = changed_by("linear")
+    # The sum with an infinity that was there before is nobody's overflow.
+    half = {n: np.full_like(w, -np.inf) for n, w in half.items() if n not in changed}
+    full = {n: np.full(base[n].shape, largest) for n in changed}
+    folder = model_folder(tmp_path, half | full)
+    adapter = tmp_path / "adapter"
+    enlarged(CASES / "linear", adapter, by=1e3)
+    with pytest.raises(jlora.NonFiniteError) as caught:
+        merge_quietly(folder, adapter, tmp_path / "merged")
+    assert len(changed) > 1
+    assert all(f"{name!r} (float16)" in str(caught.value) for name in changed)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def enlarged(source: Path, target: Path, by: float) -> None:
+    """Writes an adapter with a larger delta."""
+    target.mkdir()
+    shutil.copy(source / "adapter_config.json", target)
+    tensors = load_file(source / "adapter_model.safetensors")
+    larger = {n: t * by if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(larger, target / "adapter_model.safetensors")
+
+
+def test_weights_in_other_formats_are_not_copied_as_merged(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, arrays_of("linear", "base"))
+    kept = {file.name for file in folder.iterdir()}
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax.msgpack"):
+        (folder / name).write_bytes(b"{}")
+    merge_quietly(folder, CASES / "linear", tmp_path / "merged")
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == kept
+
+
+def test_one_file_of_a_model_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, arrays_of("linear", "base"), shards=1)
+    (file,) = folder.glob("*.safetensors")
+    with pytest.raises(NotADirectoryError, match=re.escape(f"give {folder}")):
+        merge_quietly(file, CASES / "linear", tmp_path / "merged")
 
 
 def test_progress_ends_with_all_tensors(tmp_path: Path) -> None:
