@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import KernelAxes, Shape
-from ._factors import LoraFactors
+from ._factors import LoraFactors, exportable
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +116,9 @@ class TrainedRows:
         new = first.at[jnp.array(self.rows)].set(self.values.astype(table.dtype))
         return jnp.moveaxis(new, 0, axis)
 
+
+exportable(SlicedFactors, "jlora.SlicedFactors")
+exportable(TrainedRows, "jlora.TrainedRows")
 
 Special = SlicedFactors | TrainedRows
 Factored = LoraFactors | SlicedFactors | TrainedRows
