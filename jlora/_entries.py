@@ -102,10 +102,14 @@ class TrainedRows:
         return {"values": (len(self.rows), *(shape[i] for i in self.axes.out))}
 
     def lowered(self, table: jax.Array) -> LoraFactors:
-        """Returns the change of the table as factors: `a` picks the rows."""
+        """Returns the change of the table as factors: `a` picks the rows.
+
+        The change is in float32 at least, so that the old row and it make the new one.
+        """
         old = jnp.take(table, jnp.array(self.rows), axis=self.axes.in_[0])
-        old = jnp.moveaxis(old, self.axes.in_[0], 0).astype(self.values.dtype)
-        change = self.values - jax.lax.stop_gradient(old)
+        old = jnp.moveaxis(old, self.axes.in_[0], 0)
+        wide = jnp.float64 if self.values.dtype == jnp.float64 else jnp.float32
+        change = self.values.astype(wide) - jax.lax.stop_gradient(old).astype(wide)
         picked = jax.nn.one_hot(jnp.array(self.rows), self.length, dtype=change.dtype)
         return LoraFactors(picked.T, change, self.axes, 1.0)
 
