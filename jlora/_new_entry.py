@@ -11,6 +11,7 @@ from ._axes import KernelAxes
 from ._dora import kernel_norm
 from ._errors import TargetError
 from ._init import INITIALIZERS, Initializer, Wanted, key_of
+from ._matrices import widest
 from ._placement import factor_shardings
 from ._quantized import arrays_of, dequantized
 from ._sharding import set_sharding
@@ -47,7 +48,8 @@ def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
         a, b = make(own_key, wanted)
     arrays = {"a": a, "b": b}
     if config.dora:
-        arrays["magnitude"] = kernel_norm(leaf, axes).astype(config.dtype)
+        # A rounded norm would stretch each output before the first step.
+        arrays["magnitude"] = kernel_norm(leaf, axes).astype(widest(a))
     return entry_of(target, arrays)
 
 
