@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._dtypes import widest
 from ._factors import LoraFactors
 from ._matrices import (
     Array,
@@ -21,7 +22,6 @@ from ._matrices import (
     check_factors,
     common_dtype,
     matrices,
-    widest,
     with_matrices,
 )
 from ._spectrum import check_energy, effective_rank, product_svd, singular_values
@@ -33,7 +33,9 @@ def scale(adapter: Factored, factor: float | jax.Array) -> dict[str, LoraFactors
     """Returns the adapter whose every ΔW is `factor` times as large.
 
     A Python number changes the static scaling and no array. A scalar array, which may
-    be traced, is multiplied into `b`, so that another value compiles nothing anew.
+    be traced, is multiplied into `b`, so that another value compiles nothing anew; that
+    is done in float32 at least, in which a 16-bit `b` then stays, for rounded back it
+    would lose a factor near 1.
 
     Args:
         adapter: the factors by path.
@@ -205,11 +207,10 @@ def check_number(told: str, factor: Any) -> float | Array:
 
 
 def scaled(factors: LoraFactors, factor: float | Array) -> LoraFactors:
-    """Returns factors of `factor·ΔW`: of another scaling, or of another `b`."""
+    """Returns factors of `factor·ΔW`: of another scaling, or of another, wide `b`."""
     if isinstance(factor, float):
         return dataclasses.replace(factors, scaling=factors.scaling * factor)
-    b = _times(factors.b, factor).astype(factors.b.dtype)
-    return dataclasses.replace(factors, b=b)
+    return dataclasses.replace(factors, b=_times(factors.b, factor))
 
 
 def _times(b: Array, factor: float | Array) -> Array:

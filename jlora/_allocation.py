@@ -36,8 +36,10 @@ def start(svd: Mapping[str, Any]) -> Importance:
     Args:
         svd: the triplets by path; leaves that are trained whole have no importance.
     """
-    zero = {p: jax.tree.map(jnp.zeros_like, e) for p, e in svd.items() if is_svd(e)}
-    return Importance(zero, zero)
+    own = {path: entry for path, entry in svd.items() if is_svd(entry)}
+    # No buffer twice, so that a training step can be given the state to reuse.
+    zeros = [jax.tree.map(jnp.zeros_like, own) for _ in range(2)]
+    return Importance(*zeros)
 
 
 def update(

@@ -35,7 +35,8 @@ def combine(
     """Returns one adapter made of several, each with a weight.
 
     "sum" is what the weights say, ΔW = Σ wᵢ·ΔWᵢ, exactly, and its rank is the sum of
-    the ranks; `jlora.truncate` of it is the best there is of a smaller rank.
+    the ranks; `jlora.truncate` of it is the best there is of a smaller rank. Weights
+    are folded in as `jlora.scale` and `jlora.add` do it, in float32 at least.
 
     The other methods are those of PEFT's `add_weighted_adapter`, and give what it
     gives. They keep the rank by working on the factors one by one: with tᵢ the factor

@@ -40,12 +40,17 @@ class LoraConfig:
             an even rank. For those that look at kernels, gradients or inputs see
             `jlora.pissa` and its relatives, which take a new adapter.
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
-            where they are used.
+            where they are used. DoRA's magnitudes are kept in float32 at least, so that
+            training starts at the base's outputs.
         bias: which biases are trained whole besides: "none"; "adapted" for those beside
             the kernels that this config adapts (`a/b/bias` beside `a/b/kernel`); "all"
             for every leaf called `bias`.
         rows: the rows of a table that is looked up, to train these alone: the adapter
-            holds their new values. `rank` and `alpha` have no meaning then.
+            holds their new values. `rank` and `alpha` have no meaning then. A lookup
+            gives the values, rounded once; a product with the table (a tied head) is
+            that with the frozen table plus that with the change, in the precision of
+            both. A NaN in a frozen row stays, until `merge` puts the values in its
+            place.
         slices: runs of outputs of a fused kernel, as `[(0, 512), (1024, 1536)]`, each
             with factors of its own rank; the other outputs are not adapted.
         full: train the matched leaves whole instead of adapting them (norm scales,

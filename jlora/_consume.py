@@ -17,6 +17,7 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind, source_line
+from ._dtypes import widest
 from ._errors import MaterializationError
 from ._lazy import called, dense
 from ._products import (
@@ -278,18 +279,26 @@ def _grouped(
 
 
 def add_rows(value: Adapted) -> jax.Array:
-    """Returns looked-up rows with their deltas `s·a[ids]·b` added, in their dtype."""
+    """Returns looked-up rows with their deltas `s·a[ids]·b` added, rounded once.
+
+    In float32 at least: where a delta takes most of a row away, as that of a row that
+    is trained whole does, a rounded sum would leave the rounding of the old row.
+    """
     rows = dense(value.base)
+    total, sharding = rows.astype(widest(rows)), explicit_sharding(rows)
     for part in value.parts:
-        a, b = part.a.astype(rows.dtype), part.b.astype(rows.dtype)
-        scaled = part.scaling * a
-        change = contract_rank(scaled.astype(rows.dtype), b, dtype=rows.dtype)
+        change = _rows_of(part, total.dtype)
         change = jnp.broadcast_to(change, rows.shape)
-        sharding = explicit_sharding(rows)
         if sharding is not None:
             change = jax.sharding.reshard(change, sharding)
-        rows = rows + change
-    return rows if value.scale is None else times(rows, value.scale[..., 0])
+        total = total + change
+    total = total if value.scale is None else times(total, value.scale[..., 0])
+    return total.astype(rows.dtype)
+
+
+def _rows_of(part: Part, dtype: Any) -> jax.Array:
+    scaled, b = part.scaling * part.a.astype(dtype), part.b.astype(dtype)
+    return contract_rank(scaled, b, dtype=dtype, precision=lax.Precision.HIGHEST)
 
 
 CONSUME: dict[str, ConsumeRule] = {

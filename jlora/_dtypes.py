@@ -1,7 +1,8 @@
-"""The dtype in which sums and products are formed."""
+"""The dtypes in which sums and products are formed."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -14,3 +15,8 @@ def summed_in(dtype: Any) -> Any:
     dtype = jnp.dtype(dtype)
     narrow = dtype.itemsize < 4
     return jnp.dtype("float32") if narrow else jnp.promote_types(dtype, jnp.float32)
+
+
+def widest(*arrays: jax.Array) -> Any:
+    """Returns the dtype that holds sums and products of arrays: float32 or float64."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32

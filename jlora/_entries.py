@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import KernelAxes, Shape
-from ._factors import LoraFactors
+from ._factors import LoraFactors, exportable
 
 
 @jax.tree_util.register_dataclass
@@ -102,10 +102,14 @@ class TrainedRows:
         return {"values": (len(self.rows), *(shape[i] for i in self.axes.out))}
 
     def lowered(self, table: jax.Array) -> LoraFactors:
-        """Returns the change of the table as factors: `a` picks the rows."""
+        """Returns the change of the table as factors: `a` picks the rows.
+
+        The change is in float32 at least, so that the old row and it make the new one.
+        """
         old = jnp.take(table, jnp.array(self.rows), axis=self.axes.in_[0])
-        old = jnp.moveaxis(old, self.axes.in_[0], 0).astype(self.values.dtype)
-        change = self.values - jax.lax.stop_gradient(old)
+        old = jnp.moveaxis(old, self.axes.in_[0], 0)
+        wide = jnp.float64 if self.values.dtype == jnp.float64 else jnp.float32
+        change = self.values.astype(wide) - jax.lax.stop_gradient(old).astype(wide)
         picked = jax.nn.one_hot(jnp.array(self.rows), self.length, dtype=change.dtype)
         return LoraFactors(picked.T, change, self.axes, 1.0)
 
@@ -116,6 +120,9 @@ class TrainedRows:
         new = first.at[jnp.array(self.rows)].set(self.values.astype(table.dtype))
         return jnp.moveaxis(new, 0, axis)
 
+
+exportable(SlicedFactors, "jlora.SlicedFactors")
+exportable(TrainedRows, "jlora.TrainedRows")
 
 Special = SlicedFactors | TrainedRows
 Factored = LoraFactors | SlicedFactors | TrainedRows

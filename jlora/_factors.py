@@ -1,6 +1,7 @@
 """`LoraFactors`, the two factors of one kernel, and the delta they stand for."""
 
 import dataclasses
+import functools
 import json
 from typing import Any, TypeAlias
 
@@ -63,23 +64,39 @@ class LoraFactors:
         return tuple(sizes[order.index(i)] for i in range(len(order)))
 
 
+def exportable(kind: type, name: str) -> None:
+    """Lets functions of such entries be exported, stored and called elsewhere.
+
+    Args:
+        kind: a dataclass and pytree, whose static fields are axes, numbers and tuples.
+        name: what it is called in files.
+    """
+    fields = dataclasses.fields(kind)
+    static = [field.name for field in fields if field.metadata.get("static")]
+    jax.export.register_pytree_node_serialization(
+        kind,
+        serialized_name=name,
+        serialize_auxdata=_static_to_bytes,
+        deserialize_auxdata=functools.partial(_static_from_bytes, static),
+    )
+
+
 def _static_to_bytes(static: Any) -> bytes:
-    axes, scaling = static
-    return json.dumps([axes.batch, axes.in_, axes.out, scaling]).encode()
+    plain = lambda v: dataclasses.astuple(v) if isinstance(v, KernelAxes) else v
+    return json.dumps([plain(value) for value in static]).encode()
 
 
-def _static_from_bytes(data: bytes | bytearray) -> tuple[KernelAxes, float]:
-    batch, in_, out, scaling = json.loads(bytes(data))
-    return KernelAxes(tuple(batch), tuple(in_), tuple(out)), scaling
+def _static_from_bytes(names: list[str], data: bytes | bytearray) -> tuple[Any, ...]:
+    values = map(_tuples, json.loads(bytes(data)))
+    pairs = zip(names, values, strict=True)
+    return tuple(KernelAxes(*v) if name == "axes" else v for name, v in pairs)
 
 
-# So that a function of an adapter can be exported, stored and called elsewhere.
-jax.export.register_pytree_node_serialization(
-    LoraFactors,
-    serialized_name="jlora.LoraFactors",
-    serialize_auxdata=_static_to_bytes,
-    deserialize_auxdata=_static_from_bytes,
-)
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+exportable(LoraFactors, "jlora.LoraFactors")
 
 Adapter: TypeAlias = dict[str, LoraFactors | jax.Array]
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ._dtypes import widest
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._sharding import explicit_sharding
@@ -96,12 +96,6 @@ def _mismatch(path: str, entries: dict[int, LoraFactors], ranks: bool) -> str | 
 
 
 # --- dtypes ---
-
-
-def widest(*arrays: Array) -> Any:
-    """Returns the dtype that holds sums and products of arrays: float32 or float64."""
-    # Not `promote_types`, which knows no wider type for float8.
-    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
 def common_dtype(*arrays: Array) -> Any:

@@ -76,9 +76,7 @@ def abstract_adapter(targets: Iterable[Target]) -> dict[str, Any]:
 
 
 def _abstract_entry(target: Target) -> Any:
-    dtype = target.config.dtype
-    shapes = target.array_shapes.items()
-    return entry_of(target, {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes})
+    return entry_of(target, target.abstract_arrays)
 
 
 # where the arrays live

@@ -4,6 +4,7 @@ Every example picks its own row of the stacked adapter and is mapped over by `ja
 which leaves the base, mapped over by nothing, one operand of one product.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._errors import UnsupportedFeatureError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._paths import FlatParams
 from ._stack import row_of
@@ -28,30 +30,27 @@ def run_mixed(
     index: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    dropout_key: jax.Array | None,
     in_axes: Axes,
     out_axes: Axes,
 ) -> Any:
     """Returns `apply(params, adapter, *args, **kwargs)` with an adapter per example."""
     count = count_of(stacked)
     index = _checked(index, count)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    axes = _argument_axes(in_axes, args, kwargs)
-    _check_sizes(axes, (args, kwargs), index.shape[0])
-    mapped = [i for i, axis in enumerate(axes) if axis is not None]
+    arguments = _Arguments.of(in_axes, args, kwargs, index.shape[0])
+    keys = None if dropout_key is None else _split(dropout_key, index.shape[0])
     base = FlatParams.of(params).by_path()
     outputs = _Outputs(out_axes)
 
-    def one(index: jax.Array, examples: Sequence[jax.Array]) -> list[jax.Array]:
-        filled = list(leaves)
-        for i, example in zip(mapped, examples, strict=True):
-            filled[i] = jnp.expand_dims(example, axes[i])
-        args, kwargs = treedef.unflatten(filled)
+    def one(index: jax.Array, own: Sequence[jax.Array], key: Any) -> list[jax.Array]:
+        args, kwargs = arguments.of_one(own)
         adapter = _picked(stacked, index, count, base)
-        return outputs.strip(apply(params, adapter, *args, **kwargs))
+        out = apply(params, adapter, *args, lora_dropout_key=key, **kwargs)
+        return outputs.strip(out)
 
     # Out axes are known once `one` has been traced: put where they belong afterwards.
-    each = jax.vmap(one, in_axes=(0, [axes[i] for i in mapped]))
-    return outputs.rebuild(each(index, [leaves[i] for i in mapped]))
+    each = jax.vmap(one, in_axes=(0, arguments.mapped_axes, 0))
+    return outputs.rebuild(each(index, arguments.mapped, keys))
 
 
 def _picked(
@@ -63,9 +62,10 @@ def _picked(
     adapter = row_of(dict(stacked), index)
     for path, entry in adapter.items():
         if isinstance(entry, LoraFactors):
-            # With b zero the delta is; a need not be looked at.
+            # Both zero: the nearest row, which is read below 0, may hold NaNs in a.
+            a = jnp.where(index < 0, 0, entry.a).astype(entry.a.dtype)
             b = jnp.where(inside, entry.b, fill.astype(entry.b.dtype))
-            adapter[path] = LoraFactors(entry.a, b, entry.axes, entry.scaling)
+            adapter[path] = LoraFactors(a, b, entry.axes, entry.scaling)
         elif path in base:  # if it is not, `apply` says so
             own = jnp.asarray(base[path])
             other = jnp.where(index < 0, own, jnp.nan)
@@ -95,7 +95,88 @@ def _checked(index: Any, count: int) -> Any:
     return index
 
 
+def refuse_ragged(error: Exception, uses: Sequence[Any]) -> None:
+    """Raises with every kernel of a ragged product, in the place of JAX's error."""
+    paths = {u.path for u in uses if u.primitive == "ragged_dot_general"}
+    if paths:
+        raise UnsupportedFeatureError(
+            f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
+            "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
+            "i), ...)` with the examples of adapter i, or leave these paths out"
+        ) from error
+
+
 # --- where the examples are ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """The arguments of all examples, and which of them an example sees a part of.
+
+    Attributes:
+        leaves: the leaves of `(args, kwargs)`, each single PRNG key split.
+        treedef: their structure.
+        axes: the axis of the examples of each leaf, None for one without.
+        keys: which leaves were a single PRNG key.
+    """
+
+    leaves: list[Any]
+    treedef: Any
+    axes: list[Any]
+    keys: frozenset[int]
+
+    @classmethod
+    def of(
+        cls, in_axes: Axes, args: tuple[Any, ...], kwargs: Any, examples: int
+    ) -> "_Arguments":
+        """Returns the arguments; raises where they have not one entry per example."""
+        axes = _argument_axes(in_axes, args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        pairs = enumerate(zip(axes, leaves, strict=True))
+        keys = frozenset(i for i, (axis, v) in pairs if axis is not None and _is_key(v))
+        for i in keys:
+            leaves[i], axes[i] = _split(leaves[i], examples), 0
+        _check_sizes(axes, treedef.unflatten(leaves), examples)
+        return cls(leaves, treedef, axes, keys)
+
+    @property
+    def _places(self) -> list[int]:
+        return [i for i, axis in enumerate(self.axes) if axis is not None]
+
+    @property
+    def mapped(self) -> list[Any]:
+        """The leaves with one entry for each example."""
+        return [self.leaves[i] for i in self._places]
+
+    @property
+    def mapped_axes(self) -> list[int]:
+        """The axes of the examples of these leaves."""
+        return [self.axes[i] for i in self._places]
+
+    def of_one(self, own: Sequence[jax.Array]) -> Any:
+        """Returns the `(args, kwargs)` of an example, from its entries of `mapped`."""
+        filled = list(self.leaves)
+        for i, entry in zip(self._places, own, strict=True):
+            single = i in self.keys
+            filled[i] = entry if single else jnp.expand_dims(entry, self.axes[i])
+        return self.treedef.unflatten(filled)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is one typed PRNG key, which has no axis for examples."""
+    typed = is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return typed and leaf.ndim == 0
+
+
+def _split(key: jax.Array, examples: int) -> jax.Array:
+    """Returns a key for each example, of one key, typed or legacy."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(
+            "`lora_dropout_key` is one PRNG key, which is split into one for each "
+            f"example; got an array of keys of shape {key.shape}"
+        )
+    return jax.random.split(key, examples)
 
 
 def _argument_axes(in_axes: Axes, args: tuple[Any, ...], kwargs: Any) -> list[Any]:

@@ -17,8 +17,9 @@ from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import Adapter, LoraFactors, PyTree, delta
 from ._match import check_adapter
 from ._matrices import replicated, with_matrices
-from ._paths import FlatParams
+from ._paths import FlatParams, is_quantized
 from ._placement import factor_shardings
+from ._quantized import qtype_of
 from ._sharding import explicit_sharding
 from ._trace import is_array
 
@@ -81,7 +82,7 @@ def check_entries(name: str, params: PyTree, adapter: Mapping[str, Any]) -> None
 
     Raises:
         AdapterError: if the adapter does not belong to the params, or has a rank that
-            is larger than its kernel.
+            is larger than its kernel, or a kernel is quantised.
         UnsupportedFeatureError: for entries that are no two factors alone.
     """
     flat = FlatParams.of(params)
@@ -111,6 +112,12 @@ def _is_plain(entry: Any) -> bool:
 def _problem(path: str, entry: Any, leaf: Any) -> str | None:
     if not isinstance(entry, LoraFactors):
         return None
+    if is_quantized(leaf):
+        return (
+            f"{path!r} is quantised ({qtype_of(leaf)}); its values are needed as they "
+            "were. Begin with the params before quantising, and quantise what this "
+            "returns (`jlora.loftq` on them makes up for the rounding)"
+        )
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return f"{path!r} is a shape; its values are needed (or use `jax.eval_shape`)"
     fans = entry.axes.fans(entry.kernel_shape)

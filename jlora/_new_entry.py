@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ._axes import KernelAxes
 from ._dora import kernel_norm
+from ._dtypes import widest
 from ._errors import TargetError
 from ._init import INITIALIZERS, Initializer, Wanted, key_of
 from ._placement import factor_shardings
@@ -47,7 +48,8 @@ def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
         a, b = make(own_key, wanted)
     arrays = {"a": a, "b": b}
     if config.dora:
-        arrays["magnitude"] = kernel_norm(leaf, axes).astype(config.dtype)
+        # A rounded norm would stretch each output before the first step.
+        arrays["magnitude"] = kernel_norm(leaf, axes).astype(widest(a))
     return entry_of(target, arrays)
 
 

@@ -5,9 +5,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from ._analyze import Use
 from ._axes import KernelAxes, Shape
 from ._config import LoraConfig
+from ._dtypes import widest
 from ._entries import SlicedFactors, TrainedRows, sliced_shapes
 from ._factors import LoraFactors
 
@@ -69,6 +72,16 @@ class Target:
         if not config.dora:
             return {"a": a, "b": b}
         return {"a": a, "b": b, "magnitude": axes.magnitude_shape(shape)}
+
+    @property
+    def abstract_arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of its arrays in a new adapter, by name."""
+        shapes, dtype = self.array_shapes, self.config.dtype
+        found = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
+        if "magnitude" in found:
+            wide = widest(found["a"])
+            found["magnitude"] = jax.ShapeDtypeStruct(shapes["magnitude"], wide)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
+from ._analyze import Log
 from ._choice import Contraction
 from ._config import LoraConfig
 from ._entries import Factored, TrainedRows, lowered
@@ -17,7 +18,7 @@ from ._inputs import InputStats, input_stats
 from ._interpret import run
 from ._lazy import Lazy, check_frozen, dense
 from ._match import check_adapter
-from ._mixed import run_mixed
+from ._mixed import refuse_ragged, run_mixed
 from ._new_entry import new_entry
 from ._paths import FlatParams
 from ._plan import Plan, make_plan
@@ -116,15 +117,9 @@ class Lora:
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
         """
-        call = [*args[: self.argnum], params, *args[self.argnum :]]
         flat = FlatParams.of(params)
         check_adapter(flat, adapter)
-        traced = trace(self.fn, self.argnum, call, kwargs, flat)
-        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
-        dora = {
-            p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
-        }
-        program, _ = program_of(traced, axes, self.materialize, self.contraction, dora)
+        traced, program, _ = self._program(flat, params, adapter, args, kwargs)
         inputs = _lazily(traced)
         dropout = self._dropout(flat, traced, lora_dropout_key)
         for path, entry in adapter.items():
@@ -139,6 +134,7 @@ class Lora:
         stacked: Mapping[str, Any],
         index: Any,
         *args: Any,
+        lora_dropout_key: jax.Array | None = None,
         in_axes: Any = 0,
         out_axes: Any = 0,
         **kwargs: Any,
@@ -158,12 +154,16 @@ class Lora:
                 is none, the base alone. Out of range is an error; where it is traced,
                 so that nobody can look at it, that example's outputs are NaN.
             *args: the other arguments of `fn`. Arrays have the examples along axis 0;
-                anything else, such as a flag, is the same for all.
+                anything else, such as a flag, is the same for all. A single typed PRNG
+                key is split, and each example sees a key of its own; an array of keys
+                is like any other, and each example sees one of size 1.
+            lora_dropout_key: a PRNG key, typed or legacy, as for `apply`. It is split
+                into one for each example, by `jax.random.split`.
             in_axes: where the examples are, if elsewhere; None for what all examples
-                share (a PRNG key, a mask). An int for every argument, a tuple with one
-                entry for each positional argument after `index`, or a dict from
-                position (from 0) or name to it, the others being 0. An entry may be a
-                tree, as in `jax.vmap`.
+                share (a mask, a legacy PRNG key). An int for every argument, a tuple
+                with one entry for each positional argument after `index`, or a dict
+                from position (from 0) or name to it, the others being 0. An entry may
+                be a tree, as in `jax.vmap`.
             out_axes: where the examples are in the outputs, likewise; None for outputs
                 without an axis for them (a scalar loss), of which there is then one for
                 each example, along axis 0.
@@ -173,9 +173,25 @@ class Lora:
             AdapterError: if `stacked` is no stacked adapter or does not fit the params.
             IndexError: if a concrete index is out of range.
             ValueError: if an array has not one entry for each example.
+            UnsupportedFeatureError: if an adapted kernel reaches a ragged product,
+                which JAX cannot map over adapters.
         """
-        call = (args, kwargs, in_axes, out_axes)
-        return run_mixed(self.apply, params, stacked, index, *call)
+        call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
+        return run_mixed(self._apply_one, params, stacked, index, *call)
+
+    def _apply_one(
+        self, params: PyTree, adapter: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what `apply` does; names the kernels that JAX cannot map over."""
+        try:
+            return self.apply(params, adapter, *args, **kwargs)
+        except RuntimeError as error:  # that something is not implemented is one
+            if "ragged" in str(error):
+                own = {k: v for k, v in kwargs.items() if k != "lora_dropout_key"}
+                flat = FlatParams.of(params)
+                _, _, log = self._program(flat, params, adapter, args, own)
+                refuse_ragged(error, log.uses)
+            raise
 
     def inputs(
         self, *args: Any, lora_sketch: int | None = None, **kwargs: Any
@@ -240,6 +256,24 @@ class Lora:
                 f"positional argument {self.argnum}, got {len(args)} positional ones"
             )
         return args[self.argnum]
+
+    def _program(
+        self,
+        flat: FlatParams,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Traced, Any, Log]:
+        """Returns the traced call, the program to evaluate, and the uses in it."""
+        call = [*args[: self.argnum], params, *args[self.argnum :]]
+        traced = trace(self.fn, self.argnum, call, kwargs, flat)
+        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
+        dora = {
+            p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
+        }
+        found = program_of(traced, axes, self.materialize, self.contraction, dora)
+        return traced, *found
 
     def _plan(
         self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]

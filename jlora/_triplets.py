@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from ._axes import KernelAxes
 from ._errors import AdapterError
-from ._factors import Adapter, LoraFactors
+from ._factors import Adapter, LoraFactors, exportable
 from ._init import key_of
 from ._matrices import batch_placed, check_factors, matrices, with_matrices
 from ._norms import gram
@@ -49,6 +49,8 @@ class SvdFactors:
     axes: KernelAxes = dataclasses.field(metadata={"static": True})
     scaling: float = dataclasses.field(metadata={"static": True})
 
+
+exportable(SvdFactors, "jlora.adalora.SvdFactors")
 
 SvdAdapter: TypeAlias = dict[str, SvdFactors | jax.Array]
 

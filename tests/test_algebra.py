@@ -171,6 +171,15 @@ def test_a_traced_factor_scales_b_and_compiles_once() -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("array", [jnp.float32, jnp.bfloat16, np.array])
+def test_a_factor_near_1_is_not_lost_in_half_precision(array: Any) -> None:
+    factor = array(1.001) if array is not jnp.bfloat16 else array(0.625)
+    x = make(0, dtype=jnp.bfloat16)
+    found = jlora.scale(x, factor)["conv"]
+    assert (found.a.dtype, found.b.dtype) == (jnp.bfloat16, jnp.float32)
+    near(formed(found), float(factor) * formed(x["conv"]))
+
+
 def test_a_number_changes_the_scaling_and_no_array() -> None:
     x = make(0)
     for factor in (2, -0.5, np.float32(0.25), np.float64(3)):

@@ -119,6 +119,13 @@ def test_linear_is_no_sum_of_deltas() -> None:
         near(formed(alone), weight * formed(x["conv"]))
 
 
+def test_a_sum_of_half_precision_is_exact_with_weights_of_any_kind() -> None:
+    found = [make(i, dtype=jnp.bfloat16) for i in range(3)]
+    wanted = sum(w * formed(x["conv"]) for w, x in zip(WEIGHTS, found, strict=True))
+    for weights in (WEIGHTS, np.asarray(WEIGHTS), jnp.asarray(WEIGHTS)):
+        near(formed(jlora.combine(found, weights)["conv"]), wanted)
+
+
 # --- the rough methods ---
 
 

@@ -86,7 +86,8 @@ def test_each_example_gets_its_own_kernel_in_all_uses(use: Use, getkey) -> None:
 @pytest.mark.parametrize("name", RAGGED)
 def test_a_ragged_product_cannot_be_mixed_yet(name: str, getkey) -> None:
     """When JAX can, this fails: then take RAGGED and the docstring's word away."""
-    with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
+    told = r"\['layer/\w+'.*\] reach a ragged product.*jlora.take"
+    with pytest.raises(jlora.UnsupportedFeatureError, match=told):
         check_use(BY_NAME[name], getkey)
 
 
@@ -182,6 +183,19 @@ def test_any_index(index: list[int]) -> None:
     found = run_mixed(PARAMS, jlora.stack(adapters), jnp.asarray(index), tokens)
     expected = one_by_one(adapters, [max(i, NONE) for i in index], tokens)
     assert_close(found, expected, 1e-5)
+
+
+def test_an_example_without_an_adapter_reads_none() -> None:
+    """Neither the values of the nearest, which may be broken, nor their gradient."""
+    adapters, tokens, index = adapters_of(1), tokens_of(examples=3), [0, NONE, 1]
+    broken = jax.tree.map(lambda v: jnp.full_like(v, jnp.nan), adapters.pop())
+    stacked = jlora.stack([*adapters, broken])
+    found = run_mixed(PARAMS, stacked, jnp.asarray(index), tokens)
+    assert_close(found, one_by_one(adapters, index, tokens), 1e-5)
+    loss = lambda s: jnp.sum(LORA.apply_mixed(PARAMS, s, jnp.asarray(index), tokens))
+    *whole, none = jlora.unstack(jax.jit(jax.grad(loss))(stacked))
+    assert all(jnp.isfinite(v).all() for v in jax.tree.leaves(whole))
+    assert not any(jnp.any(v) for v in jax.tree.leaves(none))
 
 
 def test_other_adapters_and_indices_run_the_same_program() -> None:
@@ -301,6 +315,57 @@ def test_time_first() -> None:
     assert_close(found["logits"], jnp.swapaxes(expected, 0, 1), 1e-5)
     assert_close(found["loss"], 2 * expected.mean((1, 2)), 1e-5)
     assert (found["name"], found["none"]) == ("kept", None)
+
+
+# --- keys ---
+
+
+def noisy(params: Tree, x: jax.Array, key: jax.Array) -> jax.Array:
+    """A layer with a dropout of its own, which takes one key."""
+    assert key.ndim == 0
+    return jax.random.bernoulli(key, 0.5, x.shape) * (x @ params["w"])
+
+
+@pytest.mark.parametrize("kind", [jax.random.key, jax.random.PRNGKey])
+def test_each_example_has_dropout_of_its_own(kind: Any) -> None:
+    lora = jlora.lora(
+        lambda p, x: x @ p["w"], jlora.LoraConfig("w", rank=2, dropout=0.5)
+    )
+    params = {"w": numbers((DIM, DIM), 0)}
+    x = jnp.tile(numbers((1, TIME, DIM), 1), (4, 1, 1))
+    shapes = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+    adapters = [
+        jax.tree.map(lambda v, i=i: numbers(v.shape, i), shapes) for i in (2, 3)
+    ]
+    stacked, index, key = jlora.stack(adapters), jnp.array([1, 0, 1, NONE]), kind(7)
+    found = jax.jit(lora.apply_mixed)(params, stacked, index, x, lora_dropout_key=key)
+    assert_close(found[3], x[3] @ params["w"], 1e-5)
+    for i, own in enumerate(jax.random.split(key, 4)[:3]):
+        adapter = adapters[int(index[i])]
+        alone = lora.apply(params, adapter, x[i : i + 1], lora_dropout_key=own)
+        assert_close(found[i : i + 1], alone, 1e-5)
+    assert not np.allclose(found[0], found[2])
+    several = jax.random.split(key, 4)
+    with pytest.raises(ValueError, match=r"is one PRNG key, .* an array of keys"):
+        lora.apply_mixed(params, stacked, index, x, lora_dropout_key=several)
+
+
+def test_keys_of_the_model() -> None:
+    """One key is split; all may share it; several are an array like any other."""
+    lora = jlora.lora(noisy, jlora.LoraConfig("w", rank=2))
+    each = jlora.lora(lambda p, x, keys: noisy(p, x, keys[0]), lora.configs)
+    params, x = {"w": jnp.ones((DIM, DIM))}, jnp.ones((3, TIME, DIM))
+    key = jax.random.key(1)
+    stacked = jlora.stack([lora.init(key, params, x, key)])
+    call, keys = (params, stacked, jnp.zeros(3, int), x), jax.random.split(key, 3)
+    found = lora.apply_mixed(*call, key)
+    assert_close(found, lora.apply_mixed(*call, key=key), 0.0)
+    assert_close(found, each.apply_mixed(*call, keys), 0.0)
+    wanted = jnp.concatenate([noisy(params, x[:1], own) for own in keys])
+    assert_close(found, wanted, 1e-5)
+    shared = lora.apply_mixed(*call, key, in_axes={1: None})
+    wanted = jnp.concatenate([noisy(params, x[:1], key)] * 3)
+    assert_close(shared, wanted, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,23 @@ def test_nnx_variables():
     assert_close(actual, x @ merged["kernel"][...] + params["bias"][...][None], 1e-5)
 
 
+# initialisers that move the base
+
+
+@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "loftq", "corda"])
+def test_what_moves_the_base_begins_before_it_is_quantised(name: str):
+    """All offenders are named, with their codes."""
+    params = make_params()
+    adapter, base = make_adapter(params), jlora.quantize(params, ".*", "int8")
+    stats = LORA.inputs(params, IDS)
+    more = {"loftq": {"quantize": jnp.round}, "corda": {"stats": stats}}.get(name, {})
+    told = r"'embedding' is quantised \(int8\).*\n.*'stack' is quantised.*before quant"
+    with pytest.raises(jlora.AdapterError, match=told):
+        getattr(jlora, name)(base, adapter, **more)
+    with pytest.raises(jlora.AdapterError, match=told):
+        jlora.lora_ga(base, adapter, params)
+
+
 # merge
 
 

@@ -214,6 +214,13 @@ def test_importance_is_equations_7_to_11() -> None:
         near(found[path], values + p.mean(axis=-2) + q.mean(axis=-1))
 
 
+def test_a_step_may_reuse_the_importance_from_the_start() -> None:
+    svd = random_svd(0)
+    step = jax.jit(lambda state: adalora.update(state, svd, svd), donate_argnums=0)
+    state = step(adalora.start(svd))
+    assert all(jnp.any(v != 0) for v in jax.tree.leaves(step(state)))
+
+
 def test_a_budget_keeps_exactly_the_highest_scores() -> None:
     random = np.random.default_rng(0)
     scores = {"v": random.normal(size=(3, 2)), "w": random.normal(size=4)}

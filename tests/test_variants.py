@@ -148,6 +148,43 @@ def test_rows_equal_a_table_with_them(getkey):
     assert np.array_equal(merged, put(adapter["embed"].values)["embed"])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.bfloat16])
+def test_a_lookup_gives_small_rows_without_the_rounding_of_the_old(
+    dtype: Any, kept: Any, getkey
+):
+    params = {"embed": jax.random.normal(getkey(), (11, 5)).astype(dtype)}
+    config = jlora.LoraConfig("embed", rows=ROWS, dtype=kept)
+    lora = jlora.lora(lambda p, i: p["embed"][i], config)
+    entry = lora.init(getkey(), params, IDS)["embed"]
+    values = (0.01 * jax.random.normal(getkey(), (2, 5))).astype(kept)
+    adapter = {"embed": dataclasses.replace(entry, values=values)}
+    found = lora.apply(params, adapter, IDS)
+    merged = jlora.merge(params, adapter)["embed"][IDS]
+    assert found.dtype == dtype
+    wide = lambda x: np.asarray(x, np.float32)
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(found, merged, rtol=0, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(wide(found), wide(merged))
+
+
+@pytest.mark.parametrize("variant", [{}, {"dora": True}])
+def test_a_lookup_in_a_16_bit_table_is_rounded_once(variant: Any, getkey):
+    """A delta that takes most of a row away, as a large update does."""
+    params = {"embed": jax.random.normal(getkey(), (11, 5)).astype(jnp.bfloat16)}
+    config = jlora.LoraConfig("embed", rank=5, alpha=5.0, **variant)
+    lora = jlora.lora(lambda p, i: p["embed"][i], config)
+    entry = lora.init(getkey(), params, IDS)["embed"]
+    small = 0.01 * jax.random.normal(getkey(), (11, 5))
+    change = small - params["embed"].astype(jnp.float32)
+    entry = dataclasses.replace(entry, a=change, b=jnp.eye(5))
+    found = lora.apply(params, {"embed": entry}, IDS)
+    merged = jlora.merge(params, {"embed": entry})["embed"][IDS]
+    assert found.dtype == jnp.bfloat16
+    assert_close(found.astype(jnp.float32), merged.astype(jnp.float32), 4e-3)
+
+
 def test_the_adapter_holds_just_the_rows(getkey):
     lora, params, adapter = table_case(getkey)
     plan = lora.plan(params, IDS)

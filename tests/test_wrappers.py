@@ -264,3 +264,23 @@ def test_export_of_the_adapter_itself(use: Use, getkey):
     exported = jax.export.export(jax.jit(case.lora.apply))(*case.args)
     restored = jax.export.deserialize(exported.serialize())
     assert_close(restored.call(*case.args), case.lora.apply(*case.args), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["slices", "rows", "svd", "dora"])
+def test_export_of_other_entries(kind: str, getkey):
+    config = {"slices": {"slices": [(0, 2), (3, 6)]}, "rows": {"rows": [4, 1]}}
+    given = config.get(kind, {"dora": kind == "dora"})
+    lora = jlora.lora(
+        lambda p, i: jnp.tanh(p["table"][i] @ p["table"].T),
+        jlora.LoraConfig("table", rank=2, init="orthogonal", **given),
+    )
+    params, ids = {"table": jax.random.normal(getkey(), (5, 6))}, jnp.array([4, 2, 1])
+    args = params, lora.init(getkey(), params, ids), ids
+    apply = lora.apply
+    if kind == "svd":
+        args = params, jlora.adalora.from_factors(args[1]), ids
+        apply = lambda p, svd, i: lora.apply(p, jlora.adalora.to_factors(svd), i)
+    exported = jax.export.export(jax.jit(apply))(*args)
+    restored = jax.export.deserialize(exported.serialize())
+    assert restored.in_tree == exported.in_tree
+    assert_close(restored.call(*args), apply(*args), 1e-5)
