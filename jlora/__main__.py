@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _peft_alone, _spectrum
-from ._entries import Factored, SlicedFactors, TrainedRows
+from . import _compare, _peft_alone
+from ._entries import Factored, TrainedRows
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
+from ._spectrum import effective_rank, singular_values
 
 Configs = Any
 SAME, DIFFERENT, FAILED = 0, 1, 2
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except (AdapterError, OSError, ValueError, TypeError, ImportError) as error:
-        told = "; ".join(line.strip() for line in str(error).splitlines() if line)
+        lines = "; ".join(line.strip() for line in str(error).splitlines() if line)
+        told = lines.replace(":; ", ": ").replace("`overwrite=True`", "--overwrite")
         _say(f"python -m jlora {parsed.command}: {told}", sys.stderr)
         return FAILED
 
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    either = "the folder of an adapter, of PEFT or a checkpoint"
+    either = "the folder of an adapter: of PEFT, a checkpoint, or one of its steps"
     command("inspect", _inspect, path=either)
     convert = command("convert", _convert, source=either, target="the folder to write")
     _add_options_of_peft(convert)
@@ -99,17 +101,29 @@ def _is_peft(path: Path) -> bool:
 
 def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
     """Returns the configs and the adapter of a folder, of either format."""
+    from . import peft
+
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if not _is_peft(path) and path.is_dir() and not any(path.glob("adapter_model.*")):
-        from . import checkpoint
-
-        if not any(path.iterdir()):
-            raise FileNotFoundError(f"{path} is empty")
-        return checkpoint.describe(path).config, checkpoint.restore(path)
-    from . import peft
-
+        return _read_checkpoint(path)
     return _peft_alone.adapter_alone(peft.read_files(path, ignore=ignore))
+
+
+def _read_checkpoint(path: Path) -> tuple[Configs, dict[str, Any]]:
+    """Returns those of the last step of a folder, or of the step that it is."""
+    from . import checkpoint
+
+    place, step = path, None
+    if path.name.isdecimal() and _holds_steps(path.parent):
+        place, step = path.parent, int(path.name)
+    elif not _holds_steps(path):
+        raise FileNotFoundError(
+            f"{path} is neither a checkpoint nor an adapter of PEFT, which is a folder "
+            "with adapter_config.json and adapter_model.safetensors"
+        )
+    config = checkpoint.describe(place, step=step).config
+    return config, checkpoint.restore(place, step=step)
 
 
 def _holds_steps(folder: Path) -> bool:
@@ -146,33 +160,26 @@ _HEAD = (
 )
 
 
-def _told(entry: Any) -> Any:
-    """Returns slices as the factors they stand for, and rows as their values."""
-    if isinstance(entry, SlicedFactors):
-        return entry.lowered()
-    return entry.values if isinstance(entry, TrainedRows) else entry
-
-
 def _row(path: str, entry: Any) -> tuple[str, ...]:
     if isinstance(entry, TrainedRows):
         whole = _row(path, entry.values)
         return (path, _shape(entry.kernel_shape), f"{len(entry.rows)} rows", *whole[3:])
-    entry = _told(entry)
+    entry = _compare.told(entry)
     if not isinstance(entry, LoraFactors):
-        shape, norm = _shape(entry.shape), f"{_norm(entry):.4g}"
+        shape, norm = _shape(entry.shape), f"{_compare.norm(entry):.4g}"
         return (path, shape, "full", "", str(entry.dtype), norm, "", "", "", "")
-    values = _spectrum.singular_values(_on_host(entry))
+    values = singular_values(_compare.on_host(entry))
     return (
         path,
         _shape(entry.kernel_shape),
         f"{entry.rank}{' dora' if entry.magnitude is not None else ''}",
         f"{entry.scaling:g}",
         str(entry.a.dtype),
-        f"{_norm(entry.a):.4g}",
-        f"{_norm(entry.b):.4g}",
+        f"{_compare.norm(entry.a):.4g}",
+        f"{_compare.norm(entry.b):.4g}",
         f"{np.linalg.norm(values):.4g}",
         f"{values.max():.4g}",
-        str(_spectrum.effective_rank(values).max()),
+        str(effective_rank(values).max()),
     )
 
 
@@ -210,7 +217,7 @@ def _write_peft(given: Any) -> None:
     configs, adapter = _read(given.source, given.ignore)
     _check_apart(given.source, given.target)
     if given.names is None:
-        _check_one_input(adapter)
+        _check_layouts(adapter)
     peft.save(
         given.target,
         {path: _kernel(entry) for path, entry in adapter.items()},
@@ -226,6 +233,8 @@ def _write_peft(given: Any) -> None:
 
 def _check_apart(source: Path, target: Path) -> None:
     """Raises if files of PEFT would be written into a checkpoint."""
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file; give a folder")
     place = target.resolve()
     if source.resolve() in (place, *place.parents) or _holds_steps(target):
         raise FileExistsError(
@@ -234,22 +243,32 @@ def _check_apart(source: Path, target: Path) -> None:
         )
 
 
-def _check_one_input(adapter: Mapping[str, Any]) -> None:
-    """Raises for what may be a convolution: its window counts as inputs, too.
+def _check_layouts(adapter: Mapping[str, Any]) -> None:
+    """Raises for what torch may keep in another layout than paths alone tell.
 
-    The rules of a family say which kernels are convolutions; paths alone do not.
+    A convolution's window counts as inputs, too, and the rules of a family say which
+    kernels are convolutions. An array under a name that is none of Flax's may be
+    anything.
     """
     found = [
-        f"{path!r} ({_shape(entry.kernel_shape)})"
+        f"{path!r} ({_shape(_kernel(entry).shape)})"
         for path, entry in adapter.items()
-        if isinstance(entry, LoraFactors | SlicedFactors) and len(entry.axes.in_) > 1
+        if _in_doubt(path, entry)
     ]
     if found:
         raise UnsupportedFeatureError(
-            f"{', '.join(found)}: a checkpoint does not tell dense kernels of several "
-            "input axes from convolutions, which PEFT keeps in another way. Give "
-            "--names of a family that has them, or call `jlora.peft.save` with a plan"
+            f"{', '.join(found)}: a checkpoint does not tell whether these are dense "
+            "kernels of several input axes, convolutions, or something else that PEFT "
+            "keeps in another way. Give --names of a family that has them, or call "
+            "`jlora.peft.save` with a plan and rules"
         )
+
+
+def _in_doubt(path: str, entry: Any) -> bool:
+    if isinstance(entry, Factored):
+        return len(entry.axes.in_) > 1
+    known = ("kernel", "embedding", "scale", "bias", "mean", "var")
+    return entry.ndim > 1 and path.rpartition("/")[2] not in known
 
 
 def _kernel(entry: Any) -> Any:
@@ -285,7 +304,7 @@ def _diff(given: Any) -> int:
     rows += [(p, "", f"only in {given.other}") for p in other if p not in one]
     both = {path: entry for path, entry in one.items() if path in other}
     for path, entry in _with_progress(both):
-        told = _difference(entry, other[path])
+        told = _compare.difference(entry, other[path])
         if told:
             rows.append((path, *told))
     if not rows:
@@ -293,49 +312,6 @@ def _diff(given: Any) -> int:
         return SAME
     _say(_table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
     return DIFFERENT
-
-
-def _difference(one: Any, other: Any) -> tuple[str, str] | None:
-    """Returns the relative distance of two entries, and what differs, if at all."""
-    if isinstance(one, TrainedRows) != isinstance(other, TrainedRows):
-        return "", "rows and a whole table"
-    if isinstance(one, TrainedRows) and _rows(one) != _rows(other):
-        return "", "rows"
-    one, other = _told(one), _told(other)
-    kinds = [isinstance(entry, LoraFactors) for entry in (one, other)]
-    if kinds[0] != kinds[1]:
-        return "", "factors and a whole leaf"
-    if kinds[0] and (one.magnitude is None) != (other.magnitude is None):
-        return "", "DoRA's magnitude"
-    leaves = [jax.tree.leaves(entry) for entry in (one, other)]
-    what = []
-    if kinds[0]:
-        fields = ("rank", "scaling", "kernel_shape", "axes")
-        what = [f for f in fields if getattr(one, f) != getattr(other, f)]
-    pairs = list(zip(*leaves, strict=True))
-    what += ["dtype"] if any(x.dtype != y.dtype for x, y in pairs) else []
-    if not what and all(np.array_equal(x, y) for x, y in pairs):
-        return None
-    return _relative(one, other), ", ".join(what) or "values"
-
-
-def _rows(entry: TrainedRows) -> Any:
-    """Returns which rows of what table are trained."""
-    return entry.rows, entry.kernel_shape, entry.axes
-
-
-def _relative(one: Any, other: Any) -> str:
-    if not isinstance(one, LoraFactors):
-        if one.shape != other.shape:
-            return ""
-        own, apart = _norm(one), _norm(np.subtract(one, other, dtype=np.float64))
-    elif one.axes != other.axes or one.kernel_shape != other.kernel_shape:
-        return ""
-    else:
-        one, other = _on_host(one), _on_host(other)
-        own = float(np.linalg.norm(_spectrum.singular_values(one)))
-        apart = _spectrum.distance(one, other)
-    return f"{apart / own:.3g}" if own else f"{apart:.3g} (of zero)"
 
 
 # --- printing ---
@@ -381,15 +357,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
-
-
-def _on_host(factors: LoraFactors) -> LoraFactors:
-    """Returns factors of NumPy arrays, whose spectrum is one in float64."""
-    return jax.tree.map(np.asarray, factors)
-
-
-def _norm(array: Any) -> float:
-    return float(np.linalg.norm(np.asarray(array, np.float64)))
 
 
 if __name__ == "__main__":

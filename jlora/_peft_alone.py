@@ -26,10 +26,7 @@ def adapter_alone(files: AdapterFiles) -> tuple[Configs, dict[str, Any]]:
         AdapterError: if the files contradict themselves.
     """
     shapes, rules = params_alone(files)
-    # PEFT may write a frozen table along; there is nothing here to compare it with.
-    named = {name: name.replace(".base_layer.", ".") for name in files.whole}
-    kept = {name: files.whole[name] for name in named if _path(named[name]) in shapes}
-    own = dataclasses.replace(files, whole=kept)
+    own = dataclasses.replace(files, whole=_trained_whole(files))
     entries = adapter_of(own, Base.of(shapes, rules))
     return configs_of(entries, files.config, list(shapes)), entries
 
@@ -38,7 +35,9 @@ def params_alone(files: AdapterFiles) -> tuple[Shapes, Rules]:
     """Returns kernels by path as the mechanical map has them, and the rules for them.
 
     `a.b` is `params/a/b/kernel`, `(in, out)`; a table is `params/a/b/embedding`, a
-    convolution's kernel `(*window, in, out)`, experts are `(experts, in, out)`.
+    convolution's kernel `(*window, in, out)`, experts are `(experts, in, out)`. What is
+    trained whole has the name that Flax gives it where there is one: a matrix is a
+    `kernel (in, out)`, whatever it is for, and a vector a `scale`.
     """
     shapes: Shapes = {}
     rules: Rules = []
@@ -69,11 +68,38 @@ def params_alone(files: AdapterFiles) -> tuple[Shapes, Rules]:
             shape = (tensors.a.shape[0] // rank, tensors.a.shape[1], tensors.b.shape[0])
             name = f"{owner}.{parameter}"
             add(_path(name, "kernel"), shape, tensors.a.dtype, name, "experts")
-    for key, tensor in files.whole.items():
+    for key, tensor in _trained_whole(files).items():
         name = key.replace(".base_layer.", ".")
-        if name.removesuffix(".weight") not in {*heads, *heads.values()}:
-            add(_path(name), tensor.shape, tensor.dtype, name, "parameter")
+        owner, _, last = name.rpartition(".")
+        path = _path(owner, _flax_name(last, tensor.ndim)) if owner else _path(name)
+        path = _path(name) if path in shapes else path
+        if path == _path(owner, "kernel"):
+            add(path, tensor.shape[::-1], tensor.dtype, owner, None)
+        else:
+            add(path, tensor.shape, tensor.dtype, name, "parameter")
     return shapes, rules
+
+
+def _flax_name(last: str, ndim: int) -> str:
+    """Returns what the mechanical map takes back to torch's name of a leaf."""
+    if last == "weight":
+        return {1: "scale", 2: "kernel"}.get(ndim, last)
+    return {"running_mean": "mean", "running_var": "var"}.get(last, last)
+
+
+def _trained_whole(files: AdapterFiles) -> dict[str, np.ndarray]:
+    """Returns what is trained whole.
+
+    PEFT may write a frozen weight of an adapted module along, of a table above all;
+    there is nothing here to compare it with.
+    """
+    heads = _tied_heads(files)
+    tied = {f"{module}.weight" for module in (*heads, *heads.values())}
+    return {
+        name: tensor
+        for name, tensor in files.whole.items()
+        if not name.endswith(".base_layer.weight") and name not in tied
+    }
 
 
 def _path(name: str, *last: str) -> str:

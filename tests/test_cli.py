@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,59 @@ def test_convolutions_are_written_where_names_tell_them(
     tensors = load_file(peft / "adapter_model.safetensors")
     (a,) = (tensor for name, tensor in tensors.items() if "lora_A" in name)
     assert a.shape == shape
+
+
+@pytest.mark.parametrize(
+    "case", ["linear", "bert", "modules_to_save", "bias_all", "embedding", "llama"]
+)
+def test_files_of_peft_come_back_from_a_checkpoint(case: str, tmp_path: Path) -> None:
+    first, back = tmp_path / "first", tmp_path / "back"
+    assert main(["convert", str(CASES / case), str(first)]) == SAME
+    assert main(["convert", str(first), str(back)]) == SAME
+    before, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (CASES / case, back)
+    )
+    assert set(after) == set(before)
+    assert all(np.array_equal(after[name], before[name]) for name in after)
+
+
+def test_a_frozen_table_that_peft_writes_along_is_passed_over(
+    tmp_path: Path, capsys: Any
+) -> None:
+    tensors = load_file(CASES / "embedding" / "adapter_model.safetensors")
+    table = {"base_model.model.embed.base_layer.weight": np.ones((17, 6), np.float32)}
+    shutil.copy(CASES / "embedding" / "adapter_config.json", tmp_path)
+    save_file(tensors | table, tmp_path / "adapter_model.safetensors")
+    assert main(["diff", str(CASES / "embedding"), str(tmp_path)]) == SAME
+
+
+@pytest.mark.parametrize(
+    "path, shape, fits",
+    [
+        ("params/head/weight", (4, 6), False),
+        ("params/cls_token", (1, 1, 6), False),
+        ("params/norm/gain", (6,), True),
+        ("params/q/bias", (2, 3), True),
+        ("params/head/kernel", (4, 6), True),
+    ],
+)
+def test_whole_arrays_of_unknown_layout_are_not_written(
+    path: str, shape: Any, fits: bool, tmp_path: Path, capsys: Any
+) -> None:
+    config = jlora.LoraConfig(".*", full=True)
+    adapter: dict[str, Any] = {path: jnp.ones(shape)}
+    jlora.checkpoint.save(tmp_path / "first", adapter, config=config)
+    done = main(["convert", str(tmp_path / "first"), str(tmp_path / "peft")])
+    assert done == (SAME if fits else FAILED)
+    assert fits or repr(path) in capsys.readouterr().err
+
+
+def test_a_step_of_a_run_is_read_by_its_folder(saved: Path, capsys: Any) -> None:
+    assert main(["diff", str(saved), str(saved / "0")]) == SAME
+    assert main(["inspect", str(saved / "1")]) == FAILED
+    assert main(["inspect", str(saved / "0" / "adapter")]) == FAILED
+    assert "is neither a checkpoint nor" in capsys.readouterr().err
 
 
 def test_slices_are_converted_as_the_factors_they_stand_for(tmp_path: Path) -> None:
