@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 
@@ -17,6 +16,6 @@ def summed_in(dtype: Any) -> Any:
     return jnp.dtype("float32") if narrow else jnp.promote_types(dtype, jnp.float32)
 
 
-def widest(*arrays: jax.Array) -> Any:
+def widest(*arrays: Any) -> Any:
     """Returns the dtype that holds sums and products of arrays: float32 or float64."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32

@@ -60,7 +60,8 @@ class Plan:
 
     def cost(self) -> str:
         """Returns the line of a step's FLOPs and bytes beside full fine-tuning's."""
-        own = sum(t.trainable * t.config.dtype.itemsize for t in self.targets)
+        trained = [v for t in self.targets for v in t.abstract_arrays.values()]
+        own = sum(math.prod(v.shape) * v.dtype.itemsize for v in trained)
         floating = [
             leaf
             for leaf in jax.tree.leaves(self.params, is_leaf=is_quantized)
