@@ -92,11 +92,7 @@ def _problem(
 
 
 def _is_saved(config: PeftConfig, name: str) -> bool:
-    module = name.rpartition(".")[0] or name
-    return any(
-        module.endswith(saved) or re.match(rf"(.*\.)?{re.escape(saved)}(\..*)?$", name)
-        for saved in config.modules_to_save or ()
-    )
+    return config.saves(name.rpartition(".")[0] or name)
 
 
 def _is_bias(config: PeftConfig, name: str) -> bool:
