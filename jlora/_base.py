@@ -203,8 +203,11 @@ def check_parts(base: Base, homes: list[Home], module: str) -> None:
     if parts in ([None], list(range(len(parts)))):
         return
     named = zip(homes, parts, strict=True)
-    told = ", ".join(f"{home.path!r} ({part})" for home, part in named)
+    told = ", ".join(
+        f"{home.path!r} ({'all of it' if part is None else f'part {part}'})"
+        for home, part in named
+    )
     raise AdapterError(
-        f"torch's {module!r} is made of {told}: the rules need to name one leaf, or "
-        "the parts 0, 1, … of which each is a leaf"
+        f"torch's {module!r} is made of {told}: the rules of `names` need to name one "
+        "leaf, or the parts 0, 1, … of which each is a leaf"
     )

@@ -53,7 +53,7 @@ def _check(modules: Sequence[Module], whole: Collection[str]) -> None:
     wrong = [f"{k}: {sorted(names)[:5]}" for k, names in kinds.items() if names]
     if wrong:
         raise UnsupportedFeatureError(
-            f"vLLM {'; it '.join(wrong)}. Merge them into the params instead"
+            f"vLLM {'; it '.join(wrong)}; merge them into the params instead"
         )
 
 

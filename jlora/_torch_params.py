@@ -43,7 +43,7 @@ def leaf_from_torch(base: Base, path: str, get: Get) -> np.ndarray:
         return _stacked(base, path, found)
     if not _is_matrix(base, path):
         if max(tensor.ndim for tensor in tensors) > 1:
-            _check_vector(base, path)
+            _check_vectors(base, [path])
         return _vectors(base, path, dict(places), found)
     mats = {home: _matrices(base, home, name, found[home]) for home, name in places}
     fan_in = next(iter(mats.values())).shape[-2]
@@ -84,24 +84,31 @@ def _is_as_it_is(base: Base, path: str) -> bool:
     return "same" in binding.steps and plain and (path not in base.known or n_axes > 2)
 
 
-def _check_vector(base: Base, path: str) -> None:
-    """Raises for a leaf of several axes, unless it is a scale or a bias.
+def _check_vectors(base: Base, paths: Iterable[str]) -> None:
+    """Raises for leaves of several axes that are no kernels, scales or biases.
 
-    Torch has those of a norm over several axes in the same order, as one axis or more.
+    Torch has the scale of a norm over several axes in the same order, as one axis or
+    more; of any other leaf it is not known which of the axes it has first.
 
     Raises:
-        AdapterError: if nothing tells the roles of its axes.
+        AdapterError: with all of them.
     """
-    binding, shape = base.bindings[path], base.shape(path)
-    is_norm = path.rpartition("/")[2] == "scale" or binding.leaf != "weight"
-    if is_norm or len(shape) - binding.n_fields < 2:
-        return
-    raise AdapterError(
-        f"the roles of the axes of {path!r} {shape} cannot be told from its name; give "
-        "the plan of a `jlora.lora` that adapts it, or a rule for it with a transform: "
-        '"same" if it has torch\'s own layout, (out, in), "parameter" if it is a '
-        "parameter that torch has as it is"
-    )
+    doubtful = [
+        f"{path!r} {base.shape(path)}"
+        for path in paths
+        if base.bindings[path].leaf == "weight"
+        and path.rpartition("/")[2] != "scale"
+        and len(base.shape(path)) - base.bindings[path].n_fields > 1
+        and not (_is_matrix(base, path) or _is_as_it_is(base, path))
+    ]
+    if doubtful:
+        raise AdapterError(
+            f"the roles of the axes of {', '.join(doubtful[:10])} ({len(doubtful)} in "
+            "all) cannot be told from names and shapes; give the plan of a "
+            "`jlora.lora` that adapts them, or rules for them with a transform: "
+            '"same" for torch\'s own layout, (out, in), "parameter" for a parameter '
+            "that torch has as it is"
+        )
 
 
 def _matrices(base: Base, home: Home, name: str, found: np.ndarray) -> np.ndarray:
@@ -190,6 +197,8 @@ def leaves_to_torch(
     Raises:
         AdapterError: if the roles of a kernel's axes are in doubt or a part is missing.
     """
+    paths = list(paths)
+    _check_vectors(base, paths)
     pieces: dict[str, dict[int | None, np.ndarray]] = {}
     for path in paths:
         for home, name, part in _pieces(base, path, value(path)):
@@ -231,7 +240,6 @@ def _split_kernel(base: Base, path: str, leaf: np.ndarray) -> dict[Any, list]:
 
 
 def _split_vector(base: Base, path: str, leaf: np.ndarray) -> dict[Any, list]:
-    _check_vector(base, path)
     binding = base.bindings[path]
     outputs = leaf.shape[binding.n_fields :]
     whole = leaf.reshape(*leaf.shape[: binding.n_fields], -1)

@@ -150,11 +150,18 @@ def save(
 ) -> None:
     """Writes an adapter as a PEFT folder.
 
-    The same adapter gives the same bytes, in whatever order its paths are. Both files
-    are written beside, read back and renamed. Where they replace others, the old config
-    is taken away first and the new one comes last: a save that is killed leaves the old
-    pair, the new one, or a folder without a config, which every reader refuses. On
-    several hosts every process calls it, and the first one writes.
+    Values and dtypes are those of the adapter; factors of different dtypes that become
+    one module's are written in one that holds the values of all. The same adapter gives
+    the same bytes, in whatever order its paths are.
+
+    PEFT trains modules whole, with all that is below them, and those whose names end
+    with the name of one. What of these the adapter lacks is written along, with the
+    values of the params.
+
+    Both files are written beside, read back and renamed. Where they replace others, the
+    old config is taken away first and the new one comes last: a save that is killed
+    leaves the old pair, the new one, or a folder without a config, which every reader
+    refuses. On several hosts every process calls it, and the first one writes.
 
     Args:
         path: the folder.

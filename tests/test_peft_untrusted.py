@@ -715,6 +715,19 @@ def test_numbers_of_layers_are_written_as_torch_does(tmp_path: Path) -> None:
                 jlora.peft.load(tmp_path, params, rules)
 
 
+def test_layers_of_several_dtypes_have_one_that_holds_all(tmp_path: Path) -> None:
+    params = {"layers": {"q": {"kernel": np.ones((2, 5, 7), np.float32)}}}
+    arrays = {
+        f"{PREFIX}layers.{layer}.q.lora_{name}.weight": np.ones(shape, dtype)
+        for layer, dtype in enumerate((np.float16, jnp.bfloat16))
+        for name, shape in (("A", (2, 5)), ("B", (7, 2)))
+    }
+    write(tmp_path, config(target_modules=["q"]), pack(*layout(arrays)))
+    rules = [("layers/q", "layers.{i}.q")]
+    _, adapter = jlora.peft.load(tmp_path, params, rules)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_values_are_finite(tmp_path: Path, value: float, dtype: Any) -> None:
