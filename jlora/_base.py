@@ -15,7 +15,7 @@ from ._errors import AdapterError, UnsupportedFeatureError
 from ._paths import FlatParams
 from ._plan import Plan
 from ._quantized import dequantized
-from ._rules import Binding, Names, bind
+from ._rules import TABLES, Binding, Names, bind
 from ._torch_layout import guess_axes
 from ._trace import is_array
 
@@ -92,7 +92,7 @@ class Base:
         if path in self.known:
             return True
         binding, last = self.bindings[path], path.rpartition("/")[2]
-        named = last in ("kernel", "embedding") or "experts" in binding.steps
+        named = last in ("kernel", *TABLES) or "experts" in binding.steps
         return named and len(self.shape(path)) - binding.n_fields >= 2
 
     def check_use(self, path: str) -> None:
@@ -133,10 +133,13 @@ class Base:
 
     def indices(self, path: str) -> list[tuple[int, ...]]:
         """Returns every index along the batch axes that the names count."""
-        binding = self.bindings[path]
-        axes = self.known[path].batch if path in self.known else range(binding.n_fields)
-        counted = [self.shape(path)[i] for i in axes][: binding.n_fields]
-        return list(np.ndindex(*counted))
+        return list(np.ndindex(*self._counted(path)))
+
+    def _counted(self, path: str) -> list[int]:
+        """Returns the sizes of the batch axes that the names count."""
+        n = self.bindings[path].n_fields
+        axes = self.known[path].batch if path in self.known else range(n)
+        return [self.shape(path)[i] for i in axes][:n]
 
     def fan_out(self, path: str, fan_in: int) -> int:
         """Returns the number of outputs of a kernel, given that of its inputs."""
@@ -155,6 +158,7 @@ class Base:
 
     @functools.cached_property
     def _slots(self) -> tuple[dict[str, list[Home]], list[tuple[Any, str, int]]]:
+        """Places by name, and patterns for the names of those that are counted."""
         fixed: dict[str, list[Home]] = defaultdict(list)
         counted = []
         for path, binding in self.bindings.items():
@@ -175,8 +179,14 @@ class Base:
         for pattern, path, number in counted:
             if match := pattern.fullmatch(parameter):
                 found.append(Home(path, number, tuple(map(int, match.groups()))))
+        # Numbered layers may go on where those of a stack end.
+        found = [home for home in found if self._is_there(home)] or found
         part = lambda home: self.bindings[home.path].slots[home.slot].part or 0
         return sorted(found, key=part)
+
+    def _is_there(self, home: Home) -> bool:
+        sizes = self._counted(home.path)
+        return all(i < n for i, n in zip(home.index, sizes, strict=False))
 
     def names_of(self, path: str) -> Iterator[tuple[Home, str]]:
         """Yields each place of a leaf, and torch's name of what is there."""
@@ -193,8 +203,11 @@ def check_parts(base: Base, homes: list[Home], module: str) -> None:
     if parts in ([None], list(range(len(parts)))):
         return
     named = zip(homes, parts, strict=True)
-    told = ", ".join(f"{home.path!r} ({part})" for home, part in named)
+    told = ", ".join(
+        f"{home.path!r} ({'all of it' if part is None else f'part {part}'})"
+        for home, part in named
+    )
     raise AdapterError(
-        f"torch's {module!r} is made of {told}: the rules need to name one leaf, or "
-        "the parts 0, 1, … of which each is a leaf"
+        f"torch's {module!r} is made of {told}: the rules of `names` need to name one "
+        "leaf, or the parts 0, 1, … of which each is a leaf"
     )

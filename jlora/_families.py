@@ -174,6 +174,11 @@ def names(
     MaxText, Tunix and the Gemma library, numbered (`layers/0`, `layers_0`, `block_0`)
     or scanned (`layers`, `blocks`). Rules of your own go before them.
 
+    What a kernel of several axes, or one that is not called `kernel`, has as inputs and
+    outputs a plan tells: give one where the params alone are in doubt. Hugging Face's
+    Flax GPT-2 needs one, too, or rules of your own: its kernels are `(out, in)`, unlike
+    those of other models, and a square one, such as `attn/c_proj`, does not show it.
+
     Args:
         family: "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
             "gpt2", "bert", "vit", or "vit4" for ViT before transformers 5.

@@ -1,4 +1,4 @@
-"""Writing files: a reader finds an old one or a new one, never half of one."""
+"""Writing files: a reader finds old ones or new ones, never half of one or of both."""
 
 import os
 import tempfile
@@ -10,6 +10,10 @@ from ._errors import AdapterError, UnsafeFormatError
 
 def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
     """Writes files into a folder, each by a rename of one that is complete and checked.
+
+    Where they replace others, those after the first are taken away before the first is
+    replaced: whoever needs all of them finds old ones, new ones or not all, never some
+    of each.
 
     Args:
         folder: where to; it is made if there is none.
@@ -36,13 +40,36 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) ->
     try:
         for name, data in files.items():
             written[name] = _write_beside(folder, data)
+        _replace_first(folder, written)
         for name, temporary in list(written.items()):
             os.replace(temporary, folder / name)
             del written[name]
     finally:
         for temporary in written.values():
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
     _sync_folder(folder)
+
+
+def _replace_first(folder: Path, written: dict[str, str]) -> None:
+    """Renames the first of the files, while there are none of the others."""
+    first, *rest = written
+    away = {n: f"{written[n]}-old" for n in reversed(rest) if (folder / n).exists()}
+    moved: dict[str, str] = {}
+    try:
+        for name, beside in away.items():
+            os.rename(folder / name, beside)
+            moved[name] = beside
+        if moved:
+            _sync_folder(folder)
+        os.replace(written[first], folder / first)
+        del written[first]
+    except BaseException:
+        if os.path.lexists(written.get(first, "")):  # it is not replaced yet
+            for name, beside in moved.items():
+                os.rename(beside, folder / name)
+        raise
+    for beside in moved.values():
+        os.unlink(beside)
 
 
 def _write_beside(folder: Path, data: bytes) -> str:

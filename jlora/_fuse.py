@@ -5,8 +5,10 @@ others have their `a` side by side and a block-diagonal `b`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from ._errors import NonFiniteError, UnsupportedFeatureError
@@ -62,6 +64,29 @@ class Pair:
         return dataclasses.replace(self, a=self.a[:, :rank], b=self.b[:rank])
 
 
+def alike(arrays: Sequence[Array]) -> list[Array]:
+    """Returns arrays in a dtype that holds the values of all of them."""
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) < 2:
+        return [*arrays]
+    # NumPy knows nothing that holds bfloat16 and float16.
+    common = functools.reduce(jnp.promote_types, dtypes)
+    return [array.astype(common) for array in arrays]
+
+
+def promoted(pairs: Sequence[Pair]) -> list[Pair]:
+    """Returns the same factors in one dtype, and their magnitudes in one."""
+    a, b = [pair.a for pair in pairs], [pair.b for pair in pairs]
+    both = alike([*a, *b])
+    norms = iter(alike([p.magnitude for p in pairs if p.magnitude is not None]))
+    return [
+        dataclasses.replace(
+            pair, a=a, b=b, magnitude=None if pair.magnitude is None else next(norms)
+        )
+        for pair, a, b in zip(pairs, both[: len(a)], both[len(a) :], strict=True)
+    ]
+
+
 def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
     """Returns the factors of a kernel made of parts along its output axis.
 
@@ -76,7 +101,8 @@ def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
         >>> whole.a.shape, whole.b.shape
         ((5, 3), (3, 9))
     """
-    known = [part for part in parts if part is not None]
+    known = promoted([part for part in parts if part is not None])
+    magnitude = _joined_magnitude(known, len(parts))
     first = known[0]
     known = [part.scaled_to(first.scaling) for part in known]
     shared = all(np.array_equal(part.a, first.a) for part in known)
@@ -89,14 +115,14 @@ def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
             b[row : row + block.shape[0], end - width : end] = block
             row += 0 if shared else block.shape[0]
     a = first.a if shared else np.concatenate([part.a for part in known], axis=1)
-    return Pair(a, b, first.scaling, _joined_magnitude(parts))
+    return Pair(a, b, first.scaling, magnitude)
 
 
-def _joined_magnitude(parts: Sequence[Pair | None]) -> Array | None:
-    known = [p.magnitude for p in parts if p is not None and p.magnitude is not None]
-    if known and len(known) < len(parts):
+def _joined_magnitude(pairs: Sequence[Pair], n_parts: int) -> Array | None:
+    known = [pair.magnitude for pair in pairs if pair.magnitude is not None]
+    if known and len(known) < n_parts:
         raise UnsupportedFeatureError(
-            f"{len(known)} of the {len(parts)} parts of one kernel have a magnitude of "
+            f"{len(known)} of the {n_parts} parts of one kernel have a magnitude of "
             "DoRA; the kernel needs one for all of its outputs"
         )
     return np.concatenate(known) if known else None

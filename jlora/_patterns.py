@@ -11,7 +11,7 @@ References:
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 Positions = set[int]
@@ -65,6 +65,50 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         return len(text) in node(counted, {0})
 
     return matches
+
+
+def ends_of(name: str) -> Iterator[str]:
+    """Yields the name, and what is behind each of its dots.
+
+    >>> list(ends_of("layers.0.q"))
+    ['layers.0.q', '0.q', 'q']
+    """
+    yield name
+    yield from (name[i + 1 :] for i, letter in enumerate(name) if letter == ".")
+
+
+def heads_of(name: str) -> Iterator[str]:
+    """Yields the modules that a module is in, from the outermost to itself.
+
+    >>> list(heads_of("layers.0.q"))
+    ['layers', 'layers.0', 'layers.0.q']
+    """
+    yield from (name[:i] for i, letter in enumerate(name) if letter == ".")
+    yield name
+
+
+def layer_of(name: str, order: Mapping[str, int]) -> int | None:
+    """Returns the number of the layer that a module is in, or None.
+
+    Args:
+        name: of the module. Its first part that is a number counts, unless it is the
+            last part, or the second.
+        order: what may stand before the number, of which the first counts; if there
+            are none, anything.
+
+    Example:
+        >>> layer_of("model.layers.3.experts.1.up", {})
+        3
+        >>> layer_of("model.layers.3.experts.1.up", {"experts": 0, "layers": 1})
+        1
+    """
+    found: dict[int, int] = {}
+    for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+        _, *before = ends_of(name[: number.start() - 1])
+        known = [order[end] for end in before if end in order]
+        for place in known if order else [0] * bool(before):
+            found.setdefault(place, int(number[0]))
+    return found[min(found)] if found else None
 
 
 class Endings:

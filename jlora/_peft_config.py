@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from ._patterns import Endings, file_pattern
+from ._patterns import Endings, ends_of, file_pattern, heads_of, layer_of
 
 FORMAT = "0.21.0"  # the release of PEFT whose files these are
 RANK_LIMIT = 1 << 16
@@ -36,6 +36,7 @@ _REFUSED: dict[str, Any] = {
 }  # fmt: skip
 
 Patterns = str | tuple[str, ...] | None
+NO_MODULES = "dummy-target-modules"  # PEFT's word for `target_modules` that are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,34 +104,70 @@ class PeftConfig:
 
     def selects(self, module: str) -> bool:
         """Returns whether the module is one of those that the file says it adapts."""
-        if self.exclude_modules is not None and _named(self.exclude_modules, module):
+        listed, targets = self._listed, self._listed["target_modules"]
+        saved = any(_named(self._saved, around) for around in heads_of(module))
+        excluded = saved or _named(listed["exclude_modules"], module)
+        if excluded or targets == NO_MODULES:
             return False
         if self.all_linear:
             return True
-        if self.target_modules is None or not _named(self.target_modules, module):
+        if not _named(targets, module):
             return False
-        exact = isinstance(self.target_modules, str) or module in self.target_modules
+        exact = isinstance(targets, str) or module in targets
         return exact or self._in_layers(module)
 
     def selects_parameter(self, name: str) -> bool:
         """Returns whether a parameter is one that the file says it adapts."""
-        return _named(self.target_parameters or (), name)
+        return _named(self._listed["target_parameters"], name)
+
+    def saves(self, module: str) -> bool:
+        """Returns whether PEFT trains the module whole, or one that it is part of.
+
+        Names in `modules_to_save` are ends of names, whether a dot is before them or
+        not: "norm" is `final_norm`, too.
+        """
+        return any(
+            around[len(around) - length :] in self._saved
+            for around in heads_of(module)
+            for length in self._saved_lengths
+            if length <= len(around)
+        )
+
+    @functools.cached_property
+    def _listed(self) -> dict[str, str | frozenset[str]]:
+        """What the lists hold, to be looked up: one of a stranger's may be long."""
+        fields = ("target_modules", "exclude_modules", "target_parameters")
+        return {field: _lookup(getattr(self, field)) for field in fields}
+
+    @functools.cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save or ())
+
+    @functools.cached_property
+    def _saved_lengths(self) -> frozenset[int]:
+        return frozenset(map(len, self._saved))
+
+    @functools.cached_property
+    def _layers_pattern(self) -> dict[str, int]:
+        names = dict.fromkeys(self.layers_pattern or ())
+        return {name: order for order, name in enumerate(names)}
 
     def _in_layers(self, module: str) -> bool:
         if self.layers_to_transform is None:
             return True
-        names = [re.escape(name) for name in self.layers_pattern or ()] or [r"[^.]*"]
-        found = [re.match(rf".*?\.{name}\.(\d+)\.", module) for name in names]
-        index = next((int(match[1]) for match in found if match), None)
-        return index in self.layers_to_transform
+        return layer_of(module, self._layers_pattern) in self.layers_to_transform
 
 
-def _named(patterns: str | tuple[str, ...], name: str) -> bool:
-    """Whether a regex matches a whole name, or a list holds it or the end of it."""
+def _lookup(patterns: Patterns) -> str | frozenset[str]:
+    return patterns if isinstance(patterns, str) else frozenset(patterns or ())
+
+
+def _named(patterns: str | frozenset[str], name: str) -> bool:
+    """Whether a regex matches a whole name, or a set holds it or what ends it."""
     if isinstance(patterns, str):
         with _patterns_of("target_modules` or `exclude_modules"):
             return file_pattern(patterns)(name)
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
+    return any(end in patterns for end in ends_of(name))
 
 
 def _resolve(
@@ -213,6 +250,15 @@ def _unsupported(config: PeftConfig) -> list[tuple[str, str]]:
             "`path_initial_model_for_weight_conversion`"
         )
         problems.append(("init_lora_weights", told))
+    of_regex = "has no effect beside a regex in `target_modules`, and PEFT refuses both"
+    alone = "has no effect without `layers_to_transform`, and PEFT refuses it alone"
+    for field in ("layers_to_transform", "layers_pattern"):
+        value = getattr(config, field)
+        if value and isinstance(config.target_modules, str):
+            problems.append((field, f"`{field}` is {str(value)[:100]}: it {of_regex}"))
+    if config.layers_pattern and config.layers_to_transform is None:
+        value = str(config.layers_pattern)[:100]
+        problems.append(("layers_pattern", f"`layers_pattern` is {value}: it {alone}"))
     return problems
 
 
@@ -269,7 +315,7 @@ def _tidy(key: str, value: Any) -> Any:
         # An empty list of layers is none, as PEFT has it.
         return tuple(value) if value or key not in ("layers_to_transform",) else None
     if key in _OR_ONE - _KEEP_TEXT and value is not None:
-        return (value,)
+        return (value,) if value != "" else None  # no pattern, as PEFT has it
     return value
 
 
@@ -321,10 +367,10 @@ def exact_names(names: Sequence[str], others: Sequence[str]) -> Patterns:
 
     The names in full, or a regex of them where one is the end of another's name.
     """
-    listed = tuple(sorted(set(names)))
-    if not any(_named(listed, other) for other in set(others) - set(listed)):
-        return listed
-    return "|".join(re.escape(name) for name in listed)
+    chosen = frozenset(names)
+    if not any(_named(chosen, other) for other in set(others) - chosen):
+        return tuple(sorted(chosen))
+    return "|".join(re.escape(name) for name in sorted(chosen))
 
 
 def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from ._base import Base, Home, check_parts
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
-from ._fuse import Pair, join, split
+from ._fuse import Pair, join, promoted, split
 from ._paths import nearest
 from ._peft_config import PeftConfig
 from ._peft_keys import ModuleTensors, check_dora, warn_of_doubling
@@ -342,22 +342,23 @@ class _Reader:
                 self.problems.append(
                     f"{name!r} has factors, and the config does not select it"
                 )
-        if self.config.all_linear:
-            return
         for path, binding in self.base.bindings.items():
-            if self.base.is_kernel(path):
-                self._check_missing(path, binding)
+            is_module = "experts" not in binding.steps and self.base.is_kernel(path)
+            for _, name in self.base.names_of(path):
+                module = name.rpartition(".")[0] if is_module else None
+                self._check_missing(path, name, module)
 
-    def _check_missing(self, path: str, binding: Binding) -> None:
-        for _, name in self.base.names_of(path):
-            packed = "experts" in binding.steps
-            module = name if packed else name.rpartition(".")[0]
-            selects = self.config.selects_parameter if packed else self.config.selects
-            if module not in self.seen and selects(module):
-                self.problems.append(
-                    f"the config selects {module!r} ({path!r}), and the file has no "
-                    "factors for it"
-                )
+    def _check_missing(self, path: str, parameter: str, module: str | None) -> None:
+        missing = []
+        if self.config.selects_parameter(parameter) and parameter not in self.seen:
+            missing.append(parameter)
+        if module and module not in self.seen and not self.config.all_linear:
+            missing += [module] if self.config.selects(module) else []
+        self.problems += [
+            f"the config selects {name!r} ({path!r}), and the file has no factors for "
+            "it"
+            for name in missing
+        ]
 
     # --- from pieces to the factors of a leaf ---
 
@@ -369,9 +370,8 @@ class _Reader:
         axes = self.base.axes(path, first.a.shape[0])
         fans = axes.fans(shape)
         batch = sizes(shape, axes.batch)
-        pairs = {
-            index: self._whole(binding, slots, fans) for index, slots in pieces.items()
-        }
+        wholes = [self._whole(binding, slots, fans) for slots in pieces.values()]
+        pairs = dict(zip(pieces, promoted(wholes), strict=True))
         order = rope_order(binding, fans[1], sizes(shape, axes.out))
         check_fit(path, shape, fans, batch, pairs)
         a, b, scaling = stack(pairs, batch)

@@ -1,6 +1,5 @@
 """Leaves that are trained whole, in a PEFT adapter: `modules_to_save` and biases."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -92,11 +91,7 @@ def _problem(
 
 
 def _is_saved(config: PeftConfig, name: str) -> bool:
-    module = name.rpartition(".")[0] or name
-    return any(
-        module.endswith(saved) or re.match(rf"(.*\.)?{re.escape(saved)}(\..*)?$", name)
-        for saved in config.modules_to_save or ()
-    )
+    return config.saves(name.rpartition(".")[0] or name)
 
 
 def _is_bias(config: PeftConfig, name: str) -> bool:
@@ -142,30 +137,31 @@ def write_whole(
     Args:
         entries: what is trained whole, by path.
         adapted: the torch modules that have factors.
-        base: the params; of a module that is trained in part, the rest is written, too.
+        base: the params; of a module that is trained in part, the rest is written, too,
+            and all that is below it.
 
     Raises:
-        AdapterError: if PEFT has no way to say what is trained.
+        AdapterError: if PEFT has no way to say what is trained, or would train more
+            of which there are no values.
     """
     if not entries:
         return {}, {}
     biases = {p for p in entries if base.bindings[p].leaf == "bias"}
-    module = lambda name: name.rpartition(".")[0]
     names = lambda path: [name for _, name in base.names_of(path)]
-    others = [p for p in entries if p not in biases]
-    saved = sorted({module(n) for p in others for n in names(p)})
-    beside = {p for p in biases if all(module(n) in saved for n in names(p))}
+    saved = _modules_of([p for p in entries if p not in biases], base)
+    said = PeftConfig(modules_to_save=saved)
+    _check_apart(said, adapted)
+    beside = {p for p in biases if all(_is_saved(said, n) for n in names(p))}
     kind = _bias_kind(biases - beside, set(adapted), base)
-    paths = [p for p in base.bindings if any(module(n) in saved for n in names(p))]
-    wrong = sorted(set(saved) & set(adapted))
-    if wrong:
-        raise AdapterError(f"torch's {wrong[:5]} are adapted and trained whole, too")
+    # PEFT saves all that is in a module, and modules whose names end with its name.
+    paths = [p for p in base.bindings if any(_is_saved(said, n) for n in names(p))]
     values = {p: entries.get(p, base.value(p)) for p in {*paths, *biases}}
     abstract = sorted(p for p, value in values.items() if value is None)
     if abstract:
         raise AdapterError(
-            f"PEFT saves modules whole, so the file needs the values of {abstract[:5]} "
-            "as well; give the params as arrays"
+            f"PEFT saves {list(saved)[:5]} whole, and modules whose names end so, so "
+            f"the file needs the values of {abstract[:5]} as well; give the params as "
+            "arrays"
         )
     ordered = [p for p in base.bindings if p in values]
     known = {p: value for p, value in values.items() if value is not None}
@@ -176,7 +172,31 @@ def write_whole(
         for n, t in tensors.items()
     }
     fields: dict[str, Any] = {"bias": kind}
-    return named, fields | ({"modules_to_save": tuple(saved)} if saved else {})
+    return named, fields | ({"modules_to_save": saved} if saved else {})
+
+
+def _modules_of(paths: Iterable[str], base: Base) -> tuple[str, ...]:
+    """Returns the modules that some leaves are in."""
+    names = {name: path for path in paths for _, name in base.names_of(path)}
+    bare = sorted(path for name, path in names.items() if "." not in name)
+    if bare:
+        raise AdapterError(
+            f"PEFT saves modules, and {bare[:5]} are parameters of the whole model in "
+            "torch; merge them into the params instead"
+        )
+    return tuple(sorted({name.rpartition(".")[0] for name in names}))
+
+
+def _check_apart(said: PeftConfig, adapted: Sequence[str]) -> None:
+    """Raises for factors that PEFT would not load: they are in a module it saves."""
+    wrong = sorted(module for module in adapted if said.saves(module))
+    if wrong:
+        raise AdapterError(
+            f"torch's {wrong[:5]} are adapted and trained whole, too: they are in "
+            f"{list(said.modules_to_save or ())[:5]} or have names that end so, and "
+            "PEFT drops factors there; train all of it whole, or merge it into the "
+            "params"
+        )
 
 
 def _bias_kind(trained: set[str], adapted: set[str], base: Base) -> str:

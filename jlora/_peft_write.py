@@ -10,10 +10,11 @@ import numpy as np
 
 from ._base import Base, Home, check_parts
 from ._config import LoraConfig
+from ._entries import TrainedRows
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
-from ._fuse import Pair, join, split
-from ._peft_config import PeftConfig, exact_keys, exact_names
+from ._fuse import Pair, alike, join, split
+from ._peft_config import NO_MODULES, Patterns, PeftConfig, exact_keys, exact_names
 from ._peft_keys import MAGNITUDE, PREFIX, check_dora, warn_of_doubling
 from ._rules import Binding
 from ._torch_layout import (
@@ -74,6 +75,32 @@ class Module:
         return "experts" in self.binding.steps
 
 
+def check_rows(adapter: Mapping[str, Any]) -> None:
+    """Refuses rows that are trained alone.
+
+    Raises:
+        UnsupportedFeatureError: with their paths.
+    """
+    rows = [path for path, entry in adapter.items() if isinstance(entry, TrainedRows)]
+    if rows:
+        raise UnsupportedFeatureError(
+            f"rows that are trained alone, {rows[:5]}, have no place in the files that "
+            "jlora writes for PEFT (`trainable_token_indices`); merge them instead"
+        )
+
+
+def check_some(modules: Sequence["Module"], entries: Mapping[str, Any]) -> None:
+    """Refuses an adapter of which there is nothing to write.
+
+    Raises:
+        AdapterError: if it is empty, or a stack of which no layer has factors.
+    """
+    if modules or not all(isinstance(e, LoraFactors) for e in entries.values()):
+        return
+    told = f"all factors of {list(entries)[:5]} are zero" if entries else "it is empty"
+    raise AdapterError(f"the adapter cannot be saved: {told}")
+
+
 def modules_of(factors: Mapping[str, LoraFactors], base: Base) -> list[Module]:
     """Returns the torch modules that an adapter adapts, each with its own factors.
 
@@ -81,7 +108,7 @@ def modules_of(factors: Mapping[str, LoraFactors], base: Base) -> list[Module]:
     so came those into being that a file had nothing for.
 
     Raises:
-        AdapterError: if the names do not fit the axes.
+        AdapterError: if the names do not fit the axes, or are those of several leaves.
     """
     parts: dict[str, dict[Home, list[Pair]]] = {}
     for path, entry in factors.items():
@@ -100,7 +127,7 @@ def _pieces(
 ) -> Iterable[tuple[Home, str, Pair]]:
     """Yields the factors of each slot at each index of a leaf; experts one by one."""
     binding, axes = base.bindings[path], entry.axes
-    a, b = factor_matrices(entry)
+    a, b = alike(factor_matrices(entry))
     order = rope_order(binding, b.shape[-1], sizes(entry.kernel_shape, axes.out))
     b = b if order is None else b[..., order]
     norms = magnitudes(entry)
@@ -145,10 +172,10 @@ def _module(
     home = next(iter(places))
     binding, entry = base.bindings[home.path], factors[home.path]
     inputs = sizes(entry.kernel_shape, entry.axes.in_)
-    if binding.slots[home.slot].part is None:
-        return Module(name, tuple(places[home]), binding, inputs)
     homes = base.homes(binding.parameter(name))
     check_parts(base, homes, name)
+    if binding.slots[home.slot].part is None:
+        return Module(name, tuple(places[home]), binding, inputs)
     fan_in = places[home][0].a.shape[0]
     widths = [base.fan_out(other.path, fan_in) for other in homes]
     experts = range(max(map(len, places.values())))
@@ -249,8 +276,7 @@ def config_of(
     own = [module for module in modules if not module.is_brought]
     ranks = {module.name: module.rank for module in own}
     alphas = {m.name: _alpha(m.rank, m.scaling, configs, rslora) for m in own}
-    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
-    plain = [m.name for m in modules if not (m.is_parameter or m.is_brought)]
+    rank, alpha = commonest(ranks.values(), 8), commonest(alphas.values(), 8)
     dora = _one_of_all({m.name: m.pairs[0].magnitude is not None for m in modules})
     packed = sorted(m.name for m in modules if m.is_parameter)
     return PeftConfig(
@@ -259,12 +285,24 @@ def config_of(
         use_rslora=rslora,
         use_dora=dora,
         lora_dropout=_dropout(configs),
-        target_modules=exact_names(plain, _kernel_modules(base)) if plain else None,
+        target_modules=_target_modules(modules, base),
         target_parameters=tuple(packed) or None,
         ensure_weight_tying=any("tied" in m.binding.steps for m in modules),
         rank_pattern=exact_keys({n: r for n, r in ranks.items() if r != rank}),
         alpha_pattern=exact_keys({n: a for n, a in alphas.items() if a != alpha}),
     )
+
+
+def _target_modules(modules: Sequence[Module], base: Base) -> Patterns:
+    """Returns what selects the modules alone.
+
+    PEFT takes None as the targets that it knows for the kind of model, and an empty
+    list only where parameters are adapted.
+    """
+    plain = [m.name for m in modules if not (m.is_parameter or m.is_brought)]
+    if not (plain or modules):
+        return NO_MODULES
+    return exact_names(plain, _kernel_modules(base))
 
 
 def _one_of_all(dora: Mapping[str, bool]) -> bool:
@@ -289,7 +327,8 @@ def _dropout(configs: Sequence[LoraConfig]) -> float:
     return rates.pop() if rates else 0.0
 
 
-def _commonest(values: Iterable[Any], default: Any) -> Any:
+def commonest(values: Iterable[Any], default: Any) -> Any:
+    """Returns the value that comes most often, of several the first."""
     counted = Counter(values).most_common(1)
     return counted[0][0] if counted else default
 
@@ -318,61 +357,3 @@ def _alpha(
         math.nextafter(guess, math.inf),
     ]
     return next((alpha for alpha in near if alpha / divisor == scaling), guess)
-
-
-# --- what vLLM takes ---
-
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_VLLM_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def for_vllm(modules: Sequence[Module]) -> list[Module]:
-    """Returns the modules as vLLM loads them: one rank, one scaling, experts apart.
-
-    Ranks are padded with zeros, and `b` takes the difference of scalings; both leave
-    the deltas as they are.
-
-    Raises:
-        UnsupportedFeatureError: if vLLM would drop or misread a module.
-    """
-    wrong = [m.name for m in modules if "conv" in m.binding.steps]
-    if wrong:
-        raise UnsupportedFeatureError(
-            f"vLLM has no adapters of convolutions: {wrong[:5]}; merge them instead"
-        )
-    dora = [m.name for m in modules if m.pairs[0].magnitude is not None]
-    if dora:
-        raise UnsupportedFeatureError(
-            f"vLLM drops the magnitudes of DoRA, {dora[:5]}; merge them instead"
-        )
-    apart = [single for module in modules for single in _experts_apart(module)]
-    largest = max(module.rank for module in apart)
-    ranks = [rank for rank in _VLLM_RANKS if rank >= largest]
-    if not ranks:
-        raise UnsupportedFeatureError(
-            f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and {largest} is needed"
-        )
-    scaling = _commonest((module.scaling for module in apart), 1.0)
-    uniform = lambda pair: pair.scaled_to(scaling).padded_to(ranks[0])
-    return [dataclasses.replace(m, pairs=tuple(map(uniform, m.pairs))) for m in apart]
-
-
-def _experts_apart(module: Module) -> list[Module]:
-    if not module.is_parameter:
-        return [module]
-    owner, _, parameter = module.name.rpartition(".")
-    if parameter not in _VLLM_EXPERTS:
-        raise UnsupportedFeatureError(
-            f"vLLM knows experts as gate_up_proj and down_proj, not {module.name!r}"
-        )
-    names = _VLLM_EXPERTS[parameter]
-    steps = {k: v for k, v in module.binding.steps.items() if k != "experts"}
-    binding = dataclasses.replace(module.binding, steps=steps)
-    found = []
-    for number, pair in enumerate(module.pairs):
-        width = pair.b.shape[1] // len(names)
-        for name, part in zip(names, split(pair, [width] * len(names)), strict=True):
-            place = f"{owner}.{number}.{name}"
-            if part is not None:
-                found.append(Module(place, (part,), binding, module.inputs))
-    return found

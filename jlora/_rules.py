@@ -27,7 +27,9 @@ _TRANSFORM = re.compile(r"(\w+)(?:\(([\w.]+)\))?")
 
 # What torch calls the leaves that Flax gives these names; any other is a weight.
 _LEAVES = {"bias": "bias", "mean": "running_mean", "var": "running_var"}
-_WEIGHTS = ("kernel", "embedding", "scale")
+# What Flax and the Gemma library call tables that are looked up.
+TABLES = ("embedding", "input_embedding")
+_WEIGHTS = ("kernel", "scale", *TABLES, "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Rule:
 
             - "conv": `(*window, in, out)` is `(out, in, *window)`.
             - "embedding": a table is kept as it is, and its factors are torch's
-              `lora_embedding_A` and `_B`. Leaves called `embedding` have it without
-              being told.
+              `lora_embedding_A` and `_B`. Leaves called `embedding` or
+              `input_embedding` have it without being told.
             - "fan_in_fan_out": torch, too, keeps `(in, out)`, as the `Conv1D` of GPT-2.
             - "experts": the template names a parameter, not a module, with an axis of
               experts: PEFT's `target_parameters`. List such rules in the order in which
@@ -66,7 +68,8 @@ class Rule:
             - "rope" or "rope(head_dim)": the JAX model rotates features 2i and 2i+1,
               torch's i and i + head_dim/2. The head size is that of the last output
               axis, if there are several.
-            - "same": the leaf has torch's own layout, `(out, in, *window)`.
+            - "same": the leaf has torch's own layout, `(out, in, *window)`. Leaves that
+              are called `weight` have it in the mechanical map.
             - "tied(lm_head)": the table is the weight of that module, too, and PEFT
               keeps its factors under both names (`ensure_weight_tying`).
 
@@ -247,7 +250,9 @@ def _mechanical(path: str) -> Binding:
     last = segments[-1]
     named = len(segments) > 1 and (last in _LEAVES or last in _WEIGHTS)
     module = ".".join(segments[:-1] if named else segments)
-    steps: dict[str, str | None] = {"embedding": None} if last == "embedding" else {}
+    steps: dict[str, str | None] = {"embedding": None} if last in TABLES else {}
+    if named and last == "weight":  # torch's own name
+        steps = {"same": None}
     return Binding(path, (Slot(module),), _LEAVES.get(last, "weight"), steps, 0)
 
 
@@ -261,7 +266,7 @@ def _bound(path: str, rules: Sequence[tuple[Rule, re.Pattern[str]]]) -> Binding 
         tried = [pattern.fullmatch(text) for text in [*own, module] if text]
         found = next((match for match in tried if match), None)
         if found:
-            if last == "embedding":
+            if last in TABLES:
                 steps.setdefault("embedding", None)
             slots = tuple(_slot(name, found) for name in _several(rule.module))
             return Binding(path, slots, _LEAVES.get(last, "weight"), steps, order)

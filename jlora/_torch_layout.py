@@ -13,7 +13,7 @@ import numpy as np
 from ._axes import KernelAxes
 from ._errors import AdapterError
 from ._factors import LoraFactors
-from ._rules import Binding
+from ._rules import TABLES, Binding
 
 Array = np.ndarray
 Shape = tuple[int, ...]
@@ -102,7 +102,7 @@ def guess_axes(
     packed = "experts" in binding.steps and len(shape) > 2
     n_batch = binding.n_fields + packed
     rest, last = range(n_batch, len(shape)), path.rpartition("/")[2]
-    known = last in ("kernel", "embedding") or "conv" in binding.steps
+    known = last in ("kernel", *TABLES) or "conv" in binding.steps
     ends = [i for i in rest[1:] if fan_in in (None, math.prod(shape[n_batch:i]))]
     if "conv" in binding.steps:
         ends = list(rest[-1:])

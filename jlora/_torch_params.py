@@ -8,6 +8,7 @@ import numpy as np
 
 from ._base import Base, Home, check_parts
 from ._errors import AdapterError
+from ._fuse import alike
 from ._torch_layout import (
     kernel_from,
     kernel_matrix,
@@ -36,10 +37,13 @@ def leaf_from_torch(base: Base, path: str, get: Get) -> np.ndarray:
     """
     binding, shape = base.bindings[path], base.shape(path)
     places = list(base.names_of(path))
-    found = {home: get(name) for home, name in places}
-    if "parameter" in binding.steps:
+    tensors = alike([get(name) for _, name in places])
+    found = dict(zip([home for home, _ in places], tensors, strict=True))
+    if _is_as_it_is(base, path):
         return _stacked(base, path, found)
     if not _is_matrix(base, path):
+        if max(tensor.ndim for tensor in tensors) > 1:
+            _check_vectors(base, [path])
         return _vectors(base, path, dict(places), found)
     mats = {home: _matrices(base, home, name, found[home]) for home, name in places}
     fan_in = next(iter(mats.values())).shape[-2]
@@ -64,6 +68,47 @@ def leaf_from_torch(base: Base, path: str, get: Get) -> np.ndarray:
 
 def _is_matrix(base: Base, path: str) -> bool:
     return base.bindings[path].leaf == "weight" and base.is_kernel(path)
+
+
+def _is_as_it_is(base: Base, path: str) -> bool:
+    """Whether torch has the leaf as it is, at each index of what the names count.
+
+    Of a matrix whose axes are known, its own way tells the same, and knows of parts.
+    """
+    binding = base.bindings[path]
+    if "parameter" in binding.steps:
+        return True
+    n_axes = len(base.shape(path)) - binding.n_fields
+    whole = len(binding.slots) == 1 and binding.slots[0].part is None
+    plain = whole and "rope" not in binding.steps
+    return "same" in binding.steps and plain and (path not in base.known or n_axes > 2)
+
+
+def _check_vectors(base: Base, paths: Iterable[str]) -> None:
+    """Raises for leaves of several axes that are no kernels, scales or biases.
+
+    Torch has the scale of a norm over several axes in the same order, as one axis or
+    more; of any other leaf it is not known which of the axes it has first.
+
+    Raises:
+        AdapterError: with all of them.
+    """
+    doubtful = [
+        f"{path!r} {base.shape(path)}"
+        for path in paths
+        if base.bindings[path].leaf == "weight"
+        and path.rpartition("/")[2] != "scale"
+        and len(base.shape(path)) - base.bindings[path].n_fields > 1
+        and not (_is_matrix(base, path) or _is_as_it_is(base, path))
+    ]
+    if doubtful:
+        raise AdapterError(
+            f"the roles of the axes of {', '.join(doubtful[:10])} ({len(doubtful)} in "
+            "all) cannot be told from names and shapes; give the plan of a "
+            "`jlora.lora` that adapts them, or rules for them with a transform: "
+            '"same" for torch\'s own layout, (out, in), "parameter" for a parameter '
+            "that torch has as it is"
+        )
 
 
 def _matrices(base: Base, home: Home, name: str, found: np.ndarray) -> np.ndarray:
@@ -126,9 +171,10 @@ def _vectors(
 
 
 def _stacked(base: Base, path: str, found: Mapping[Home, np.ndarray]) -> np.ndarray:
-    shape = base.shape(path)
+    shape, n = base.shape(path), base.bindings[path].n_fields
     whole = np.stack(list(found.values()))
-    if whole.size != math.prod(shape):
+    long = lambda sizes: [size for size in sizes if size > 1]
+    if whole.size != math.prod(shape) or long(whole.shape[1:]) != long(shape[n:]):
         raise AdapterError(
             f"{path!r} is {shape}, and torch's parameter {whole.shape[1:]}"
         )
@@ -151,6 +197,8 @@ def leaves_to_torch(
     Raises:
         AdapterError: if the roles of a kernel's axes are in doubt or a part is missing.
     """
+    paths = list(paths)
+    _check_vectors(base, paths)
     pieces: dict[str, dict[int | None, np.ndarray]] = {}
     for path in paths:
         for home, name, part in _pieces(base, path, value(path)):
@@ -163,7 +211,7 @@ def _pieces(base: Base, path: str, leaf: np.ndarray) -> list[tuple[Home, str, An
     binding = base.bindings[path]
     split = _split_kernel if _is_matrix(base, path) else _split_vector
     places = list(base.names_of(path))
-    if "parameter" in binding.steps:
+    if _is_as_it_is(base, path):
         rows = leaf.reshape(-1, *leaf.shape[binding.n_fields :])
         return [
             (home, name, row) for (home, name), row in zip(places, rows, strict=True)
@@ -206,10 +254,10 @@ def _split_vector(base: Base, path: str, leaf: np.ndarray) -> dict[Any, list]:
 def _joined(
     base: Base, name: str, parts: Mapping[int | None, np.ndarray]
 ) -> np.ndarray:
-    if None in parts:
-        return parts[None]
     homes = base.homes(name)
     check_parts(base, homes, name)
+    if None in parts:
+        return parts[None]
     if len(parts) != len(homes):
         raise AdapterError(
             f"torch's {name!r} is made of {[h.path for h in homes]}; some are missing"

@@ -35,13 +35,8 @@ from safetensors.numpy import save as _serialize
 
 from ._base import Base
 from ._config import LoraConfig
-from ._entries import TrainedRows, lowered
-from ._errors import (
-    AdapterError,
-    CorruptFileError,
-    NonFiniteError,
-    UnsupportedFeatureError,
-)
+from ._entries import lowered
+from ._errors import AdapterError, CorruptFileError, NonFiniteError
 from ._factors import Adapter, LoraFactors, PyTree
 from ._families import names as names
 from ._files import write_files
@@ -50,8 +45,9 @@ from ._peft_config import config_json, parse_config
 from ._peft_configs import configs_of
 from ._peft_keys import PREFIX, sort_keys
 from ._peft_read import AdapterFiles, adapter_of
+from ._peft_vllm import for_vllm
 from ._peft_whole import write_whole
-from ._peft_write import config_of, for_vllm, modules_of, tensors_of
+from ._peft_write import check_rows, check_some, config_of, modules_of, tensors_of
 from ._quantized import dequantized
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
@@ -154,8 +150,18 @@ def save(
 ) -> None:
     """Writes an adapter as a PEFT folder.
 
-    The same adapter gives the same bytes. Both files are written beside, read back and
-    renamed. On several hosts every process calls it, and the first one writes.
+    Values and dtypes are those of the adapter; factors of different dtypes that become
+    one module's are written in one that holds the values of all. The same adapter gives
+    the same bytes, in whatever order its paths are.
+
+    PEFT trains modules whole, with all that is below them, and those whose names end
+    with the name of one. What of these the adapter lacks is written along, with the
+    values of the params.
+
+    Both files are written beside, read back and renamed. Where they replace others, the
+    old config is taken away first and the new one comes last: a save that is killed
+    leaves the old pair, the new one, or a folder without a config, which every reader
+    refuses. On several hosts every process calls it, and the first one writes.
 
     Args:
         path: the folder.
@@ -174,12 +180,14 @@ def save(
         FileExistsError: if one is there and `overwrite` is False.
         NonFiniteError: if the adapter holds NaNs or infinities.
         UnsupportedFeatureError: if the profile lacks what the adapter needs.
-        AdapterError: if the adapter does not fit the params, or has no names.
+        AdapterError: if the adapter is empty, does not fit the params, or has no names
+            or the same for several leaves.
     """
     if profile not in ("peft", "vllm"):
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
-    _check_rows(adapter)
-    entries = {p: jax.tree.map(_on_host, lowered(e, None)) for p, e in adapter.items()}
+    check_rows(adapter)
+    given = sorted(adapter.items())
+    entries = {p: jax.tree.map(_on_host, lowered(e, None)) for p, e in given}
     factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}
     arrays = {p: e for p, e in entries.items() if not isinstance(e, LoraFactors)}
     base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
@@ -187,10 +195,10 @@ def save(
     bind_all(list(entries), names)
     _check_finite(_named_arrays(entries), "the adapter")
     modules = modules_of(factors, base)
-    whole, fields = write_whole(arrays, [m.name for m in modules], base)
+    check_some(modules, entries)
     if profile == "vllm":
-        _check_vllm(arrays)
-        modules = for_vllm(modules)
+        modules = for_vllm(modules, arrays)
+    whole, fields = write_whole(arrays, [m.name for m in modules], base)
     several = (config,) if isinstance(config, LoraConfig) else tuple(config)
     said = dataclasses.replace(config_of(modules, several, base), **fields)
     tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
@@ -356,23 +364,6 @@ def _check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
 def _named_arrays(entries: Mapping[str, Any]) -> dict[str, np.ndarray]:
     leaves = jax.tree.leaves_with_path(dict(entries))
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
-
-
-def _check_rows(adapter: Mapping[str, Any]) -> None:
-    rows = [path for path, entry in adapter.items() if isinstance(entry, TrainedRows)]
-    if rows:
-        raise UnsupportedFeatureError(
-            f"rows that are trained alone, {rows[:5]}, have no place in the files that "
-            "jlora writes for PEFT (`trainable_token_indices`); merge them instead"
-        )
-
-
-def _check_vllm(arrays: Mapping[str, Any]) -> None:
-    if arrays:
-        raise UnsupportedFeatureError(
-            f"vLLM drops what is trained whole, {sorted(arrays)[:5]}; merge them "
-            "into the params instead"
-        )
 
 
 def _folder(path: Path) -> Path:

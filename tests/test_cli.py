@@ -99,6 +99,27 @@ def test_a_checkpoint_is_converted_and_back(tmp_path: Path) -> None:
     assert main(["diff", str(first), str(peft)]) == SAME
 
 
+def test_what_is_trained_whole_is_converted_and_back(tmp_path: Path) -> None:
+    kernels = {"k": (4, 6), "q": (4, 6)}
+    params = {"params": {n: {"kernel": jnp.ones(s)} for n, s in kernels.items()}}
+    params["params"]["norm"] = {"scale": jnp.ones(5)}
+    fn = lambda p, x: (
+        x @ p["params"]["k"]["kernel"] + x @ p["params"]["q"]["kernel"],
+        p["params"]["norm"]["scale"],
+    )
+    configs = [jlora.LoraConfig("k|norm", full=True), jlora.LoraConfig("q", rank=2)]
+    adapter = jlora.lora(fn, configs).init(jax.random.key(0), params, jnp.ones((1, 4)))
+    adapter = jax.tree.map(lambda x: jnp.arange(x.size * 1.0).reshape(x.shape), adapter)
+    first, between, back = (tmp_path / name for name in ("first", "between", "back"))
+    jlora.peft.save(first, params, adapter, configs)
+    assert main(["convert", str(first), str(between)]) == SAME
+    assert main(["convert", str(between), str(back)]) == SAME
+    read = lambda folder: load_file(folder / "adapter_model.safetensors")
+    assert same(read(first), read(back))
+    said = [json.loads((f / "adapter_config.json").read_text()) for f in (first, back)]
+    assert said[0] == said[1] and said[0]["modules_to_save"] == ["k", "norm"]
+
+
 def test_names_of_a_family_number_the_layers_of_a_stack(tmp_path: Path) -> None:
     factors = adapter_of()["params/down/kernel"]
     adapter = {"params/layers/mlp/down_proj/kernel": factors}

@@ -5,6 +5,7 @@ has no digest: there it is enough that nothing but a typed error is raised. All
 cases are the same in every run.
 """
 
+import dataclasses
 import itertools
 import json
 import random
@@ -457,6 +458,13 @@ configs = st.builds(
     bias=st.sampled_from(["none", "all", "lora_only"]),
     ensure_weight_tying=st.booleans(),
     init_lora_weights=st.booleans() | st.sampled_from(["gaussian", "eva"]),
+).map(
+    # Beside a regex, or a pattern alone, these have no effect, and are refused.
+    lambda config: (
+        config
+        if config.layers_to_transform and not isinstance(config.target_modules, str)
+        else dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
+    )
 )
 
 

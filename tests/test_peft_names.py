@@ -107,6 +107,196 @@ def test_an_unknown_family_is_refused() -> None:
         jlora.peft.names("lama")
 
 
+GEMMA = {
+    "embedder/input_embedding": (11, 6),
+    "layers_0/attn/q_einsum/w": (2, 6, 3),
+    "layers_0/attn/attn_vec_einsum/w": (2, 3, 6),
+}
+
+
+def gemma(params: Any, tokens: Any) -> jax.Array:
+    """A layer with the leaves of the Gemma library, and the table as the head, too."""
+    table, query, out = (params[path] for path in GEMMA)
+    x = table[tokens]
+    return jnp.einsum("tnh,nhd->td", jnp.einsum("td,ndh->tnh", x, query), out) @ table.T
+
+
+def test_kernels_of_gemma_need_a_plan() -> None:
+    shapes = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in GEMMA.items()}
+    params, names = random_like(shapes), jlora.peft.names("gemma")
+    plan = jlora.lora(gemma, jlora.LoraConfig(".*", rank=1)).plan(params, jnp.arange(4))
+    state = jlora.peft.params_to_torch(params, names, plan=plan)
+    query, out = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qo")
+    assert state["model.embed_tokens.weight"].shape == (11, 6)
+    kernel = np.asarray(params["layers_0/attn/q_einsum/w"])
+    np.testing.assert_array_equal(state[query], kernel.swapaxes(1, 2).reshape(6, 6))
+    kernel = np.asarray(params["layers_0/attn/attn_vec_einsum/w"])
+    np.testing.assert_array_equal(state[out], kernel.reshape(6, 6).T)
+    assert_same(jlora.peft.params_from_torch(state, plan, names), params)
+    told = 'the plan.*"same".*"parameter"'
+    with pytest.raises(jlora.AdapterError, match=f"vec_einsum.*q_einsum.*{told}"):
+        jlora.peft.params_to_torch(params, names)
+    with pytest.raises(jlora.AdapterError, match=f"_einsum.*{told}"):
+        jlora.peft.params_from_torch(state, params, names)
+
+
+def test_the_table_of_gemma_is_one_without_a_plan(tmp_path: Path) -> None:
+    params, names = {"embedder/input_embedding": np.ones((11, 6))}, "gemma"
+    rules = jlora.peft.names(names)
+    (found,) = jlora.peft.params_to_torch(params, rules).items()
+    assert (found[0], found[1].shape) == ("model.embed_tokens.weight", (11, 6))
+    (found,) = jlora.peft.params_to_torch(params).items()
+    assert (found[0], found[1].shape) == ("embedder.weight", (11, 6))
+    adapter = {"embedder/input_embedding": factors((11, 6), 0)}
+    jlora.peft.save(tmp_path, params, adapter, (), rules)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {
+        "lora_embedding_A",
+        "lora_embedding_B",
+    }
+    assert_same(jlora.peft.load(tmp_path, params, rules)[1], adapter)
+
+
+def test_scales_and_biases_of_several_axes_are_vectors() -> None:
+    params = {
+        "layers/attn/q_norm/scale": np.arange(24.0).reshape(2, 3, 4),
+        "layers/attn/query/bias": np.arange(24.0).reshape(2, 3, 4),
+    }
+    names = jlora.peft.names("qwen3")
+    state = jlora.peft.params_to_torch(params, names)
+    assert {tensor.shape for tensor in state.values()} == {(12,)}
+    assert_same(jlora.peft.params_from_torch(state, params, names), params)
+    wide = {name: tensor.reshape(3, 4) for name, tensor in state.items()}
+    assert_same(jlora.peft.params_from_torch(wide, params, names), params)
+
+
+def test_a_weight_has_the_layout_of_torch_in_the_mechanical_map() -> None:
+    params = {
+        "lin/weight": np.arange(6.0).reshape(3, 2),
+        "conv/weight": np.arange(30.0).reshape(5, 2, 3),
+        "norm/weight": np.arange(3.0),
+    }
+    state = jlora.peft.params_to_torch(params)
+    assert_same({n.replace(".", "/"): tensor for n, tensor in state.items()}, params)
+    assert_same(jlora.peft.params_from_torch(state, params), params)
+    turned = state | {"lin.weight": state["lin.weight"].T}
+    with pytest.raises(jlora.AdapterError, match=r"'lin/weight' is \(3, 2\)"):
+        jlora.peft.params_from_torch(turned, params)
+
+
+def test_a_weight_that_a_plan_knows_has_its_axes(tmp_path: Path) -> None:
+    """Those of a kernel that has torch's layout, and of one that has not."""
+    params = random_like(
+        {
+            "one/weight": jax.ShapeDtypeStruct((4, 4), np.float32),
+            "two/weight": jax.ShapeDtypeStruct((4, 4), np.float32),
+        }
+    )
+    fn = lambda p, x: x @ p["one/weight"].T + x @ p["two/weight"]
+    lora = jlora.lora(fn, jlora.LoraConfig(None, rank=2))
+    plan = lora.plan(params, jnp.ones((1, 4)))
+    state = jlora.peft.params_to_torch(params, plan=plan)
+    np.testing.assert_array_equal(state["one.weight"], params["one/weight"])
+    np.testing.assert_array_equal(state["two.weight"], params["two/weight"].T)
+    assert_same(jlora.peft.params_from_torch(state, plan), params)
+    adapter = random_like(lora.init(jax.random.key(0), params, jnp.ones((1, 4))))
+    jlora.peft.save(tmp_path, plan, adapter, lora.configs)
+    assert_same(jlora.peft.load(tmp_path, plan)[1], adapter)
+
+
+# --- two leaves of one name ---
+
+COLLISIONS = {
+    "open prefix": (
+        [f"{side}/layers_0/self_attn/q_proj/kernel" for side in ("encoder", "decoder")],
+        jlora.peft.names("llama"),
+    ),
+    "dots": (["a.b/kernel", "a/b/kernel"], None),
+    "no field": ([f"layers_{i}/q/kernel" for i in range(2)], [(r"layers_\d/q", "q")]),
+    "stack and numbers": (
+        ["layers/attn/q/kernel", "layers_1/attn/q/kernel"],
+        jlora.peft.names("llama"),
+    ),
+    "parts": (
+        ["h_0/attn/c_attn/kernel", "h_0/attn/q/kernel"],
+        jlora.peft.names("gpt2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COLLISIONS)
+@pytest.mark.parametrize("which", [slice(None), slice(1), slice(1, 2)])
+def test_two_leaves_of_one_name_are_refused(
+    case: str, which: slice, tmp_path: Path
+) -> None:
+    """Also where one of them is adapted: the reader could not tell which."""
+    paths, names = COLLISIONS[case]
+    n_batch = lambda path: int("layers/" in path)
+    shape = lambda path: (2, 4, 6)[1 - n_batch(path) :]
+    params = {path: np.ones(shape(path), np.float32) for path in paths}
+    adapter = {path: factors(shape(path), n_batch(path)) for path in paths[which]}
+    whole = {path: params[path] for path in paths[which]}
+    told = "made of " + "".join(f"(?=.*{path!r})" for path in paths)
+    for entries in (adapter, whole):
+        with pytest.raises(jlora.AdapterError, match=told):
+            jlora.peft.save(tmp_path / "a", params, entries, (), names)
+    with pytest.raises(jlora.AdapterError, match=told):
+        jlora.peft.params_to_torch(params, names)
+    assert not (tmp_path / "a").exists()
+
+
+def test_numbered_layers_go_on_where_a_stack_ends(tmp_path: Path) -> None:
+    stack, single = "layers/attn/q/kernel", "layers_2/attn/q/kernel"
+    params = random_like(
+        {
+            stack: jax.ShapeDtypeStruct((2, 4, 6), np.float32),
+            single: jax.ShapeDtypeStruct((4, 6), np.float32),
+        }
+    )
+    names = jlora.peft.names("llama")
+    state = jlora.peft.params_to_torch(params, names)
+    assert len(state) == 3
+    assert_same(jlora.peft.params_from_torch(state, params, names), params)
+    adapter = {stack: factors((2, 4, 6), 1), single: factors((4, 6), 0)}
+    jlora.peft.save(tmp_path, params, adapter, (), names)
+    assert_same(jlora.peft.load(tmp_path, params, names)[1], adapter)
+
+
+# --- dtypes ---
+
+
+def cast(entry: jlora.LoraFactors, a: Any, b: Any) -> jlora.LoraFactors:
+    """The factors in other dtypes."""
+    return dataclasses.replace(entry, a=entry.a.astype(a), b=entry.b.astype(b))
+
+
+@pytest.mark.parametrize(
+    "dtypes, common",
+    [
+        ("bfloat16 bfloat16 float32 float32", "float32"),
+        ("float32 bfloat16 bfloat16 bfloat16", "float32"),
+        ("bfloat16 bfloat16 float16 float16", "float32"),
+        ("bfloat16 bfloat16 bfloat16 bfloat16", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_factors_of_several_dtypes_are_promoted(
+    dtypes: str, common: str, fused: bool, tmp_path: Path
+) -> None:
+    names = jlora.peft.names("gpt2") if fused else None
+    params = {f"h_0/attn/{n}/kernel": np.ones((4, 6), np.float32) for n in "qkv"}
+    query, value = (f"h_0/attn/{n}/kernel" for n in "qv")
+    one, two, three, four = dtypes.split()
+    entry = factors((4, 6), 0)
+    adapter = {query: cast(entry, one, two), value: cast(entry, three, four)}
+    jlora.peft.save(tmp_path, params, adapter, (), names)
+    _, loaded = jlora.peft.load(tmp_path, params, names)
+    for path, given in adapter.items():
+        found, wanted = loaded[path], jnp.promote_types(given.a.dtype, given.b.dtype)
+        assert found.a.dtype == found.b.dtype == (common if fused else wanted)
+        np.testing.assert_array_equal(jlora.delta(found), jlora.delta(given))
+
+
 # --- rotary orders ---
 
 
@@ -227,13 +417,19 @@ def test_vllm_gets_experts_apart(tmp_path: Path) -> None:
             np.testing.assert_allclose(found.T, change, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["whole", "conv"])
+@pytest.mark.parametrize("what", ["whole", "conv", "mha"])
 def test_vllm_is_spared_what_it_would_drop(what: str, tmp_path: Path) -> None:
     params: dict[str, Any] = {"q/kernel": np.zeros((20, 30), np.float32)}
     adapter: dict[str, Any] = {"q/kernel": factors((20, 30), 0)}
     names: Any = None
     if what == "whole":
         params["head/kernel"] = adapter["head/kernel"] = np.ones((3, 4), np.float32)
+    elif what == "mha":
+        leaves = [f"attn/{name}/kernel" for name in ("q", "k", "v", "out")]
+        params = {path: np.zeros((20, 20), np.float32) for path in leaves}
+        adapter = {path: factors((20, 20), 0) for path in leaves[:3]}
+        names = [(f"attn/{n}", f"attn[{i}]", "mha") for i, n in enumerate("qkv")]
+        names += [("attn/out", "attn.out_proj")]
     else:
         params = {"conv/kernel": np.zeros((3, 5, 7), np.float32)}
         axes = jlora.KernelAxes((), (0, 1), (2,))

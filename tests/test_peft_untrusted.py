@@ -388,6 +388,27 @@ def test_text_of_the_config(
     ("future", {"use_future": "yes"}, Unsupported, "`use_future`", "yes"),
     ("future object", {"new": {"a": 0}}, Unsupported, "`new`"),
     ("two at once", {"use_qalora": True, "x": 1}, Unsupported, "qal", "`x`"),
+    (
+        "layers of a regex",
+        {"target_modules": ".", "layers_to_transform": [0]},
+        Unsupported,
+        "`layers_to_transform` is (0,)",
+        "regex",
+    ),
+    (
+        "pattern beside a regex",
+        {"target_modules": ".", "layers_to_transform": 0, "layers_pattern": "h"},
+        Unsupported,
+        "`layers_pattern` is ('h',)",
+        "regex",
+    ),
+    (
+        "pattern of no layers",
+        {"layers_pattern": ["h"]},
+        Unsupported,
+        "`layers_pattern`",
+        "without `layers_to_transform`",
+    ),
     *(
         (init, {"init_lora_weights": init}, Unsupported, init, "base")
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
@@ -501,6 +522,38 @@ def test_many_patterns_take_no_time(tmp_path: Path, key: str) -> None:
     else:
         jlora.peft.load(tmp_path, PARAMS)
     assert time.process_time() - begun < 2
+
+
+LISTS = {
+    "target_modules": lambda long: [*long, "q", "v"],
+    "exclude_modules": list,
+    "target_parameters": list,
+    "modules_to_save": list,
+    "layers_pattern": list,
+}
+
+
+@pytest.mark.parametrize("field", LISTS)
+def test_many_names_take_no_time(tmp_path: Path, field: str) -> None:
+    """A list of a stranger's is looked up, not gone through for each module."""
+    params = {
+        "params": PARAMS["params"]
+        | {f"m{i}.k.0.x": {"kernel": np.ones((1, 1))} for i in range(100)}
+    }
+    said = {field: LISTS[field]([f"o{i}" for i in range(100_000)])}
+    if field == "layers_pattern":
+        said |= {"target_modules": ["q", "v", "x"], "layers_to_transform": [1]}
+    write(tmp_path, config(**said))
+    begun = time.process_time()
+    jlora.peft.load(tmp_path, params)
+    assert time.process_time() - begun < 2
+
+
+def test_a_parameter_that_is_promised_and_not_there(tmp_path: Path) -> None:
+    write(tmp_path, config(target_parameters=["q.weight"]))
+    refusal(tmp_path, AdapterError, "the config selects 'q.weight'", "no factors")
+    write(tmp_path, config(target_modules="all-linear", target_parameters=["q.weight"]))
+    refusal(tmp_path, AdapterError, "the config selects 'q.weight'", "no factors")
 
 
 def test_scalings_of_one_kernel_that_are_far_apart(tmp_path: Path) -> None:
@@ -660,6 +713,19 @@ def test_numbers_of_layers_are_written_as_torch_does(tmp_path: Path) -> None:
         else:
             with pytest.raises(AdapterError, match="layers"):
                 jlora.peft.load(tmp_path, params, rules)
+
+
+def test_layers_of_several_dtypes_have_one_that_holds_all(tmp_path: Path) -> None:
+    params = {"layers": {"q": {"kernel": np.ones((2, 5, 7), np.float32)}}}
+    arrays = {
+        f"{PREFIX}layers.{layer}.q.lora_{name}.weight": np.ones(shape, dtype)
+        for layer, dtype in enumerate((np.float16, jnp.bfloat16))
+        for name, shape in (("A", (2, 5)), ("B", (7, 2)))
+    }
+    write(tmp_path, config(target_modules=["q"]), pack(*layout(arrays)))
+    rules = [("layers/q", "layers.{i}.q")]
+    _, adapter = jlora.peft.load(tmp_path, params, rules)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -835,7 +901,25 @@ def test_an_interrupted_save_leaves_what_was_there(
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_an_interruption_between_the_two_files_is_noticed(
+def test_of_two_adapters_no_reader_finds_one_file_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    old, replace, seen = (tmp_path / WEIGHTS).read_bytes(), os.replace, []
+
+    def replaced(*names: Any) -> None:
+        for act in (lambda *_: None, replace):
+            act(*names)
+            is_old = (tmp_path / WEIGHTS).read_bytes() == old
+            seen.append((is_old, (tmp_path / CONFIG).exists()))
+
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path, jax.tree.map(lambda x: x + 1, some_adapter()), overwrite=True)
+    assert seen == [(True, False), (False, False), (False, False), (False, True)]
+    assert names_in(tmp_path) == sorted([CONFIG, WEIGHTS])
+
+
+def test_an_interruption_between_the_two_files_leaves_no_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path)
@@ -849,8 +933,8 @@ def test_an_interruption_between_the_two_files_is_noticed(
     }
     with pytest.raises(OSError, match="no space left"):
         jlora.peft.save(tmp_path, PARAMS, adapter, doubled, overwrite=True)
-    assert names_in(tmp_path) == sorted([CONFIG, WEIGHTS])
-    refusal(tmp_path, Corrupt, CONFIG, "(6.0, 3.0)")
+    assert names_in(tmp_path) == [WEIGHTS]
+    refusal(tmp_path, FileNotFoundError, f"no {CONFIG}")
 
 
 def test_what_reads_back_differently_is_no_save(
@@ -878,6 +962,31 @@ def test_bytes_are_the_same_in_every_process(tmp_path: Path, seed: str) -> None:
     for name in (CONFIG, WEIGHTS):
         here, there = folder / name, tmp_path / "there" / name
         assert here.read_bytes() == there.read_bytes()
+
+
+@pytest.mark.parametrize("profile", ["peft", "vllm"])
+def test_bytes_are_the_same_in_every_order(tmp_path: Path, profile: str) -> None:
+    """Neither of the two ranks and scalings is the commoner one."""
+    adapter = jax.tree.map(lambda x: x + 1, some_adapter())
+    for order, folder in ((sorted, "a"), (lambda x: sorted(x)[::-1], "b")):
+        turned = {path: adapter[path] for path in order(adapter)}
+        save(tmp_path / folder, turned, profile=profile)
+    for name in (CONFIG, WEIGHTS):
+        one, other = ((tmp_path / f / name).read_bytes() for f in "ab")
+        assert one == other
+
+
+def test_an_adapter_of_nothing_is_no_file(tmp_path: Path) -> None:
+    for profile in ("peft", "vllm"):
+        with pytest.raises(AdapterError, match="cannot be saved: it is empty"):
+            jlora.peft.save(tmp_path / "a", PARAMS, {}, (), profile=profile)
+    params = {"layers": {"q": {"kernel": np.ones((2, 5, 7), np.float32)}}}
+    axes = jlora.KernelAxes((0,), (1,), (2,))
+    zero = jlora.LoraFactors(jnp.zeros((2, 5, 3)), jnp.zeros((2, 3, 7)), axes, 1.0)
+    rules = [("layers/q", "layers.{i}.q")]
+    with pytest.raises(AdapterError, match=r"all factors of \['layers/q/k.*are zero"):
+        jlora.peft.save(tmp_path / "a", params, {"layers/q/kernel": zero}, (), rules)
+    assert not (tmp_path / "a").exists()
 
 
 def transposed(x: np.ndarray) -> np.ndarray:

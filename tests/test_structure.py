@@ -35,7 +35,7 @@ _carry _plan
 _base _decide _discover _interpret _unfit
 _inputs _peft_write _targets _torch_params
 _data_init _peft_lora_bias _peft_whole _quantize _transform
-_peft_read
+_peft_read _peft_vllm
 _peft_alone
 """.split()
 
