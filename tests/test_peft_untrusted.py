@@ -538,7 +538,7 @@ def test_many_names_take_no_time(tmp_path: Path, field: str) -> None:
     """A list of a stranger's is looked up, not gone through for each module."""
     params = {
         "params": PARAMS["params"]
-        | {f"m{i}.k.0.x": {"kernel": np.ones((1, 1))} for i in range(100)}
+        | {f"m{i}.k.0.x": {"kernel": np.ones((1, 1))} for i in range(400)}
     }
     said = {field: LISTS[field]([f"o{i}" for i in range(100_000)])}
     if field == "layers_pattern":
@@ -546,7 +546,7 @@ def test_many_names_take_no_time(tmp_path: Path, field: str) -> None:
     write(tmp_path, config(**said))
     begun = time.process_time()
     jlora.peft.load(tmp_path, params)
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < 3
 
 
 def test_a_parameter_that_is_promised_and_not_there(tmp_path: Path) -> None:
