@@ -214,7 +214,7 @@ def test_a_cell_fails_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 def test_it_runs_from_top_to_bottom(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fewer = {"JLORA_NOTEBOOK_STEPS": "12"} if path.stem in SHORTENED else {}
+    fewer = {"JLORA_NOTEBOOK_STEPS": "8"} if path.stem in SHORTENED else {}
     found = executed(read(path), monkeypatch, **fewer)
     check_outputs(found)
     if path.stem in EXACT:
