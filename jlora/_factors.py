@@ -115,6 +115,9 @@ def delta(factors: LoraFactors, *, dtype: Any = jnp.float32) -> jax.Array:
     Returns:
         An array of shape `factors.kernel_shape`.
 
+    Raises:
+        TypeError: if the entry of an adapter is something else than `LoraFactors`.
+
     Example:
         >>> axes = KernelAxes(batch=(), in_=(0,), out=(1,))
         >>> factors = LoraFactors(jnp.ones((5, 2)), jnp.ones((2, 3)), axes, 0.5)
@@ -123,6 +126,11 @@ def delta(factors: LoraFactors, *, dtype: Any = jnp.float32) -> jax.Array:
         >>> float(delta(factors)[0, 0])
         1.0
     """
+    if not isinstance(factors, LoraFactors):
+        raise TypeError(
+            f"`jlora.delta` takes `LoraFactors`, got {type(factors).__name__}. Of "
+            "`SlicedFactors` give `factors.lowered()`; `jlora.merge` takes every entry"
+        )
     wide = summed_in(dtype)
     a, b = align(factors.a.astype(wide), factors.b.astype(wide), factors.axes)
     product = contract_rank(a, b, dtype=wide, precision=jax.lax.Precision.HIGHEST)

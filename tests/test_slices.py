@@ -81,6 +81,15 @@ def test_values_and_gradients(getkey):
     assert np.array_equal(untouched, np.asarray(params["qkv"])[:, 8:11])
 
 
+def test_the_delta_of_slices_is_that_of_their_factors(getkey):
+    _, _, adapter, _ = make(getkey, fused, (IN, WIDTH), GQA)
+    entry = adapter["qkv"]
+    wanted = delta_of(entry.a, entry.b, GQA, WIDTH)
+    assert_close(jlora.delta(entry.lowered()), wanted, 1e-5)
+    with pytest.raises(TypeError, match=r"got SlicedFactors.*lowered\(\)"):
+        jlora.delta(entry)
+
+
 def test_slices_of_several_output_axes(getkey):
     """A kernel (in, 3, heads, features): the parts of q and v."""
     model = lambda params, x: jnp.tanh(jnp.einsum("bi,ithd->bthd", x, params["qkv"]))
