@@ -19,12 +19,24 @@ from safetensors.numpy import save_file
 
 from ._axes import KernelAxes
 from ._base import Base
-from ._errors import AdapterError, NonFiniteError, UnsupportedFeatureError
+from ._errors import (
+    AdapterError,
+    CorruptFileError,
+    NonFiniteError,
+    UnsupportedFeatureError,
+)
 from ._merge import merge
 from ._peft_keys import ModuleTensors
 from ._peft_read import AdapterFiles, adapter_of
 from ._rules import Rule
-from ._untrusted import check_header, check_regular, header_end
+from ._untrusted import (
+    HEADER_LIMIT,
+    check_header,
+    check_regular,
+    header_end,
+    parse_json,
+    read_file,
+)
 from .peft import read_files
 
 _DTYPES = {
@@ -35,6 +47,8 @@ _DTYPES = {
 }  # fmt: skip
 # Of these a weight can take a sum; the others are codes, or too coarse for one.
 _SUMMED = frozenset(np.dtype(_DTYPES[name]) for name in ("F16", "BF16", "F32", "F64"))
+
+_INDEX = "model.safetensors.index.json"
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -75,21 +89,24 @@ class Weights(Mapping[str, np.ndarray]):
 
 
 def open_weights(path: Any) -> Weights:
-    """Returns the tensors of a safetensors file, or of all in a folder, by name.
+    """Returns the tensors of a safetensors file, or of a model's folder, by name.
 
+    A folder's are those of `model.safetensors`, of the files that its index names, or,
+    without either, of every file: what transformers loads. A copy of the weights in
+    another layout beside them, such as Mistral's `consolidated.safetensors`, is left.
     Only the headers are read, and every claim in them is checked.
 
     Args:
         path: the file or the folder.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, or one that the index names is missing.
         UnsafeFormatError: if a file is a link or none of a file system's.
-        CorruptFileError: if a header is not what the format allows.
+        CorruptFileError: if a header or the index is not what the format allows.
         AdapterError: if two files have a tensor of the same name.
     """
     place = Path(path)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    files = _model_files(place) if place.is_dir() else [place]
     if not files:
         raise FileNotFoundError(f"{place} has no *.safetensors")
     headers = {file: _header(file) for file in files}
@@ -98,6 +115,33 @@ def open_weights(path: Any) -> Weights:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise AdapterError(f"{place}: several files have the tensors {twice[:5]}")
     return Weights(headers)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Returns the files of a model's weights, in the order of their names."""
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.exists():
+        return [single]
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    values = parse_json(read_file(index, HEADER_LIMIT), str(index), limit=HEADER_LIMIT)
+    homes = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(homes, dict) or not all(map(_is_plain, homes.values())):
+        raise CorruptFileError(
+            f"{index} has no `weight_map` from tensors to files `*.safetensors` of its "
+            "folder"
+        )
+    files = [folder / name for name in sorted(set(homes.values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"{index} names files that are missing: {missing[:5]}")
+    return files
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a value is the name of a file of weights, and no path elsewhere."""
+    if not isinstance(name, str) or not name.endswith(".safetensors"):
+        return False
+    return not set(name) & set("/\\\0")
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:

@@ -199,6 +199,52 @@ def test_progress_ends_with_all_tensors(tmp_path: Path) -> None:
     assert len(seen) == 2 and seen[-1] == (len(base), len(base))
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_copy_of_the_weights_in_another_layout_is_left(
+    shards: int, tmp_path: Path
+) -> None:
+    """Mistral's models have one: merged alone it would keep the old weights."""
+    base = arrays_of("linear", "base")
+    folder = model_folder(tmp_path, base, shards)
+    if shards == 1:
+        (file,) = folder.glob("*.safetensors")
+        file.rename(folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").unlink()
+    copy = {f"layers.{name}": value for name, value in base.items()}
+    save_file(copy, folder / "consolidated.safetensors")
+    assert set(jlora.weights.open_weights(folder)) == set(base)
+    out = tmp_path / "merged"
+    jlora.weights.merge_folder(folder, CASES / "linear", out)
+    assert not (out / "consolidated.safetensors").exists()
+    assert set(jlora.weights.open_weights(out)) == set(base)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "{}",
+        '{"weight_map": ["model-00001-of-00002.safetensors"]}',
+        '{"weight_map": {"w": 1}}',
+        '{"weight_map": {"w": "../model-00001-of-00002.safetensors"}}',
+        '{"weight_map": {"w": "pytorch_model.bin"}}',
+        '{"weight_map": {"w": ',
+    ],
+)
+def test_an_index_that_is_none_is_refused(index: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, arrays_of("linear", "base"))
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(jlora.CorruptFileError, match=r"index\.json"):
+        jlora.weights.open_weights(folder)
+
+
+def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, arrays_of("linear", "base"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"missing: \['model-00002-of-00002"):
+        jlora.weights.open_weights(folder)
+
+
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, arrays_of("linear", "base"))
     with pytest.raises(FileExistsError, match="there already"):
