@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ._group import Form, GroupDims
-from ._mosaic import fits, on_hopper
+from ._mosaic import fills, fits, on_hopper
 from ._sharding import is_whole
 
 Contraction = Literal["factored", "merged", "auto", "fused"]
+
+# Features or outputs from which on a kernel is extended.
+_LEAST_EXTENDED = 1024
 
 
 def choose(
@@ -36,22 +39,24 @@ def choose(
         if all(tokens > 2 * features * k / (features + k) for k in outputs):
             return "merged"
     extensible = _extensible(dims, x, kernels)
-    if contraction == "fused" and extensible:
-        if _has_kernel(dims, x) and all(fits(tokens, features, k) for k in outputs):
+    if contraction in ("fused", "auto") and extensible and _has_kernel(dims, x):
+        takes = fits if contraction == "fused" else fills
+        if all(takes(tokens, features, k) for k in outputs):
             return "fused"
-    if extensible and _extended_pays(tokens, features):
+    if extensible and all(_extended_pays(tokens, features, k) for k in outputs):
         return "extended"
     return "separate"
 
 
-def _extended_pays(tokens: int, features: int) -> bool:
+def _extended_pays(tokens: int, features: int, outputs: int) -> bool:
     """Whether the copies of a kernel cost less than passes over its outputs.
 
     The kernel is copied forward and backward, 4·m·k values to and fro; saved are the
     delta, written and read forward, and one reading of `dy`, 3·n·k. (On an H100 the
-    copy of `x` costs no more than the additions that it saves.)
+    copy of `x` costs no more than the additions that it saves.) Kernels of a small side
+    were measured to lose: ViT-B, of 768, in `benchmarks/train_step.py`.
     """
-    return 4 * features < 3 * tokens
+    return 4 * features < 3 * tokens and min(features, outputs) >= _LEAST_EXTENDED
 
 
 def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:

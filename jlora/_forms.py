@@ -31,7 +31,7 @@ from ._group import (
     dot,
     per_kernel,
 )
-from ._mosaic import product_and_delta
+from ._mosaic import padded_rank, sum_of_products
 from ._sharding import explicit_sharding
 
 
@@ -213,7 +213,7 @@ def _fused(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]
         free = w.shape[len(dims.contract) :]
         b = b.reshape(-1, b.shape[-1]).T.astype(x.dtype)
         h = piece.reshape(n, -1).astype(x.dtype)
-        y = product_and_delta(x, w.reshape(x.shape[1], -1), h, b)
+        y = sum_of_products([x], [w.reshape(x.shape[1], -1)], h, b)
         outputs.append(y.reshape(*rows, *free))
     return outputs
 
@@ -221,25 +221,31 @@ def _fused(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]
 def _fused_backward(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies."""
+    """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies, siblings in one sum."""
     x = operands.x
     g = _shrink_cotangents(dims, operands, cotangents)
     features = math.prod(x.shape[i] for i in dims.contract)
     n = x.size // features
+    a = [a.reshape(features, -1).astype(x.dtype) for a in operands.a]
+    gs = per_kernel(g.reshape(n, -1).astype(x.dtype), operands.ranks)
+    dys = [dy.reshape(n, -1) for dy in cotangents]
+    ws = [w.reshape(features, -1) for w in operands.kernels]
     parts = []
-    rows = zip(
-        operands.kernels,
-        operands.a,
-        per_kernel(g, operands.ranks),
-        cotangents,
-        strict=True,
-    )
-    for w, a, piece, dy in rows:
-        a = a.reshape(features, -1).T.astype(x.dtype)
-        piece = piece.reshape(n, -1).astype(x.dtype)
-        dy, w = dy.reshape(n, -1), w.reshape(features, -1)
-        parts.append(product_and_delta(dy, w, piece, a, turned=True))
+    for of in _summed_together(operands.ranks):
+        side = lambda values, of=of: jnp.concatenate(values[of], axis=1)
+        parts.append(sum_of_products(dys[of], ws[of], side(gs), side(a).T, turned=True))
     return g, _sum(parts).reshape(x.shape)
+
+
+def _summed_together(ranks: Sequence[int]) -> list[slice]:
+    """Returns runs of kernels, as few as the largest rank of a product allows."""
+    runs, start = [], 0
+    for stop in range(1, len(ranks) + 1):
+        is_last = stop == len(ranks)
+        if is_last or padded_rank(sum(ranks[start : stop + 1])) is None:
+            runs.append(slice(start, stop))
+            start = stop
+    return runs
 
 
 # --- merged ---

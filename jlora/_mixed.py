@@ -95,15 +95,15 @@ def _checked(index: Any, count: int) -> Any:
     return index
 
 
-def refuse_ragged(error: Exception, uses: Sequence[Any]) -> None:
-    """Raises with every kernel of a ragged product, in the place of JAX's error."""
+def refuse_ragged(uses: Sequence[Any]) -> None:
+    """Raises if kernels reach a ragged product, which JAX cannot map; names all."""
     paths = {u.path for u in uses if u.primitive == "ragged_dot_general"}
     if paths:
         raise UnsupportedFeatureError(
             f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
             "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
             "i), ...)` with the examples of adapter i, or leave these paths out"
-        ) from error
+        )
 
 
 # --- where the examples are ---

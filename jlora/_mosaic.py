@@ -11,8 +11,9 @@ used, and nothing is computed by it unless asked for.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ _TURN = 8
 # A row of `h` is one swizzled segment of shared memory: 32, 64 or 128 bytes. With what
 # it leaves of 227 KB, that many steps are loaded ahead.
 _AHEAD = {16: 4, 32: 3, 64: 3}
+# Registers of a thread that loads, and of one that multiplies: 512 for all three.
+_LOADER_REGISTERS, _REGISTERS = 40, 232
 
 
 def padded_rank(rank: int) -> int | None:
@@ -44,23 +47,34 @@ def fits(rows: int, depth: int, columns: int) -> bool:
     return not any(tiles) and min(rows, depth, columns) > 0
 
 
+def fills(rows: int, depth: int, columns: int) -> bool:
+    """Returns whether it `fits`, with a block for every processor, both ways."""
+    blocks = rows // (_GROUPS * _TILE) * (min(depth, columns) // _TILE)
+    return fits(rows, depth, columns) and blocks >= _processors()
+
+
 def on_hopper() -> bool:
     """Returns whether the default device is a GPU of compute capability 9.0."""
     device = jax.devices()[0]
     return getattr(device, "compute_capability", None) == "9.0"
 
 
-def product_and_delta(
-    x: jax.Array, w: jax.Array, h: jax.Array, b: jax.Array, *, turned: bool = False
+def sum_of_products(
+    xs: Sequence[jax.Array],
+    ws: Sequence[jax.Array],
+    h: jax.Array,
+    b: jax.Array,
+    *,
+    turned: bool = False,
 ) -> jax.Array:
-    """Returns `x·w + h·b: (rows, columns)`, summed in float32 and rounded once.
+    """Returns `Σ x·w + h·b: (rows, columns)`, summed in float32 and rounded once.
 
     Args:
-        x: `(rows, depth)`, bfloat16 or float16 as all of them; see `fits`.
-        w: `(depth, columns)`.
+        xs: each `(rows, depth)`, bfloat16 or float16 as all of them; see `fits`.
+        ws: for each of them one of `(depth, columns)`.
         h: `(rows, rank)`, of any rank up to 64.
         b: `(rank, columns)`.
-        turned: `w` is `(columns, depth)`, and is read as it lies.
+        turned: each `w` is `(columns, depth)`, and is read as it lies.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -70,8 +84,8 @@ def product_and_delta(
     missing = (0, rank - h.shape[1])
     h, b = jnp.pad(h, ((0, 0), missing)), jnp.pad(b, (missing, (0, 0)))
     run = plgpu.kernel(
-        functools.partial(_kernel, turned=turned),
-        out_type=jax.ShapeDtypeStruct((x.shape[0], b.shape[1]), x.dtype),
+        functools.partial(_kernel, terms=len(xs), turned=turned),
+        out_type=jax.ShapeDtypeStruct((h.shape[0], b.shape[1]), h.dtype),
         grid=(_processors(),),
         grid_names=("tiles",),
         num_threads=_GROUPS + 1,
@@ -80,73 +94,164 @@ def product_and_delta(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    return run(x, w, h, b)
+    return run(*xs, *ws, h, b)
 
 
 def _processors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)
 
 
-def _kernel(x: Any, w: Any, h: Any, b: Any, out: Any, *, turned: bool) -> None:
-    """The body: all arguments are references to global memory."""
+class _Task(NamedTuple):
+    """What is computed: references to global memory, and how they are divided."""
+
+    xs: tuple[Any, ...]
+    ws: tuple[Any, ...]
+    h: Any
+    b: Any
+    out: Any
+    turned: bool
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps along the reduction of each term."""
+        return [x.shape[1] // _DEPTH for x in self.xs]
+
+    @property
+    def ahead(self) -> int:
+        """The buffers of the ring."""
+        return min(_AHEAD[self.h.shape[1]], sum(self.steps))
+
+    def over_blocks(self, run: Callable[[Any, Any, Any], Any]) -> Any:
+        """Runs `run(rows, columns, steps so far)` for the blocks of this processor."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        height = _GROUPS * _TILE
+        blocks = self.out.shape[0] // height, self.out.shape[1] // _TILE
+
+        @plgpu.nd_loop((math.prod(blocks),), collective_axes="tiles", init_carry=0)
+        def steps_done(loop: Any, carry: Any) -> Any:
+            row, column = plgpu.planar_snake(loop.index[0], blocks, 0, _TURN)
+            rows = pl.ds(row * height, height)
+            run(rows, pl.ds(column * _TILE, _TILE), carry)
+            return carry + sum(self.steps)
+
+        return steps_done
+
+
+class _Memory(NamedTuple):
+    """Shared memory, and the barriers that pass it from warpgroup to warpgroup."""
+
+    x: Any
+    w: Any
+    h: Any
+    b: Any
+    out: Any
+    # For each buffer of the ring of `x` and `w`: filled, and read by all.
+    loaded: Any
+    free: Any
+    # For each warpgroup that multiplies: its `h` and `b` are there.
+    arrived: Any
+
+
+def _kernel(*refs: Any, terms: int, turned: bool) -> None:
+    """The body: all arguments are references to global memory.
+
+    The tiles of all terms pass through one ring of buffers, from one block of the
+    output to the next without a pause. A buffer is `loaded` once for each time that it
+    is `free`; both are counted from the first block on.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    (rows, depth), (rank, columns), dtype = x.shape, b.shape, x.dtype
-    blocks = rows // (_GROUPS * _TILE), columns // _TILE
-    shared = functools.partial(_shared, plgpu, dtype)
-    pipeline = functools.partial(
-        _pipeline, plgpu, dtype, depth // _DEPTH, _AHEAD[rank], turned
-    )
-    nothing: Callable[..., None] = lambda *_, **__: None
+    (h, b, out), both = refs[2 * terms :], refs[: 2 * terms]
+    task = _Task(both[:terms], both[terms:], h, b, out, turned)
+    rank, ahead = h.shape[1], task.ahead
+    shared = functools.partial(_shared, plgpu, h.dtype)
 
     @functools.partial(
         pl.run_scoped,
-        buffers=pipeline(nothing, nothing).get_allocations(x, w),
-        h_tile=shared((_GROUPS, _TILE, rank), rank),
-        b_tile=shared((_GROUPS, rank, _TILE), rank),
-        out_tile=shared((_GROUPS, 2, *_WRITTEN), _WRITTEN[1]),
+        x=shared((ahead, _GROUPS * _TILE, _DEPTH), _DEPTH),
+        w=shared((ahead, *((_TILE, _DEPTH) if turned else (_DEPTH, _TILE))), _DEPTH),
+        h=shared((_GROUPS, _TILE, rank), rank),
+        b=shared((_GROUPS, rank, _TILE), rank),
+        out=shared((_GROUPS, 2, *_WRITTEN), _WRITTEN[1]),
+        loaded=plgpu.Barrier(num_arrivals=2, num_barriers=ahead),
+        free=plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=ahead),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_GROUPS),
         collective_axes="warpgroup",
     )
-    def _(buffers: Any, h_tile: Any, b_tile: Any, out_tile: Any, arrived: Any) -> None:
-        group = lax.axis_index("warpgroup")
-
-        @plgpu.nd_loop((blocks[0] * blocks[1],), collective_axes="tiles")
-        def _(loop: Any) -> None:
-            row, column = plgpu.planar_snake(loop.index[0], blocks, 0, _TURN)
-            block = pl.ds(row * (_GROUPS * _TILE), _GROUPS * _TILE)
-            columns_of = pl.ds(column * _TILE, _TILE)
-            mine = pl.ds(group * _TILE, _TILE)
-
-            def multiply(_: Any, x_tile: Any, w_tile: Any, sum_: Any) -> Any:
-                w_tile = w_tile.transpose((1, 0)) if turned else w_tile
-                plgpu.wgmma(sum_, x_tile.at[mine], w_tile)
-                plgpu.wgmma_wait(0)
-                return sum_
-
-            def reduce(run_pipeline: Callable[[Any], None]) -> None:
-                @functools.partial(
-                    pl.run_scoped,
-                    sum_=plgpu.WGMMAAccumulatorRef((_TILE, _TILE), jnp.float32),
-                )
-                def _(sum_: Any) -> None:
-                    here = arrived.at[group]
-                    ours, theirs = h_tile.at[group], b_tile.at[group]
-                    plgpu.copy_gmem_to_smem(h.at[block].at[mine], ours, here)
-                    plgpu.copy_gmem_to_smem(b.at[:, columns_of], theirs, here)
-                    run_pipeline(sum_)
-                    plgpu.barrier_wait(here)
-                    plgpu.wgmma(sum_, ours, theirs)
-                    plgpu.wgmma_wait(0)
-                    target = out.at[block, columns_of].at[mine]
-                    _write(plgpu, sum_[...].astype(dtype), out_tile.at[group], target)
-
-            x_rows = x.at[block]
-            w_columns = w.at[columns_of] if turned else w.at[:, columns_of]
-            pipeline(multiply, reduce)(x_rows, w_columns, allocations=buffers)
+    def _(**allocated: Any) -> None:
+        memory, group = _Memory(**allocated), lax.axis_index("warpgroup")
+        pl.when(group == _GROUPS)(functools.partial(_load, task, memory))
+        pl.when(group < _GROUPS)(functools.partial(_multiply, task, memory, group))
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _load(task: _Task, memory: _Memory) -> None:
+    """What the warpgroup does that loads."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+
+    def term(rows: Any, columns: Any, x: Any, w: Any, k: Any, done: Any) -> Any:
+        slot, depth = lax.rem(done, task.ahead), pl.ds(k * _DEPTH, _DEPTH)
+        at = (columns, depth) if task.turned else (depth, columns)
+        plgpu.barrier_wait(memory.free.at[slot])
+        here = memory.loaded.at[slot]
+        plgpu.copy_gmem_to_smem(x.at[rows, depth], memory.x.at[slot], here)
+        plgpu.copy_gmem_to_smem(w.at[at], memory.w.at[slot], here)
+        return done + 1
+
+    def block(rows: Any, columns: Any, done: Any) -> None:
+        for x, w, steps in zip(task.xs, task.ws, task.steps, strict=True):
+            step = functools.partial(term, rows, columns, x, w)
+            done = lax.fori_loop(0, steps, step, done)
+
+    done = task.over_blocks(block)
+    for slot in range(task.ahead):
+        plgpu.barrier_wait(memory.free.at[lax.rem(done + slot, task.ahead)])
+
+
+def _multiply(task: _Task, memory: _Memory, group: Any) -> None:
+    """What each warpgroup does that multiplies, for its rows of a block."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu.set_max_registers(_REGISTERS, action="increase")
+    for slot in range(task.ahead):
+        plgpu.barrier_arrive(memory.free.at[slot])
+    mine = pl.ds(group * _TILE, _TILE)
+    h, b, here = memory.h.at[group], memory.b.at[group], memory.arrived.at[group]
+
+    def block(rows: Any, columns: Any, done: Any) -> None:
+        plgpu.copy_gmem_to_smem(task.h.at[rows].at[mine], h, here)
+        plgpu.copy_gmem_to_smem(task.b.at[:, columns], b, here)
+
+        def reduce(sum_: Any) -> None:
+            def step(k: Any, _: Any) -> None:
+                slot = lax.rem(done + k, task.ahead)
+                w = memory.w.at[slot]
+                plgpu.barrier_wait(memory.loaded.at[slot])
+                w = w.transpose((1, 0)) if task.turned else w
+                plgpu.wgmma(sum_, memory.x.at[slot].at[mine], w)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(memory.free.at[slot])
+
+            lax.fori_loop(0, sum(task.steps), step, None)
+            plgpu.barrier_wait(here)
+            plgpu.wgmma(sum_, h, b)
+            plgpu.wgmma_wait(0)
+            value = sum_[...].astype(task.out.dtype)
+            target = task.out.at[rows, columns].at[mine]
+            _write(plgpu, value, memory.out.at[group], target)
+
+        square = plgpu.WGMMAAccumulatorRef((_TILE, _TILE), jnp.float32)
+        pl.run_scoped(reduce, square)
+
+    task.over_blocks(block)
 
 
 def _write(plgpu: Any, value: jax.Array, tiles: Any, target: Any) -> None:
@@ -160,38 +265,6 @@ def _write(plgpu: Any, value: jax.Array, tiles: Any, target: Any) -> None:
         tiles[turn % 2] = value[part]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tiles.at[turn % 2], target.at[part])
-
-
-def _pipeline(
-    plgpu: Any,
-    dtype: Any,
-    steps: int,
-    ahead: int,
-    turned: bool,
-    body: Callable[..., Any],
-    context: Callable[..., Any],
-) -> Any:
-    """Returns the loop over the reduction, whose loads run ahead of its products."""
-    x_tile, w_tile = (_GROUPS * _TILE, _DEPTH), (_DEPTH, _TILE)
-    w_at: Callable[[Any], Any] = lambda step: (step, 0)
-    x_at: Callable[[Any], Any] = lambda step: (0, step)
-    if turned:
-        w_tile, w_at = w_tile[::-1], x_at
-    spec = functools.partial(
-        plgpu.BlockSpec,
-        transforms=_swizzled(plgpu, dtype, _DEPTH),
-        memory_space=plgpu.SMEM,
-    )
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(steps,),
-        memory_registers=40,
-        in_specs=[spec(x_tile, x_at), spec(w_tile, w_at)],
-        wg_axis="warpgroup",
-        num_compute_wgs=_GROUPS,
-        max_concurrent_steps=ahead,
-        compute_context=context,
-    )
 
 
 def _shared(plgpu: Any, dtype: Any, shape: tuple[int, ...], segment: int) -> Any:

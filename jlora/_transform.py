@@ -117,11 +117,24 @@ class Lora:
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
         """
+        return self._apply(params, adapter, args, kwargs, lora_dropout_key)
+
+    def _apply(
+        self,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        key: jax.Array | None,
+        check: Callable[[Sequence[Any]], None] = lambda uses: None,
+    ) -> Any:
+        """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
         flat = FlatParams.of(params)
         check_adapter(flat, adapter)
-        traced, program, _ = self._program(flat, params, adapter, args, kwargs)
+        traced, program, log = self._program(flat, params, adapter, args, kwargs)
+        check(log.uses)
         inputs = _lazily(traced)
-        dropout = self._dropout(flat, traced, lora_dropout_key)
+        dropout = self._dropout(flat, traced, key)
         for path, entry in adapter.items():
             place = traced.positions[path]
             inputs[place] = _with_entry(inputs[place], entry, *dropout(path))
@@ -180,18 +193,16 @@ class Lora:
         return run_mixed(self._apply_one, params, stacked, index, *call)
 
     def _apply_one(
-        self, params: PyTree, adapter: Mapping[str, Any], *args: Any, **kwargs: Any
+        self,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        *args: Any,
+        lora_dropout_key: jax.Array | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Returns what `apply` does; names the kernels that JAX cannot map over."""
-        try:
-            return self.apply(params, adapter, *args, **kwargs)
-        except RuntimeError as error:  # that something is not implemented is one
-            if "ragged" in str(error):
-                own = {k: v for k, v in kwargs.items() if k != "lora_dropout_key"}
-                flat = FlatParams.of(params)
-                _, _, log = self._program(flat, params, adapter, args, own)
-                refuse_ragged(error, log.uses)
-            raise
+        """Returns what `apply` does, but for kernels that JAX cannot map over."""
+        key = lora_dropout_key
+        return self._apply(params, adapter, args, kwargs, key, refuse_ragged)
 
     def inputs(
         self, *args: Any, lora_sketch: int | None = None, **kwargs: Any
@@ -331,11 +342,12 @@ def lora(
         contraction: "factored" never forms `W + s·a·b`. "merged" forms it at each use
             in a product, rounded to the dtype of `W`, and keeps the factors' gradients
             factored: fewer FLOPs for many tokens, but in bfloat16 an update of less
-            than 2⁻⁹ of a weight is lost. "auto" merges in float32 where that takes
-            fewer FLOPs, and is factored elsewhere. "fused" is factored, by a kernel
-            for one Hopper GPU in 16-bit dtypes where sizes divide into its tiles (256
-            rows, 128 columns); it rests on an API that JAX calls experimental. The plan
-            says what each product does.
+            than 2⁻⁹ of a weight is lost. "fused" is factored, by a kernel for one
+            Hopper GPU in 16-bit dtypes where sizes divide into its tiles (256 rows, 128
+            columns); it rests on an API that JAX calls experimental. "auto" is
+            what is expected to be the fastest: merged in float32 where that takes fewer
+            FLOPs, fused where the kernel fills the GPU, and factored elsewhere. The
+            plan says what each product does.
 
     Returns:
         A `Lora`, with `plan`, `init` and `apply`.

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jlora
 from jlora import _choice, _mosaic
-from jlora._mosaic import product_and_delta
+from jlora._mosaic import sum_of_products
 
 BF16 = jnp.bfloat16
 N, D, K = 512, 256, 384
@@ -37,21 +37,28 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def operands(
-    n: int, depth: int, columns: int, rank: int, turned: bool, dtype: Any = BF16
-) -> list[jax.Array]:
-    """Random operands, the delta as large as the base product."""
-    kernel = (columns, depth) if turned else (depth, columns)
-    shapes = [(n, depth), kernel, (n, rank), (rank, columns)]
-    keys = jax.random.split(jax.random.key(n + rank), 4)
+    n: int,
+    depths: tuple[int, ...],
+    columns: int,
+    rank: int,
+    turned: bool,
+    dtype: Any = BF16,
+) -> tuple[Any, ...]:
+    """Random operands, the delta as large as the sum of the base products."""
+    kernels = [(columns, d) if turned else (d, columns) for d in depths]
+    shapes = [*((n, d) for d in depths), *kernels, (n, rank), (rank, columns)]
+    keys = jax.random.split(jax.random.key(n + rank), len(shapes))
     pairs = zip(keys, shapes, strict=True)
-    x, w, h, b = (jax.random.normal(k, s, jnp.float32) for k, s in pairs)
-    return [v.astype(dtype) for v in (x, w, h, (depth / rank) ** 0.5 * b)]
+    *both, h, b = (jax.random.normal(k, s, jnp.float32) for k, s in pairs)
+    *both, h, b = (v.astype(dtype) for v in (*both, h, (sum(depths) / rank) ** 0.5 * b))
+    return both[: len(depths)], both[len(depths) :], h, b
 
 
-def in_double(turned: bool, *args: jax.Array) -> np.ndarray:
+def in_double(turned: bool, xs: Any, ws: Any, h: Any, b: Any) -> np.ndarray:
     """The same by NumPy, in float64."""
-    x, w, h, b = (np.asarray(v, np.float64) for v in args)
-    return x @ (w.T if turned else w) + h @ b
+    xs, ws, h, b = jax.tree.map(lambda v: np.asarray(v, np.float64), (xs, ws, h, b))
+    pairs = zip(xs, ws, strict=True)
+    return sum((x @ (w.T if turned else w) for x, w in pairs), h @ b)
 
 
 # --- the kernel ---
@@ -59,12 +66,14 @@ def in_double(turned: bool, *args: jax.Array) -> np.ndarray:
 
 @each_side
 @pytest.mark.parametrize("rank", [1, 16, 24, 64])
-@pytest.mark.parametrize("shape", [(256, 128, 384), (512, 384, 128)])
+@pytest.mark.parametrize(
+    "shape", [(256, (128,), 384), (512, (384,), 128), (512, (128, 256, 384), 384)]
+)
 def test_it_is_rounded_once(
-    shape: tuple[int, int, int], rank: int, turned: bool, interpreter: None
+    shape: tuple[Any, ...], rank: int, turned: bool, interpreter: None
 ) -> None:
     args = operands(*shape, rank, turned)
-    run = jax.jit(functools.partial(product_and_delta, turned=turned))
+    run = jax.jit(functools.partial(sum_of_products, turned=turned))
     found, expected = np.asarray(run(*args), np.float64), in_double(turned, *args)
     assert run(*args).dtype == BF16
     # Half a unit in the last of eight bits, and the order of sums in float32.
@@ -72,29 +81,27 @@ def test_it_is_rounded_once(
 
 
 def test_float16(interpreter: None) -> None:
-    args = operands(256, 128, 128, 16, False, jnp.float16)
-    found, expected = jax.jit(product_and_delta)(*args), in_double(False, *args)
+    args = operands(256, (128,), 128, 16, False, jnp.float16)
+    found, expected = jax.jit(sum_of_products)(*args), in_double(False, *args)
     assert found.dtype == jnp.float16
     np.testing.assert_allclose(found, expected, rtol=2.0**-10, atol=1e-3)
 
 
 @each_side
 @pytest.mark.parametrize("rank", [16, 32, 64])
-@pytest.mark.parametrize("shape", [(256, 128, 128), (8192, 2048, 5632)])
-def test_it_lowers_for_gpus(
-    shape: tuple[int, int, int], rank: int, turned: bool
-) -> None:
+@pytest.mark.parametrize("shape", [(256, (128,), 128), (8192, (2048, 512, 512), 5632)])
+def test_it_lowers_for_gpus(shape: tuple[Any, ...], rank: int, turned: bool) -> None:
     args = jax.eval_shape(lambda: operands(*shape, rank, turned))
-    run = jax.jit(functools.partial(product_and_delta, turned=turned))
+    run = jax.jit(functools.partial(sum_of_products, turned=turned))
     program = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("mosaic_gpu") >= 1
     assert "dot_general" not in program
 
 
 def test_ranks_above_64_are_refused() -> None:
-    args = jax.eval_shape(lambda: operands(256, 128, 128, 65, False))
+    args = jax.eval_shape(lambda: operands(256, (128,), 128, 65, False))
     with pytest.raises(ValueError, match="rank 65, only up to 64"):
-        jax.eval_shape(product_and_delta, *args)
+        jax.eval_shape(sum_of_products, *args)
 
 
 # --- where it is chosen ---
@@ -116,6 +123,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chooses as on one such GPU."""
     monkeypatch.setattr(_choice, "_on_one_gpu", lambda: True)
     monkeypatch.setattr(_choice, "on_hopper", lambda: True)
+    monkeypatch.setattr(_choice, "_LEAST_EXTENDED", 1)
 
 
 def form_of(fn: Any, params: Any, x: Any, **settings: Any) -> str:
@@ -129,7 +137,19 @@ def form_of(fn: Any, params: Any, x: Any, **settings: Any) -> str:
 def test_it_is_chosen_on_request_alone(hopper: None) -> None:
     assert form_of(product, *shapes(), contraction="fused") == "fused"
     assert form_of(product, *shapes()) == "extended"
-    assert form_of(product, *shapes(), contraction="auto") == "extended"
+
+
+@pytest.mark.parametrize("processors", [3, 4, 5])
+def test_auto_takes_it_where_it_fills_the_gpu(
+    processors: int, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks of rows; of columns three forward, and two backward."""
+    monkeypatch.setattr(_mosaic, "_processors", lambda: processors)
+    expected = "fused" if processors <= 4 else "extended"
+    assert form_of(product, *shapes(), contraction="auto") == expected
+    assert form_of(product, *shapes(), contraction="fused") == "fused"
+    merged = form_of(product, *shapes(jnp.float32, n=4 * N), contraction="auto")
+    assert merged == "merged"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +178,7 @@ def test_it_is_not_on_other_devices(
 ) -> None:
     device = SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(_choice, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(_choice, "_LEAST_EXTENDED", 1)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert form_of(product, *shapes(), contraction="fused") == "extended"
     device.compute_capability = "9.0"
@@ -167,31 +188,47 @@ def test_it_is_not_on_other_devices(
 # --- the form with its kernel ---
 
 
-def test_values_and_gradients(hopper: None, interpreter: None) -> None:
-    """Interpreted, of two layers with siblings, beside the formed kernel."""
+def siblings(params: Any, x: jax.Array) -> jax.Array:
+    """A loss of two products of `x`, and of one more after a nonlinearity."""
+    q, k = x @ params["q"], x @ params["k"]
+    y = jnp.tanh(q[:, :D]) @ params["o"] + k
+    return jnp.sum(jnp.tanh(y.astype(jnp.float32)) ** 2)
 
-    def loss(params: Any, x: jax.Array) -> jax.Array:
-        q, k = x @ params["q"], x @ params["k"]
-        y = jnp.tanh(q[:, :D]) @ params["o"] + k
-        return jnp.sum(jnp.tanh(y.astype(jnp.float32)) ** 2)
 
+def of_siblings(rank: int) -> tuple[Any, ...]:
+    """Their gradient function, params, adapter and input."""
     sizes = {"q": (D, K), "k": (D, 128), "o": (D, 128)}
     keys = dict(zip(sizes, jax.random.split(jax.random.key(0), 3), strict=True))
     params = {n: jax.random.normal(keys[n], s) / D**0.5 for n, s in sizes.items()}
     x = jax.random.normal(jax.random.key(1), (256, D))
     params, x = jax.tree.map(lambda v: v.astype(BF16), (params, x))
-    lora = jlora.lora(loss, jlora.LoraConfig(rank=5, alpha=3.0), contraction="fused")
+    config = jlora.LoraConfig(rank=rank, alpha=3.0)
+    lora = jlora.lora(siblings, config, contraction="fused")
     adapter = lora.init(jax.random.key(2), params, x)
     adapter = randomized(adapter, jax.random.key(3))
     assert {u.form for t in lora.plan(params, x).targets for u in t.uses} == {"fused"}
-    found = jax.jit(jax.grad(lora.apply, argnums=(1, 2)))(params, adapter, x)
+    return jax.jit(jax.grad(lora.apply, argnums=(1, 2))), params, adapter, x
+
+
+def test_values_and_gradients(hopper: None, interpreter: None) -> None:
+    """Interpreted, beside the formed kernel."""
+    step, params, adapter, x = of_siblings(rank=5)
+    found = step(params, adapter, x)
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), params)
-    formed = lambda adapter, x: loss(jlora.merge(wide, adapter), x)
+    formed = lambda adapter, x: siblings(jlora.merge(wide, adapter), x)
     expected = jax.grad(formed, argnums=(0, 1))(adapter, x.astype(jnp.float32))
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     for ours, theirs in pairs:
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         assert np.linalg.norm(ours - theirs) < 2e-2 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(("rank", "backward"), [(5, 2), (32, 2), (33, 3)])
+def test_siblings_are_one_sum_backward(rank: int, backward: int, hopper: None) -> None:
+    """Up to a sum of ranks of 64, the largest of the kernel."""
+    step, *args = of_siblings(rank)
+    program = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@mosaic_gpu") == 3 + backward
 
 
 def test_ranks_above_64_are_extended(hopper: None) -> None:

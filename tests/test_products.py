@@ -50,7 +50,7 @@ N, D, K, R = 96, 40, 56, 4
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chooses the extended form wherever it is possible, as on one GPU."""
     monkeypatch.setattr(_choice, "_on_one_gpu", lambda: True)
-    monkeypatch.setattr(_choice, "_extended_pays", lambda tokens, features: True)
+    monkeypatch.setattr(_choice, "_extended_pays", lambda *sizes: True)
 
 
 @pytest.fixture
@@ -61,13 +61,20 @@ def fused(monkeypatch: pytest.MonkeyPatch, extended: None) -> None:
     """
 
     def stand_in(
-        x: jax.Array, w: jax.Array, h: jax.Array, b: jax.Array, turned: bool = False
+        xs: list[jax.Array],
+        ws: list[jax.Array],
+        h: jax.Array,
+        b: jax.Array,
+        turned: bool = False,
     ) -> jax.Array:
         pairs = (((1,), (1 if turned else 0,)), ((), ()))
         wide = {"preferred_element_type": jnp.float32}
-        return (lax.dot_general(x, w, pairs, **wide) + h @ b).astype(x.dtype)
+        base = [
+            lax.dot_general(*each, pairs, **wide) for each in zip(xs, ws, strict=True)
+        ]
+        return (sum(base) + h @ b).astype(h.dtype)
 
-    monkeypatch.setattr(_forms, "product_and_delta", stand_in)
+    monkeypatch.setattr(_forms, "sum_of_products", stand_in)
     monkeypatch.setattr(_choice, "_has_kernel", lambda dims, x: True)
     monkeypatch.setattr(_choice, "fits", lambda *sizes: True)
 
@@ -184,9 +191,14 @@ def test_extended_is_not_used_where_types_have_meshes(
 
 
 @pytest.mark.parametrize("tokens", [64, 8192])
-@pytest.mark.parametrize("features", [512, 8192])
+@pytest.mark.parametrize("features", [1024, 8192])
 def test_extended_pays_for_many_tokens(tokens: int, features: int) -> None:
-    assert _choice._extended_pays(tokens, features) == (tokens > features)
+    assert _choice._extended_pays(tokens, features, 4096) == (tokens > features)
+
+
+@pytest.mark.parametrize("sizes", [(768, 3072), (3072, 768), (768, 768)])
+def test_extended_does_not_pay_for_small_kernels(sizes: tuple[int, int]) -> None:
+    assert not _choice._extended_pays(12608, *sizes)
 
 
 @pytest.mark.parametrize("replicate", [False, True])
