@@ -116,6 +116,9 @@ def rotate_at(x: jax.Array, position: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def served(model: Decoder, fn: Forward) -> jlora.Lora:
-    """Returns a forward pass adapted, factors in the dtype of the base as to serve."""
-    return lora_of(model, fn=fn, dtype=model.dtype)
+def served(model: Decoder, fn: Forward, **options: Any) -> jlora.Lora:
+    """Returns a forward pass adapted, factors in the dtype of the base as to serve.
+
+    Options are those of `jlora.lora`.
+    """
+    return lora_of(model, fn=fn, dtype=model.dtype, **options)

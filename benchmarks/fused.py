@@ -7,7 +7,6 @@ backward. In the step, `contraction="fused"` is beside the default and the froze
 
 import argparse
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from programs import ratio_lines
 from steps import adapter_of, contender, lora_of, makers
 from timing import RESULTS, Contender, bars, interleave, summarize, write
 
-from jlora._mosaic import on_hopper, product_and_delta
+from jlora._mosaic import on_hopper, sum_of_products
 
 ROWS, RANK = 8192, 16
 SHAPES = ((2048, 2048), (2048, 5632), (5632, 2048), (4096, 4096))
@@ -45,7 +44,7 @@ def products(turned: bool) -> dict[str, Callable[..., jax.Array]]:
         "base": lambda x, w, h, b: base(x, w),
         "separate": lambda x, w, h, b: base(x, w) + h @ b,
         "extended": extended,
-        "fused": functools.partial(product_and_delta, turned=turned),
+        "fused": lambda x, w, h, b: sum_of_products([x], [w], h, b, turned=turned),
     }
 
 

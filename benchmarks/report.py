@@ -53,7 +53,7 @@ def _section(name: str, result: Json) -> Iterator[str]:
     path = RESULTS / f"{name}-{result['machine']['platform']}.json"
     yield _machine(result["machine"])
     for run in result.get("runs", ()):
-        yield f"{run['label']}, {run['rounds']} rounds"
+        yield f"{run['label']}, {run['rounds']} rounds{_other(run, result)}"
         yield _times(run["seconds"], run["tokens"])
         yield _plot(run_plot(path, run["label"]))
     for title, seconds in _seconds(result):
@@ -75,6 +75,14 @@ def _machine(machine: Json) -> str:
         f"{machine['device']}, Python {machine['python']}, {versions}; "
         f"{machine['date']}."
     )
+
+
+def _other(run: Json, result: Json) -> str:
+    """Returns when and with which JAX a run was made, if not as the first one."""
+    facts = lambda machine: (machine["date"], machine["versions"]["jax"])
+    date, version = facts(run["machine"])
+    same = (date, version) == facts(result["machine"])
+    return "" if same else f" (jax {version}, {date})"
 
 
 def _plot(path: Path) -> str:

@@ -16,6 +16,7 @@ from models import Layer, Linears, Params, plain
 from timing import Contender
 
 import jlora
+from jlora._mosaic import on_hopper
 
 RANK, ALPHA = 16, 32.0
 SCALING = ALPHA / RANK
@@ -38,11 +39,15 @@ def lora_of(
     rank: int = RANK,
     fn: Callable[..., Any] | None = None,
     dtype: Any = jnp.float32,
+    **options: Any,
 ) -> jlora.Lora:
-    """Returns the model's loss, or `fn`, with every linear of its layers adapted."""
+    """Returns the model's loss, or `fn`, with every linear of its layers adapted.
+
+    Options are those of `jlora.lora`.
+    """
     target = f"layers/(.*/)?({'|'.join(model.kernels)})"
     config = jlora.LoraConfig(target, rank=rank, alpha=rank * SCALING, dtype=dtype)
-    return jlora.lora(model.loss if fn is None else fn, config)
+    return jlora.lora(model.loss if fn is None else fn, config, **options)
 
 
 def as_layers(adapter: jlora.Adapter, params: Params) -> Params:
@@ -99,16 +104,24 @@ def frozen_step(model: Any) -> Callable[..., tuple[Any, ...]]:
 
 
 def low_rank_losses(model: Any) -> dict[str, Callable[..., jax.Array]]:
-    """Returns the losses over an adapter: jlora's and those written by hand."""
-    lora = lora_of(model)
+    """Returns the losses over an adapter: jlora's and those written by hand.
+
+    On a Hopper GPU also jlora's with the kernel that `contraction="auto"` takes there.
+    """
+
+    def ours(**options: Any) -> Callable[..., jax.Array]:
+        lora = lora_of(model, **options)
+        return lambda adapter, params, batch: lora.apply(params, adapter, batch)
 
     def by_hand(linears: Linears) -> Callable[..., jax.Array]:
         return lambda adapter, params, batch: model.loss(
             as_layers(adapter, params), batch, linears=linears
         )
 
+    auto = {"jlora auto": ours(contraction="auto")} if on_hopper() else {}
     return {
-        "jlora": lambda adapter, params, batch: lora.apply(params, adapter, batch),
+        "jlora": ours(),
+        **auto,
         "factored, autodiff": by_hand(factored),
         "merged at apply": by_hand(merged),
     }
