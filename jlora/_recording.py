@@ -117,12 +117,14 @@ def _alphas(
 
 
 def _explains(config: LoraConfig, path: str, entry: Any) -> bool:
+    several = lambda p: (p,) if isinstance(p, str) else p or ()
+    hit = lambda patterns: any(matching(p, [path]) for p in several(patterns))
+    if hit(config.exclude):
+        return False
     if not isinstance(entry, Factored) and path.rpartition("/")[2] == "bias":
         if config.bias != "none":
             return True
-    several = lambda p: (p,) if isinstance(p, str) else p or ()
-    hit = lambda patterns: any(matching(p, [path]) for p in several(patterns))
-    if (config.target is not None and not hit(config.target)) or hit(config.exclude):
+    if config.target is not None and not hit(config.target):
         return False
     if not isinstance(entry, Factored):
         return config.full

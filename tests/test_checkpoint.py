@@ -150,6 +150,20 @@ def test_what_lora_init_gives_is_explained_by_its_config(
     assert describe(tmp_path).config == tuple(config)
 
 
+@pytest.mark.parametrize("exclude", [None, "bias"])
+def test_a_bias_that_the_config_excludes_is_not_explained_by_it(
+    tmp_path: Path, exclude: str | None
+) -> None:
+    config = LoraConfig("kernel", exclude=exclude, rank=3, bias="all")
+    if exclude is None:
+        save(tmp_path, {"dense/bias": jnp.ones(7)}, config=config)
+        return
+    with pytest.raises(
+        jlora.AdapterError, match=r"(?s)not one of `config`.*dense/bias"
+    ):
+        save(tmp_path, {"dense/bias": jnp.ones(7)}, config=config)
+
+
 # the record
 
 
