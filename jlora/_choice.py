@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._group import Form, GroupDims
-from ._mosaic import fills, fits, on_hopper
+from ._mosaic import fills, fits, is_written_for_this_jax, on_hopper
 from ._sharding import is_whole
 
 Contraction = Literal["factored", "merged", "auto", "fused"]
@@ -40,9 +40,11 @@ def choose(
             return "merged"
     extensible = _extensible(dims, x, kernels)
     if contraction in ("fused", "auto") and extensible and _has_kernel(dims, x):
-        takes = fits if contraction == "fused" else fills
+        is_asked = contraction == "fused"
+        takes = fits if is_asked else fills
         if all(takes(tokens, features, k) for k in outputs):
-            return "fused"
+            if is_asked or is_written_for_this_jax():
+                return "fused"
     if extensible and all(_extended_pays(tokens, features, k) for k in outputs):
         return "extended"
     return "separate"

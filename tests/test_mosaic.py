@@ -152,6 +152,16 @@ def test_auto_takes_it_where_it_fills_the_gpu(
     assert merged == "merged"
 
 
+def test_auto_does_without_it_where_jax_has_another_api(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_mosaic, "_processors", lambda: 1)
+    assert form_of(product, *shapes(), contraction="auto") == "fused"
+    monkeypatch.delattr(plgpu, "nd_loop")
+    jax.clear_caches()
+    assert form_of(product, *shapes(), contraction="auto") == "extended"
+
+
 @pytest.mark.parametrize(
     "case",
     [
