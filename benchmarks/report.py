@@ -78,7 +78,7 @@ def _machine(machine: Json) -> str:
 
 
 def _other(run: Json, result: Json) -> str:
-    """Returns when and with which JAX a run was made, if not as the first one."""
+    """Returns when and with which JAX a run was made, if not as the page's heading."""
     facts = lambda machine: (machine["date"], machine["versions"]["jax"])
     date, version = facts(run["machine"])
     same = (date, version) == facts(result["machine"])

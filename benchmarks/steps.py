@@ -106,7 +106,8 @@ def frozen_step(model: Any) -> Callable[..., tuple[Any, ...]]:
 def low_rank_losses(model: Any) -> dict[str, Callable[..., jax.Array]]:
     """Returns the losses over an adapter: jlora's and those written by hand.
 
-    On a Hopper GPU also jlora's with the kernel that `contraction="auto"` takes there.
+    On a Hopper GPU also jlora's with `contraction="auto"`, which takes its kernel there
+    for 16-bit dtypes where its tiles fill the GPU. (`fused.py` compares their values.)
     """
 
     def ours(**options: Any) -> Callable[..., jax.Array]:

@@ -129,7 +129,8 @@ def delta(factors: LoraFactors, *, dtype: Any = jnp.float32) -> jax.Array:
     if not isinstance(factors, LoraFactors):
         raise TypeError(
             f"`jlora.delta` takes `LoraFactors`, got {type(factors).__name__}. Of "
-            "`SlicedFactors` give `factors.lowered()`; `jlora.merge` takes every entry"
+            "`SlicedFactors` give `factors.lowered()`; `jlora.merge` takes rows and "
+            "leaves trained whole too"
         )
     wide = summed_in(dtype)
     a, b = align(factors.a.astype(wide), factors.b.astype(wide), factors.axes)

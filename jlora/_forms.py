@@ -31,8 +31,11 @@ from ._group import (
     dot,
     per_kernel,
 )
-from ._mosaic import padded_rank, sum_of_products
+from ._mosaic import sum_of_products
 from ._sharding import explicit_sharding
+
+# Siblings whose gradients one kernel sums: each takes room among its arguments.
+_SUMMED = 8
 
 
 class Backward(NamedTuple):
@@ -231,21 +234,11 @@ def _fused_backward(
     dys = [dy.reshape(n, -1) for dy in cotangents]
     ws = [w.reshape(features, -1) for w in operands.kernels]
     parts = []
-    for of in _summed_together(operands.ranks):
+    for start in range(0, len(ws), _SUMMED):
+        of = slice(start, start + _SUMMED)
         side = lambda values, of=of: jnp.concatenate(values[of], axis=1)
         parts.append(sum_of_products(dys[of], ws[of], side(gs), side(a).T, turned=True))
     return g, _sum(parts).reshape(x.shape)
-
-
-def _summed_together(ranks: Sequence[int]) -> list[slice]:
-    """Returns runs of kernels, as few as the largest rank of a product allows."""
-    runs, start = [], 0
-    for stop in range(1, len(ranks) + 1):
-        is_last = stop == len(ranks)
-        if is_last or padded_rank(sum(ranks[start : stop + 1])) is None:
-            runs.append(slice(start, stop))
-            start = stop
-    return runs
 
 
 # --- merged ---

@@ -30,7 +30,6 @@ from ._lazy import (
     primals,
     pulled,
 )
-from ._mosaic import padded_rank
 
 # `x·a` is kept for the backward pass where it has at most an eighth of the columns of
 # `x`, and not computed again under `jax.checkpoint` where it has at most 1/32 of them.
@@ -56,8 +55,6 @@ def low_rank_product(
     varying = frozenset().union(*map(manual_axes, jax.tree.leaves(operands)))
     spread = lambda v: v if isinstance(v, Lazy) else vary(v, varying)
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
-    if form == "fused" and padded_rank(max(operands.ranks)) is None:
-        form = "extended"
     if derive == "custom":
         return _product((dims, form), operands)
     form = form if form == "merged" else "separate"

@@ -102,7 +102,7 @@ def refuse_ragged(uses: Sequence[Any]) -> None:
         raise UnsupportedFeatureError(
             f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
             "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
-            "i), ...)` with the examples of adapter i, or leave these paths out"
+            "i), ...)` with the examples of adapter i"
         )
 
 

@@ -1,13 +1,13 @@
-"""`x·w + h·b` in one kernel, for Hopper GPUs: `h·b` is the last step of its reduction.
+"""`Σ x·w + h·b` in one kernel, for Hopper GPUs: `h·b` is the end of its reduction.
 
-The accumulators that hold `x·w` take `h·b` in before they are rounded and written, so
-that neither operand is copied and the result is written once. The kernel is persistent
-and warp-specialised, as in the tutorial of Mosaic GPU: one warpgroup loads, two
-multiply; each multiplies 128 rows by 128 columns.
+The accumulators that hold `Σ x·w` take `h·b` in before they are rounded and written, so
+that no operand is copied and the result is written once. The kernel is persistent and
+warp-specialised, as in the tutorial of Mosaic GPU: one warpgroup loads, two multiply;
+each multiplies 128 rows by 128 columns.
 (https://docs.jax.dev/en/latest/pallas/gpu/index.html)
 
 JAX says of Mosaic GPU that its API may change any week: it is imported where it is
-used, and nothing is computed by it unless asked for.
+used, and the default of `jlora.lora` does without it.
 """
 
 import functools
@@ -29,13 +29,9 @@ _TURN = 8
 # A row of `h` is one swizzled segment of shared memory: 32, 64 or 128 bytes. With what
 # it leaves of 227 KB, that many steps are loaded ahead.
 _AHEAD = {16: 4, 32: 3, 64: 3}
-# Registers of a thread that loads, and of one that multiplies: 512 for all three.
+_LARGEST = max(_AHEAD)
+# Registers of a thread that loads, and of one that multiplies: of 512 for all three.
 _LOADER_REGISTERS, _REGISTERS = 40, 232
-
-
-def padded_rank(rank: int) -> int | None:
-    """Returns the rank that a kernel exists for, None if that would be too large."""
-    return next((r for r in _AHEAD if r >= rank), None)
 
 
 def fits(rows: int, depth: int, columns: int) -> bool:
@@ -48,9 +44,9 @@ def fits(rows: int, depth: int, columns: int) -> bool:
 
 
 def fills(rows: int, depth: int, columns: int) -> bool:
-    """Returns whether it `fits`, with a block for every processor, both ways."""
+    """Returns whether there is a block for every processor, both ways; see `fits`."""
     blocks = rows // (_GROUPS * _TILE) * (min(depth, columns) // _TILE)
-    return fits(rows, depth, columns) and blocks >= _processors()
+    return blocks >= _processors()
 
 
 def is_written_for_this_jax() -> bool:
@@ -83,15 +79,17 @@ def sum_of_products(
     Args:
         xs: each `(rows, depth)`, bfloat16 or float16 as all of them; see `fits`.
         ws: for each of them one of `(depth, columns)`.
-        h: `(rows, rank)`, of any rank up to 64.
+        h: `(rows, rank)`, of any rank; of what is over 64, it becomes one more `x`.
         b: `(rank, columns)`.
         turned: each `w` is `(columns, depth)`, and is read as it lies.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    rank = padded_rank(h.shape[1])
-    if rank is None:
-        raise ValueError(f"there is no kernel for rank {h.shape[1]}, only up to 64")
+    over = -(-max(h.shape[1] - _LARGEST, 0) // _DEPTH) * _DEPTH
+    if over:
+        xs, ws = [*xs, h[:, :over]], [*ws, b[:over].T if turned else b[:over]]
+        h, b = h[:, over:], b[over:]
+    rank = next(r for r in _AHEAD if r >= h.shape[1])
     missing = (0, rank - h.shape[1])
     h, b = jnp.pad(h, ((0, 0), missing)), jnp.pad(b, (missing, (0, 0)))
     run = plgpu.kernel(

@@ -187,7 +187,7 @@ class Lora:
             IndexError: if a concrete index is out of range.
             ValueError: if an array has not one entry for each example.
             UnsupportedFeatureError: if an adapted kernel reaches a ragged product,
-                which JAX cannot map over adapters.
+                which JAX cannot map over examples.
         """
         call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
         return run_mixed(self._apply_one, params, stacked, index, *call)

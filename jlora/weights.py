@@ -48,7 +48,7 @@ _DTYPES = {
 # Of these a weight can take a sum; the others are codes, or too coarse for one.
 _SUMMED = frozenset(np.dtype(_DTYPES[name]) for name in ("F16", "BF16", "F32", "F64"))
 
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -91,10 +91,10 @@ class Weights(Mapping[str, np.ndarray]):
 def open_weights(path: Any) -> Weights:
     """Returns the tensors of a safetensors file, or of a model's folder, by name.
 
-    A folder's are those of `model.safetensors`, of the files that its index names, or,
-    without either, of every file: what transformers loads. A copy of the weights in
-    another layout beside them, such as Mistral's `consolidated.safetensors`, is left.
-    Only the headers are read, and every claim in them is checked.
+    A folder's are those that transformers loads, of `model.safetensors` or else of the
+    files that its index names, and without either those of every file. What else lies
+    there, such as Mistral's `consolidated.safetensors`, the same weights under other
+    names, is left. Only the headers are read, and every claim in them is checked.
 
     Args:
         path: the file or the folder.
@@ -119,14 +119,18 @@ def open_weights(path: Any) -> Weights:
 
 def _model_files(folder: Path) -> list[Path]:
     """Returns the files of a model's weights, in the order of their names."""
-    single, index = folder / "model.safetensors", folder / _INDEX
+    single, index = folder / _SINGLE, folder / _INDEX
     if single.exists():
         return [single]
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     values = parse_json(read_file(index, HEADER_LIMIT), str(index), limit=HEADER_LIMIT)
     homes = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(homes, dict) or not all(map(_is_plain, homes.values())):
+    if (
+        not isinstance(homes, dict)
+        or not homes
+        or not all(map(_is_plain, homes.values()))
+    ):
         raise CorruptFileError(
             f"{index} has no `weight_map` from tensors to files `*.safetensors` of its "
             "folder"
@@ -169,8 +173,9 @@ def merge_folder(
 
     Each sum is formed in float32 (or the dtype of the weight, if wider) and rounded
     once to the dtype of the weight. Files are written one after the other, under the
-    names of the base, with the other files of its folder, but for weights in other
-    formats, which would not be merged; `out` appears when it is complete.
+    names of the base, with the other files of its folder, but for weights that
+    `open_weights` does not take and their indices: they would not be merged. `out`
+    appears when it is complete.
 
     Args:
         base: the folder of the model.
@@ -341,15 +346,17 @@ def _axes(tensors: ModuleTensors, ndim: int, files: AdapterFiles) -> KernelAxes:
 
 # Weights, and indices of them: a folder may have the same ones in other formats.
 _WEIGHT_FILES = (
-    ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5",
-    ".msgpack", ".onnx",
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth",
+    ".gguf", ".h5", ".msgpack", ".onnx",
 )  # fmt: skip
 
 
 def _copy_rest(source: Path, target: Path) -> None:
     """Copies what is no weight: the config, the tokenizer, the index of the files."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.lower().endswith(_WEIGHT_FILES):
+        name = file.name.lower()
+        is_index = name == _INDEX and not (source / _SINGLE).exists()
+        if file.is_file() and (is_index or not name.endswith(_WEIGHT_FILES)):
             shutil.copyfile(file, target / file.name)
 
 

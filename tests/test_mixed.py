@@ -85,10 +85,16 @@ def test_each_example_gets_its_own_kernel_in_all_uses(use: Use, getkey) -> None:
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_a_ragged_product_cannot_be_mixed_yet(name: str, getkey) -> None:
-    """When JAX can, this fails: then take RAGGED and the docstring's word away."""
     told = r"\['layer/\w+'.*\] reach a ragged product.*jlora.take"
     with pytest.raises(jlora.UnsupportedFeatureError, match=told):
         check_use(BY_NAME[name], getkey)
+
+
+def test_jax_cannot_map_a_ragged_product_over_kernels_alone() -> None:
+    """When it can, this fails: then take `refuse_ragged` and RAGGED away."""
+    x, sizes = jnp.ones((4, 3)), jnp.array([1, 3])
+    with pytest.raises(NotImplementedError, match="ragged_dot"):
+        jax.vmap(lambda w: jax.lax.ragged_dot(x, w, sizes))(jnp.ones((5, 2, 3, 6)))
 
 
 # --- a small decoder ---

@@ -125,6 +125,15 @@ def test_one_product(name: str, form: str, getkey: Any, request: Any) -> None:
     check_gradients(case, case.lora.apply, reference(case.use))
 
 
+def test_siblings_in_several_sums(
+    fused: None, getkey: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_forms, "_SUMMED", 2)
+    use = BY_NAME["siblings"]
+    case = make_case(use, getkey, contraction="fused")
+    check_gradients(case, case.lora.apply, reference(use))
+
+
 @each_use
 def test_merged(name: str, getkey: Any) -> None:
     case = make_case(BY_NAME[name], getkey, contraction="merged")
