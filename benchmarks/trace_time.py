@@ -187,7 +187,7 @@ def lines(path: Path, rows: Sequence[Row]) -> None:
 
     colors = {"plain": "tab:gray", FROZEN: "black"}
     colors |= {FACTORED: "tab:blue", JLORA: "tab:orange"}
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6))
     for axes, mode in zip(panels, MODES, strict=True):
         for name, color in colors.items():
             for what, style in (("trace + lower", "o-"), ("total", "o--")):
@@ -198,7 +198,8 @@ def lines(path: Path, rows: Sequence[Row]) -> None:
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("seconds")
-    panels[1].legend(frameon=False, fontsize="small")
+    beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+    panels[1].legend(frameon=False, fontsize="small", **beside)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
