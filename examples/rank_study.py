@@ -3,7 +3,7 @@
 `jlora.stack` pads the ranks with zeros, which stay zero, so that one vmapped step
 trains them all, on the same batches from the same seed. The base is
 SmolLM2-135M-Instruct and the data the prompts and replies of finetune_chat.py, both
-from PyPI (requirements-finetune.txt). On a CPU it takes about two minutes.
+from PyPI (requirements-finetune.txt). On a CPU it takes a minute or two.
 
     python examples/rank_study.py --ranks 1 4 16 64 --rate 1e-3 --plot ranks.png
 """
@@ -26,7 +26,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = several.make_parser(str(__doc__), steps=25)
+    parser = several.make_parser(str(__doc__), steps=15)
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="ranks")
     add("--rate", type=float, default=2e-3, help="peak learning rate of all")

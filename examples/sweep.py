@@ -1,7 +1,7 @@
 """Trains eight adapters at once on one frozen base: seeds × learning rates × ranks.
 
 The base is SmolLM2-135M-Instruct and the data the prompts and replies of
-finetune_chat.py, both from PyPI (requirements-finetune.txt); on a CPU it takes about
+finetune_chat.py, both from PyPI (requirements-finetune.txt); on a CPU it takes less than
 two minutes. Each base kernel enters one product for all adapters, so that it is read
 once for all of them: at the end the script measures a step of all against as many steps
 of one, turn by turn. It prints the losses of each adapter, best first.
@@ -26,7 +26,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line."""
-    parser = several.make_parser(str(__doc__), steps=30)
+    parser = several.make_parser(str(__doc__), steps=16)
     add = parser.add_argument
     add("--adapters", type=int, default=8, help="how many; seeds go up to make so many")
     add("--ranks", type=int, nargs="+", default=[2, 8], help="ranks to try")
