@@ -1,10 +1,10 @@
 """Trains eight adapters at once on one frozen base: seeds × learning rates × ranks.
 
 The base is SmolLM2-135M-Instruct and the data the prompts and replies of
-finetune_chat.py, both from PyPI (requirements-finetune.txt); on a CPU it takes less than
-two minutes. Each base kernel enters one product for all adapters, so that it is read
-once for all of them: at the end the script measures a step of all against as many steps
-of one, turn by turn. It prints the losses of each adapter, best first.
+finetune_chat.py, both from PyPI (requirements-finetune.txt); on a CPU it takes less
+than two minutes. Each base kernel enters one product for all adapters, so that it is
+read once for all of them: at the end the script measures a step of all against as many
+steps of one, turn by turn. It prints the losses of each adapter, best first.
 
     python examples/sweep.py --adapters 4 --steps 20 --ranks 2 16 --rates 1e-3 4e-3
 """
