@@ -201,7 +201,7 @@ def merge_folder(
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        _copy_rest(source, beside)
+        _copy_rest(source, beside, weights.files)
         _write_merged(weights, entries, beside, progress)
         beside.chmod(0o755)
         beside.rename(target)
@@ -351,11 +351,11 @@ _WEIGHT_FILES = (
 )  # fmt: skip
 
 
-def _copy_rest(source: Path, target: Path) -> None:
-    """Copies what is no weight: the config, the tokenizer, the index of the files."""
+def _copy_rest(source: Path, target: Path, taken: Collection[Path]) -> None:
+    """Copies what is no weight: the config, the tokenizer, the index of `taken`."""
     for file in sorted(source.iterdir()):
         name = file.name.lower()
-        is_index = name == _INDEX and not (source / _SINGLE).exists()
+        is_index = name == _INDEX and source / _SINGLE not in taken
         if file.is_file() and (is_index or not name.endswith(_WEIGHT_FILES)):
             shutil.copyfile(file, target / file.name)
 
