@@ -6,7 +6,6 @@ backward. In the step, `contraction="fused"` is beside the default and the froze
 """
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def product_row(
 
 def fused_step(model: Any, params: Any, batch: jax.Array) -> Contender:
     """Returns jlora's step with the fused form."""
-    lora = dataclasses.replace(lora_of(model), contraction="fused")
+    lora = lora_of(model, contraction="fused")
     loss = lambda adapter, params, batch: lora.apply(params, adapter, batch)
     adapter = adapter_of(lora, params, batch)
     return contender(FUSED, loss, adapter, params, batch)
@@ -103,7 +102,7 @@ def difference(model: Any, params: Any, batch: jax.Array) -> float:
     adapter = adapter_of(lora_of(model), params, batch)
 
     def gradient(contraction: str) -> list[jax.Array]:
-        lora = dataclasses.replace(lora_of(model), contraction=contraction)
+        lora = lora_of(model, contraction=contraction)
         loss = lambda adapter, params: lora.apply(params, adapter, batch)
         return jax.tree.leaves(jax.jit(jax.grad(loss))(adapter, params))
 

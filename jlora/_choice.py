@@ -40,15 +40,18 @@ def choose(
             return "merged"
     extensible = _extensible(dims, x, kernels)
     if contraction in ("fused", "auto") and extensible and _has_kernel(dims, x):
-        is_asked = contraction == "fused"
         if all(fits(tokens, features, k) for k in outputs):
-            pays = fills(tokens, features, max(outputs)) and is_written_for_this_jax()
-            if is_asked or pays:
+            if contraction == "fused" or _fused_pays(tokens, features, max(outputs)):
                 return "fused"
     # A group is what its largest kernel is: it shares `x`, and so its copy.
     if extensible and _extended_pays(tokens, features, max(outputs)):
         return "extended"
     return "separate"
+
+
+def _fused_pays(tokens: int, features: int, outputs: int) -> bool:
+    """Whether the kernel fills the GPU, and this JAX has the API it is written in."""
+    return fills(tokens, features, outputs) and is_written_for_this_jax()
 
 
 def _extended_pays(tokens: int, features: int, outputs: int) -> bool:
