@@ -42,7 +42,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--remat", action="store_true", help="keep no layer's inside for the gradient")
     add("--eval-every", type=int, default=10, help="steps between evaluations")
-    add("--out", type=Path, default=Path("runs/train_sharded"), help="for checkpoints")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/train_sharded"),
+        help="folder of the checkpoints, one for all processes",
+    )
     add(
         "--resume",
         action="store_true",

@@ -1,11 +1,13 @@
 """Checkpoints of a sharded run: what is trained, and the history so far."""
 
 import json
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -16,7 +18,8 @@ History = dict[str, Any]  # the "options", "losses" and "evals" of a run
 def open_checkpoints(out: Path, *, resume: bool) -> Checkpoints:
     """Returns the checkpoints in `out`, without those of earlier runs unless resumed.
 
-    Each process writes the parts that it holds, so `out` must be one folder for all.
+    Raises:
+        ValueError: If `out` isn't one folder for all processes.
     """
     folder = out.absolute() / "checkpoints"
     if jax.process_index() == 0:
@@ -24,11 +27,35 @@ def open_checkpoints(out: Path, *, resume: bool) -> Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     multihost_utils.sync_global_devices("the folder of checkpoints is there")
+    if jax.process_count() > 1:
+        _check_shared(folder)
     # The next step donates what was trained, so it has to be written by then.
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(folder, options=options)
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuses a folder in which others don't see what the first process writes.
+
+    Each process writes the parts that it holds, and waits for those of the others:
+    with a folder of its own on each machine, all would wait forever.
+    """
+    number = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))
+    marker = folder / f"seen-by-all-{number}"
+    if jax.process_index() == 0:
+        marker.touch()
+    multihost_utils.sync_global_devices("the marker is there")
+    seen = multihost_utils.process_allgather(np.asarray(marker.exists()))
+    if jax.process_index() == 0:
+        marker.unlink()
+    if not seen.all():
+        blind = ", ".join(map(str, np.flatnonzero(~seen)))
+        raise ValueError(
+            f"`--out` must be one folder for all processes; process {blind} does not "
+            f"see what process 0 writes in {folder}: give one on a disk that all share"
+        )
 
 
 def save(checkpoints: Checkpoints, step: int, trained: Any, history: History) -> None:

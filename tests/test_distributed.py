@@ -23,14 +23,20 @@ TINY = ["--random-init", "tiny", "--length", "32", "--mesh", "data=2,fsdp=2,tens
 DEADLINE = 240  # seconds; a tenth of it is usual
 
 
-def train(out: Path, *options: str, processes: int) -> list[str]:
-    """Runs the script on eight devices of some processes; returns what they print."""
+def train(
+    out: Path, *options: str, processes: int, last: Sequence[str] = ()
+) -> list[str]:
+    """Runs the script on eight devices of some processes; returns what they print.
+
+    The last process alone has the options `last`.
+    """
     ours = [*TINY, "--devices", str(8 // processes), "--out", str(out), *options]
     groups = [ours]
     if processes > 1:
         who = ["--coordinator", f"127.0.0.1:{free_port()}"]
         who += ["--num-processes", str(processes), "--process-id"]
         groups = [[*ours, *who, str(i)] for i in range(processes)]
+    groups[-1] += last
     return finish([start(group, out / f"log{i}") for i, group in enumerate(groups)])
 
 
@@ -106,3 +112,12 @@ def test_a_process_that_fails_stops_the_other_and_both_are_shown(
 ) -> None:
     with pytest.raises(AssertionError, match=r"(?s)process 0.*querry.*process 1"):
         train(tmp_path, "--target", "querry", processes=2)
+
+
+@pytest.mark.slow
+def test_a_folder_for_each_process_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    told = r"must be one folder for all processes; process 1 does"
+    with pytest.raises(AssertionError, match=told):
+        train(one, processes=2, last=["--out", str(other)])
+    assert not list(one.glob("**/seen-by-all-*"))
