@@ -83,8 +83,9 @@ def save(
 ) -> None:
     """Writes an adapter, and a record of its configs, shapes and base, to a folder.
 
-    Of several processes all call it, with the same folder. What is written is complete
-    when it returns; if it is interrupted, what was there before can still be read.
+    Of several processes all call it, with one folder that all of them see: Orbax waits
+    until each has written its parts. What is written is complete when it returns; if it
+    is interrupted, what was there before can still be read.
 
     Args:
         path: the folder, which is made if there is none; local, or a URL of a store
