@@ -135,7 +135,7 @@ def split(whole: Pair, widths: Sequence[int]) -> list[Pair | None]:
     """
     ends = np.cumsum(widths)[:-1]
     blocks = np.split(whole.b, ends, axis=1)
-    rows = [block.any(axis=1) for block in blocks]
+    rows: list[Array] = [(block != 0).any(axis=1) for block in blocks]
     magnitudes: list[Array | None] = [None] * len(blocks)
     if whole.magnitude is not None:
         magnitudes = [*np.split(whole.magnitude, ends)]

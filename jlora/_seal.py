@@ -28,7 +28,7 @@ def digest_of(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
-        digest.update(np.ascontiguousarray(tensor).view(np.uint8))
+        digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
     return digest.hexdigest()
 
 
