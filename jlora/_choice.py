@@ -39,10 +39,10 @@ def choose(
         if all(tokens > 2 * features * k / (features + k) for k in outputs):
             return "merged"
     extensible = _extensible(dims, x, kernels)
-    if contraction in ("fused", "auto") and extensible and _has_kernel(dims, x):
-        if all(fits(tokens, features, k) for k in outputs):
-            if contraction == "fused" or _fused_pays(tokens, features, max(outputs)):
-                return "fused"
+    may_fuse = contraction in ("fused", "auto") and extensible and _has_kernel(dims, x)
+    if may_fuse and all(fits(tokens, features, k) for k in outputs):
+        if contraction == "fused" or _fused_pays(tokens, features, max(outputs)):
+            return "fused"
     # A group is what its largest kernel is: it shares `x`, and so its copy.
     if extensible and _extended_pays(tokens, features, max(outputs)):
         return "extended"

@@ -60,7 +60,9 @@ def factors_of(kernel: Any, scaling: float, seed: int) -> Any:
     return jax.tree.map(np.asarray, factored.factors_of(kernel, scaling, seed))
 
 
-def near(actual: Any, expected: np.ndarray, scale: np.ndarray | None = None) -> None:
+def assert_near(
+    actual: Any, expected: np.ndarray, scale: np.ndarray | None = None
+) -> None:
     """Asserts float32 accuracy, relative to the largest value of what was summed."""
     scale = expected if scale is None else scale
     largest = np.abs(scale).max(initial=1e-6)
@@ -78,10 +80,12 @@ def test_the_delta_of_a_sum_is_the_sum_of_the_deltas(kernel, rank, s1, s2, seed)
     total = jlora.add({"w": x}, {"w": y})["w"]
     assert total.rank == x.rank + y.rank
     assert total.scaling == (s1 if s1 == s2 else 1.0)
-    near(formed(total), formed(x) + formed(y))
+    assert_near(formed(total), formed(x) + formed(y))
     less = jlora.subtract({"w": x}, {"w": y})["w"]
     assert less.scaling == total.scaling
-    near(formed(less), formed(x) - formed(y), np.abs(formed(x)) + np.abs(formed(y)))
+    assert_near(
+        formed(less), formed(x) - formed(y), np.abs(formed(x)) + np.abs(formed(y))
+    )
 
 
 @laws
@@ -91,8 +95,8 @@ def test_sums_commute_and_associate(kernel, s1, s2, seed):
         {"w": factors_of(kernel, s, seed + i)} for i, s in enumerate((s1, s2, 1.0))
     )
     total = formed(jlora.add(x, y, z)["w"])
-    near(formed(jlora.add(z, jlora.add(y, x))["w"]), total)
-    near(formed(jlora.add(jlora.add(x, y), z)["w"]), total)
+    assert_near(formed(jlora.add(z, jlora.add(y, x))["w"]), total)
+    assert_near(formed(jlora.add(jlora.add(x, y), z)["w"]), total)
 
 
 @laws
@@ -100,7 +104,7 @@ def test_sums_commute_and_associate(kernel, s1, s2, seed):
 def test_what_is_taken_from_itself_is_zero(kernel, scaling, seed):
     x = {"w": factors_of(kernel, scaling, seed)}
     gone = formed(jlora.subtract(x, x)["w"])
-    near(gone, np.zeros(gone.shape), formed(x["w"]))
+    assert_near(gone, np.zeros(gone.shape), formed(x["w"]))
 
 
 @laws
@@ -108,11 +112,11 @@ def test_what_is_taken_from_itself_is_zero(kernel, scaling, seed):
 def test_scaling_distributes_over_sums(kernel, scaling, factor, seed):
     x = {"w": factors_of(kernel, scaling, seed)}
     y = {"w": factors_of(kernel, 0.5, seed + 1)}
-    near(formed(jlora.scale(x, factor)["w"]), factor * formed(x["w"]))
+    assert_near(formed(jlora.scale(x, factor)["w"]), factor * formed(x["w"]))
     total = jlora.add(jlora.scale(x, factor), jlora.scale(y, factor))
     both = jlora.scale(jlora.add(x, y), factor)
-    near(formed(total["w"]), factor * (formed(x["w"]) + formed(y["w"])))
-    near(formed(both["w"]), formed(total["w"]))
+    assert_near(formed(total["w"]), factor * (formed(x["w"]) + formed(y["w"])))
+    assert_near(formed(both["w"]), formed(total["w"]))
 
 
 @settings(laws, max_examples=4)
@@ -123,7 +127,7 @@ def test_merging_a_sum_is_merging_twice(kernel, s1, s2, seed):
     params = {"w": jnp.asarray(params["w"], jnp.float32)}
     once = jlora.merge(params, jlora.add({"w": x}, {"w": y}))
     twice = jlora.merge(jlora.merge(params, {"w": x}), {"w": y})
-    near(once["w"], np.asarray(twice["w"]))
+    assert_near(once["w"], np.asarray(twice["w"]))
 
 
 @laws
@@ -148,8 +152,8 @@ def test_a_truncation_is_the_best_of_its_rank(kernel, scaling, rank, seed):
 @given(factored_kernels(), scalings, seeds)
 def test_a_truncation_to_the_full_rank_changes_no_delta(kernel, scaling, seed):
     x = factors_of(of_rank(kernel, 3), scaling, seed)
-    near(formed(jlora.truncate({"w": x}, 3)["w"]), formed(x))
-    near(formed(jlora.truncate({"w": x}, energy=1.0)["w"]), formed(x))
+    assert_near(formed(jlora.truncate({"w": x}, 3)["w"]), formed(x))
+    assert_near(formed(jlora.truncate({"w": x}, energy=1.0)["w"]), formed(x))
 
 
 # --- scale ---
@@ -167,7 +171,7 @@ def test_a_traced_factor_scales_b_and_compiles_once() -> None:
         found = scaled(x, factor)
         for path in x:
             assert found[path].scaling == x[path].scaling
-            near(formed(found[path]), factor * formed(x[path]))
+            assert_near(formed(found[path]), factor * formed(x[path]))
     assert len(compiled) == 1
 
 
@@ -177,7 +181,7 @@ def test_a_factor_near_1_is_not_lost_in_half_precision(array: Any) -> None:
     x = make(0, dtype=jnp.bfloat16)
     found = jlora.scale(x, factor)["conv"]
     assert (found.a.dtype, found.b.dtype) == (jnp.bfloat16, jnp.float32)
-    near(formed(found), float(factor) * formed(x["conv"]))
+    assert_near(formed(found), float(factor) * formed(x["conv"]))
 
 
 def test_a_number_changes_the_scaling_and_no_array() -> None:
@@ -204,7 +208,7 @@ def test_paths_of_one_adapter_alone_stay_as_they_are() -> None:
     assert list(total) == ["layer/w", "layer/stack", "conv"]
     assert total["layer/w"] is x["layer/w"] and total["conv"] is y["conv"]
     less = jlora.subtract(x, y)
-    near(formed(less["conv"]), -formed(y["conv"]))
+    assert_near(formed(less["conv"]), -formed(y["conv"]))
 
 
 def test_scalings_are_folded_without_a_loss_in_half_precision() -> None:
@@ -213,7 +217,7 @@ def test_scalings_are_folded_without_a_loss_in_half_precision() -> None:
     assert (same.b.dtype, same.scaling) == (jnp.bfloat16, 1.7)
     total = jlora.add(x, y)["conv"]
     assert (total.a.dtype, total.b.dtype) == (jnp.bfloat16, jnp.float32)
-    near(formed(total), formed(x["conv"]) + formed(y["conv"]))
+    assert_near(formed(total), formed(x["conv"]) + formed(y["conv"]))
     mixed = jlora.add(make(0), make(1, dtype=jnp.bfloat16))["conv"]
     assert mixed.a.dtype == mixed.b.dtype == jnp.float32
 
@@ -232,7 +236,7 @@ def test_the_function_of_a_sum_is_that_of_both_deltas(getkey: Any) -> None:
         adapters.append({path: random(factors) for path, factors in adapter.items()})
     sums = {p: params[p] + sum(formed(y[p]) for y in adapters) for p in params}
     out = lora.apply(params, jlora.add(*adapters), x)
-    near(out, np.tanh(np.asarray(x) @ sums["w"]) @ sums["v"])
+    assert_near(out, np.tanh(np.asarray(x) @ sums["w"]) @ sums["v"])
 
 
 def test_unlike_kernels_are_named_together() -> None:
@@ -293,8 +297,8 @@ def test_factors_of_a_truncation_are_balanced() -> None:
         b = b.reshape(*b.shape[: n_batch + 1], -1)
         values = singular_values(make(0)[path])[..., :2] / small.scaling
         wanted = values[..., None] * np.eye(2)
-        near(np.swapaxes(a, -1, -2) @ a, wanted)
-        near(b @ np.swapaxes(b, -1, -2), wanted)
+        assert_near(np.swapaxes(a, -1, -2) @ a, wanted)
+        assert_near(b @ np.swapaxes(b, -1, -2), wanted)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
@@ -331,7 +335,7 @@ def test_truncation_keeps_dtypes_and_the_side_of_the_host() -> None:
     host = jax.tree.map(np.asarray, make(0))
     small = jlora.truncate(host, 2)["conv"]
     assert isinstance(small.a, np.ndarray) and small.a.dtype == np.float32
-    near(formed(small), formed(jlora.truncate(make(0), 2)["conv"]))
+    assert_near(formed(small), formed(jlora.truncate(make(0), 2)["conv"]))
 
 
 @pytest.mark.parametrize(
@@ -381,12 +385,12 @@ def test_adapters_on_a_mesh_stay_there(kind: AxisType) -> None:
 
     wanted, found = jax.jit(calls)(x, y), jax.jit(calls)(x_laid, y_laid)
     for name, adapter in found.items():
-        near(formed(adapter["w"]), formed(wanted[name]["w"]))
+        assert_near(formed(adapter["w"]), formed(wanted[name]["w"]))
         if kind is AxisType.Explicit:
             for factor, spec in zip(
                 (adapter["w"].a, adapter["w"].b), specs, strict=True
             ):
                 assert tuple(factor.sharding.spec) == tuple(spec)
     eager = jlora.truncate(x_laid, 2)["w"]
-    near(formed(eager), formed(wanted["truncate"]["w"]))
-    near(jlora.spectrum(x_laid)["w"], singular_values(x["w"])[:, :3])
+    assert_near(formed(eager), formed(wanted["truncate"]["w"]))
+    assert_near(jlora.spectrum(x_laid)["w"], singular_values(x["w"])[:, :3])

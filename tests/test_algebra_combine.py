@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factored import formed
-from test_algebra import AXES, make, near
+from test_algebra import AXES, assert_near, make
 
 import jlora
 from jlora._init import key_of
@@ -100,8 +100,8 @@ def test_a_sum_is_that_of_the_weighted_deltas() -> None:
     for path in found[0]:
         parts = [w * formed(x[path]) for w, x in zip(WEIGHTS, found, strict=True)]
         assert total[path].rank == 2 + 3 + 4
-        near(formed(total[path]), sum(parts))
-        near(formed(traced[path]), sum(parts))
+        assert_near(formed(total[path]), sum(parts))
+        assert_near(formed(traced[path]), sum(parts))
     one = jlora.combine([found[0]] * 2, [0.5, 0.5])["conv"]
     assert one.scaling == 0.75
 
@@ -110,20 +110,20 @@ def test_linear_is_no_sum_of_deltas() -> None:
     x, y = make(0), make(1)
     rough = jlora.combine([x, y], [1.0, 1.0], method="linear")["conv"]
     a, b = x["conv"].a + y["conv"].a, x["conv"].b + y["conv"].b
-    near(formed(rough), 1.5 * np.tensordot(a, np.asarray(b, np.float64), 1))
+    assert_near(formed(rough), 1.5 * np.tensordot(a, np.asarray(b, np.float64), 1))
     off = formed(rough) - formed(x["conv"]) - formed(y["conv"])
     assert np.abs(off).max() > 1
     # of one adapter alone it is that adapter, with the sign that the weight has
     for weight in (1.0, -0.5):
         alone = jlora.combine([x], [weight], method="linear")["conv"]
-        near(formed(alone), weight * formed(x["conv"]))
+        assert_near(formed(alone), weight * formed(x["conv"]))
 
 
 def test_a_sum_of_half_precision_is_exact_with_weights_of_any_kind() -> None:
     found = [make(i, dtype=jnp.bfloat16) for i in range(3)]
     wanted = sum(w * formed(x["conv"]) for w, x in zip(WEIGHTS, found, strict=True))
     for weights in (WEIGHTS, np.asarray(WEIGHTS), jnp.asarray(WEIGHTS)):
-        near(formed(jlora.combine(found, weights)["conv"]), wanted)
+        assert_near(formed(jlora.combine(found, weights)["conv"]), wanted)
 
 
 # --- the rough methods ---
@@ -141,8 +141,8 @@ def test_a_method_is_its_reference(method: str) -> None:
         a, b = reference(method, found, path)
         assert factors.scaling == 1.0 and factors.axes == AXES[path]
         for result in (factors, traced[path]):
-            near(result.a, a)
-            near(result.b, b)
+            assert_near(result.a, a)
+            assert_near(result.b, b)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
@@ -151,8 +151,8 @@ def test_signs_are_also_elected_by_number(method: str) -> None:
     given = options(method) | {"majority": "frequency"}
     factors = jlora.combine(found, WEIGHTS, method=method, **given)["layer/stack"]
     a, b = reference(method, found, "layer/stack", "frequency")
-    near(factors.a, a)
-    near(factors.b, b)
+    assert_near(factors.a, a)
+    assert_near(factors.b, b)
     total, _ = reference(method, found, "layer/stack")
     assert np.abs(total - a).max() > 0.1
 
@@ -190,7 +190,7 @@ def test_a_density_of_one_drops_nothing() -> None:
         given: Any = options(method) | {"density": 1}
         whole = jlora.combine(found, WEIGHTS, method=method, **given)["layer/w"]
         linear = jlora.combine(found, WEIGHTS, method="linear")["layer/w"]
-        near(whole.a, np.asarray(linear.a))
+        assert_near(whole.a, np.asarray(linear.a))
 
 
 def test_the_dtype_of_the_factors_stays() -> None:
@@ -260,8 +260,10 @@ def test_peft_combines_to_the_same_factors(tmp_path: Path) -> None:
     told = np.load(tmp_path / "found.npz")
     for method in ROUGH:
         ours = jlora.combine(found, WEIGHTS, method=method, **options(method))["w"]
-        near(ours.a, told[f"{method}/a"])
-        near(ours.b, told[f"{method}/b"])
-    near(formed(jlora.combine(found, WEIGHTS)["w"]), told["cat/a"] @ told["cat/b"])
+        assert_near(ours.a, told[f"{method}/a"])
+        assert_near(ours.b, told[f"{method}/b"])
+    assert_near(
+        formed(jlora.combine(found, WEIGHTS)["w"]), told["cat/a"] @ told["cat/b"]
+    )
     best = jlora.truncate(jlora.combine(found, WEIGHTS), 3)["w"]
-    near(formed(best), told["svd/a"] @ told["svd/b"])
+    assert_near(formed(best), told["svd/a"] @ told["svd/b"])

@@ -12,7 +12,7 @@ from factored import as_matrix, factored_kernels, factors_of, formed, singular_v
 from hypothesis import Phase, given, settings
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_algebra import AXES, SHAPES, make, near
+from test_algebra import AXES, SHAPES, assert_near, make
 
 import jlora
 from jlora import adalora
@@ -53,7 +53,7 @@ def test_a_spectrum_on_a_device_is_jitted_and_float32() -> None:
                 wanted = singular_values(x[path])[..., : x[path].rank]
                 assert values.dtype == jnp.float32
                 assert values.shape[-1] == x[path].rank
-                near(values[..., : wanted.shape[-1]], wanted)
+                assert_near(values[..., : wanted.shape[-1]], wanted)
 
 
 @laws
@@ -95,7 +95,7 @@ def test_ranks_are_of_each_slice_and_alike_on_a_device() -> None:
         jlora.entropy_rank,
         lambda values: jlora.energy_kept(values, 1),
     ):
-        near(jax.jit(ranked)(on_device), np.asarray(ranked(values), np.float64))
+        assert_near(jax.jit(ranked)(on_device), np.asarray(ranked(values), np.float64))
     tiny = jnp.array([3e-30, 4e-30], jnp.float32)[::-1]
     assert float(jlora.stable_rank(tiny)) == pytest.approx(25 / 16)
 
@@ -107,7 +107,7 @@ def test_what_truncation_loses_is_what_the_spectrum_says() -> None:
         error = as_matrix(formed(x[path]) - formed(small[path]), AXES[path])
         whole = as_matrix(formed(x[path]), AXES[path])
         lost = (error**2).sum((-2, -1)) / (whole**2).sum((-2, -1))
-        near(jlora.energy_kept(spectrum[path], 2), 1 - lost)
+        assert_near(jlora.energy_kept(spectrum[path], 2), 1 - lost)
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.01, float("nan")])
@@ -146,8 +146,8 @@ def test_triplets_of_a_trained_adapter_have_its_delta() -> None:
     np.testing.assert_allclose(adalora.orthogonality_penalty(svd), 0, atol=1e-9)
     assert svd[HEAD] is x[HEAD] and back[HEAD] is x[HEAD]
     for path in SHAPES:
-        near(formed(back[path]), formed(x[path]))
-        near(1.5 * svd[path].values, singular_values(x[path])[..., :3])
+        assert_near(formed(back[path]), formed(x[path]))
+        assert_near(1.5 * svd[path].values, singular_values(x[path])[..., :3])
 
 
 def random_svd(seed: int) -> Any:
@@ -180,7 +180,7 @@ def test_the_delta_of_triplets_is_equation_3() -> None:
     for path, factors in adalora.to_factors(svd).items():
         p, q = sides(svd[path])
         wanted = 1.5 * p @ (np.asarray(svd[path].values)[..., None] * q)
-        near(as_matrix(formed(factors), AXES[path]), wanted)
+        assert_near(as_matrix(formed(factors), AXES[path]), wanted)
 
 
 # --- importance ---
@@ -211,7 +211,7 @@ def test_importance_is_equations_7_to_11() -> None:
     assert set(found) == set(SHAPES)
     for path in SHAPES:
         p, q, values = (i * u for i, u in zip(average[path], spread[path], strict=True))
-        near(found[path], values + p.mean(axis=-2) + q.mean(axis=-1))
+        assert_near(found[path], values + p.mean(axis=-2) + q.mean(axis=-1))
 
 
 def test_a_step_may_reuse_the_importance_from_the_start() -> None:
@@ -284,7 +284,7 @@ def test_pruning_drops_what_is_masked_and_changes_nothing_else() -> None:
         assert set(pruned) == {"layer/w", "layer/stack", HEAD}
         assert (pruned["layer/w"].rank, pruned["layer/stack"].rank) == (1, 3)
         for path in ("layer/w", "layer/stack"):
-            near(formed(pruned[path]), formed(adalora.to_factors(masked)[path]))
+            assert_near(formed(pruned[path]), formed(adalora.to_factors(masked)[path]))
         a, b = (np.asarray(x) for x in jax.tree.leaves(pruned["layer/w"]))
         p, q = sides(svd["layer/w"])
         ratio = np.linalg.norm(p[:, 1]) / np.linalg.norm(q[1])
@@ -319,7 +319,7 @@ def test_triplets_live_on_a_mesh(kind: AxisType) -> None:
     arrays = [place(shape, spec) for shape, spec in zip(shapes, specs, strict=True)]
     x = {"w": jlora.LoraFactors(*arrays, axes, 1.5)}
     svd = adalora.from_factors(x)
-    near(formed(adalora.to_factors(svd)["w"]), formed(x["w"]))
+    assert_near(formed(adalora.to_factors(svd)["w"]), formed(x["w"]))
 
     @jax.jit
     def step(svd: Any) -> Any:
@@ -335,7 +335,7 @@ def test_triplets_live_on_a_mesh(kind: AxisType) -> None:
         assert tuple(new.q.sharding.spec) == tuple(specs[1])
     pruned = adalora.prune(found)["w"]
     assert (np.asarray(found["w"].values) != 0).sum() == 4 and pruned.rank < 4
-    near(formed(pruned), formed(adalora.to_factors(found)["w"]))
+    assert_near(formed(pruned), formed(adalora.to_factors(found)["w"]))
 
 
 # --- the whole ---
@@ -387,4 +387,4 @@ def test_the_budget_goes_where_the_rank_is() -> None:
         np.testing.assert_allclose(jlora.delta(adapter[path]), true, atol=0.1)
     out, merged = lora.apply(params, adapter, x), fn(jlora.merge(params, adapter), x)
     for found, expected in zip(out, merged, strict=True):
-        near(found, np.asarray(expected, np.float64))
+        assert_near(found, np.asarray(expected, np.float64))
