@@ -173,11 +173,21 @@ class Analysis(abc.ABC):
         """Returns the model's line of an equation, if it is known."""
         return source_line(eqn) or _UNKNOWN
 
-    def materialized(self, eqn: Any, values: Iterable[Value], where: str = "") -> None:
-        """Notes that the operands with views must be formed at an equation."""
+    def materialized(
+        self, eqn: Any, values: Iterable[Value], where: str = "", *, used: bool = False
+    ) -> None:
+        """Notes that the operands with views must be formed at an equation.
+
+        Args:
+            eqn: the equation.
+            values: its operands.
+            where: what the name of the operation gets.
+            used: whether it is a use of the kernels, if one that cannot be factored.
+        """
         name = eqn.primitive.name
         for view in itertools.chain(*(value.views for value in values)):
-            self._lose(view)
+            if not used:
+                self._lose(view)
             use = Use(view.path, f"{name}{where}", self.line_of(eqn), False, name)
             self.log.obstacles.append(use)
 

@@ -66,12 +66,15 @@ class Decision(Analysis):
         """Consumes, carries, looks up, or else materializes the adapted operands."""
         nothing = plain(len(eqn.outvars), any_active(values))
         eqn, along = narrowed(eqn, values)
+        if not self._scale_follows(eqn, values):
+            self.materialized(eqn, values, OF_DORA, used=True)
+            return Step("materialize"), nothing
         outputs = self._passed_on(eqn, values)
         if outputs is not None:
             return Step("carry"), outputs
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
-            self.materialized(eqn, values, OF_DORA)
+            self.materialized(eqn, values, OF_DORA, used=True)
             return Step("materialize"), nothing
         if kinds:
             return self._use(eqn, values, kinds), nothing
@@ -182,6 +185,16 @@ class Decision(Analysis):
                 return False
         return True
 
+    def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether DoRA's scale, where there is one, stays one in a frozen product."""
+        others = [value for value in values if not value.views]
+        if not self.dora or any_active(others) or self.place in self.ends:
+            return True
+        return all(
+            keeps_scale(eqn, operand, self._scale_varies(eqn, operand, value))
+            for operand, value in enumerate(values)
+        )
+
     def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
         """Returns the axes of an operand along which a scale of DoRA varies."""
         scaled = [view for view in value.views if view.path in self.dora]
@@ -207,8 +220,7 @@ class Decision(Analysis):
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         for operand in where:
             maps = rule.axes(eqn, operand)
-            scale_varies = self._scale_varies(eqn, operand, values[operand])
-            if maps is None or not keeps_scale(eqn, operand, scale_varies):
+            if maps is None:
                 return None
             for view in values[operand].views:
                 if not rule.supports(eqn, operand, self._roles(view) or []):
