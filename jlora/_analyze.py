@@ -210,8 +210,7 @@ class Analysis(abc.ABC):
 
     def line_of(self, eqn: Any) -> str:
         """Returns the model's line; a library's own jit has that of its caller."""
-        outer = self._lines[-1] if self._lines else "unknown line"
-        return source_line(eqn) or outer
+        return source_line(eqn, self._lines[-1] if self._lines else None)
 
     def materialized(self, eqn: Any, views: Sequence[Views], where: str = "") -> None:
         """Notes that the operands with views must be formed at an equation."""
