@@ -1,6 +1,5 @@
 """From abstract params and an optimizer to bytes: nothing is allocated to know them."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
 from ._factors import PyTree
-from ._layout import AnyMesh, Layout
+from ._layout import AnyMesh, Layout, unboxed
 from ._memory import Memory
-from ._paths import FlatParams
+from ._paths import FlatParams, is_box
 from ._placement import fitting, state_shardings
 from ._placement import shardings as shardings_of
 from ._quantized import arrays_of
@@ -88,8 +87,9 @@ def _layout(params: PyTree, mesh: AnyMesh | None, shardings: PyTree) -> Layout:
     layout = Layout.of(params, mesh=mesh)
     if layout.mesh is not None:
         return layout
-    # Nothing says a sharding: one device, and every leaf whole on it.
-    return dataclasses.replace(layout, mesh=AbstractMesh((1,), ("device",)))
+    # Nothing says a sharding: one device, and every leaf whole on it, named or not.
+    nodes = {path: unboxed(n) if is_box(n) else n for path, n in layout.nodes.items()}
+    return Layout(nodes, AbstractMesh((1,), ("device",)), ())
 
 
 def _placed_base(params: PyTree, layout: Layout) -> dict[str, Placed]:

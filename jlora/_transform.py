@@ -53,7 +53,7 @@ class Lora:
     backward: Backward = "custom"
     contraction: Contraction = "factored"
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """Returns what will be trained, from an abstract trace.
 
         Args:
@@ -70,7 +70,7 @@ class Lora:
         """
         return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
 
-    def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> Adapter:
+    def init(self, key: jax.Array, /, *args: Any, **kwargs: Any) -> Adapter:
         """Returns a new adapter from the configs' initialisers, such that ΔW = 0.
 
         Args:
@@ -93,6 +93,7 @@ class Lora:
         self,
         params: PyTree,
         adapter: Mapping[str, Any],
+        /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
         **kwargs: Any,
@@ -146,6 +147,7 @@ class Lora:
         params: PyTree,
         stacked: Mapping[str, Any],
         index: Any,
+        /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
         in_axes: Any = 0,
@@ -196,6 +198,7 @@ class Lora:
         self,
         params: PyTree,
         adapter: Mapping[str, Any],
+        /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
         **kwargs: Any,
@@ -205,7 +208,7 @@ class Lora:
         return self._apply(params, adapter, args, kwargs, key, refuse_ragged)
 
     def inputs(
-        self, *args: Any, lora_sketch: int | None = None, **kwargs: Any
+        self, /, *args: Any, lora_sketch: int | None = None, **kwargs: Any
     ) -> dict[str, InputStats]:
         """Returns the second moments `Σ xᵀ·x` of what goes into each target.
 
