@@ -15,7 +15,7 @@ from ._paths import FlatParams, is_box
 from ._placement import fitting, state_shardings
 from ._placement import shardings as shardings_of
 from ._quantized import arrays_of
-from ._target import Target, entry_of
+from ._target import Target, counted, entry_of
 from ._trace import is_array
 
 # An array, or its shape and dtype, and how it is laid out; None: whole everywhere.
@@ -41,7 +41,10 @@ def measure(
     layout = _layout(params, mesh, shardings)
     base = _placed_base(params, layout)
     floats = lambda placed: jnp.issubdtype(placed[0].dtype, jnp.floating)
-    floating = {path: placed for path, placed in base.items() if floats(placed)}
+    flat = FlatParams.of(params)
+    pairs = zip(flat.paths, counted(flat, targets), strict=True)
+    own = {path: base[path] for path, counts in pairs if counts and path in base}
+    floating = {path: placed for path, placed in own.items() if floats(placed)}
     adapter = abstract_adapter(targets)
     places = shardings_of(layout.nodes, adapter, mesh=layout.mesh)
     factors = list(zip(*map(jax.tree.leaves, (adapter, places)), strict=True))
@@ -49,7 +52,7 @@ def measure(
     return Memory(
         devices=_devices([*base.values(), *inputs]),
         trainable=sum(target.trainable for target in targets),
-        params=sum(math.prod(leaf.shape) for leaf, _ in base.values()),
+        params=sum(math.prod(leaf.shape) for leaf, _ in own.values()),
         base=_stored(base.values()),
         factors=_bytes(factors),
         optimizer=_state_bytes(optimizer, adapter, places),
@@ -57,7 +60,7 @@ def measure(
         full_gradients=_bytes(floating.values()),
         full_optimizer=_full_state_bytes(optimizer, floating),
         checkpoint=_bytes((leaf, None) for leaf, _ in factors),
-        full_checkpoint=_stored((leaf, None) for leaf, _ in base.values()),
+        full_checkpoint=_stored((leaf, None) for leaf, _ in own.values()),
     )
 
 

@@ -1,6 +1,7 @@
 """`jlora.lora`: from an apply function to one that takes an adapter beside params."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from ._analyze import Log
 from ._choice import Contraction
 from ._config import LoraConfig
 from ._entries import Factored, TrainedRows, lowered
+from ._errors import LeftOutWarning
 from ._factors import Adapter, LoraFactors, PyTree
 from ._init import key_of
 from ._inputs import InputStats, input_stats
@@ -25,6 +27,7 @@ from ._plan import Plan, make_plan
 from ._quantized import Quantized
 from ._targets import program_of, resolve, with_uses
 from ._trace import Traced, trace
+from ._unfit import left_out
 
 Materialize = Literal["error", "allow"]
 Backward = Literal["custom", "autodiff"]
@@ -84,9 +87,20 @@ class Lora:
             whole. On an Explicit mesh that is set, factors are sharded like their
             kernels; on an Auto mesh, under `jax.jit` with the `out_shardings` that
             `jlora.shardings` gives, each is made where it lives.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+
+        Warns:
+            LeftOutWarning: if patterns match leaves that look like kernels and go into
+                operations that have no low-rank rule, and into no other.
         """
         params = FlatParams.of(self._params_of(args))
         plan, leaves = self._plan(params, args, kwargs), params.by_path()
+        if message := left_out(plan.unusable):
+            warnings.warn(message, LeftOutWarning, stacklevel=2)
         return {t.path: new_entry(key, t, leaves[t.path]) for t in plan.targets}
 
     def apply(
