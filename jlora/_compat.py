@@ -12,7 +12,7 @@ import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from ._frames import Owner, place
+from ._frames import Owner, Unsure, place
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
@@ -68,18 +68,19 @@ def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def source_line(eqn: JaxprEqn, caller: str | None = None) -> str:
+def source_line(eqn: JaxprEqn) -> str:
     """Returns `file.py:line` of the model's line that made an equation.
 
-    Where no line is the model's it is that of the caller, if it is given, or else the
-    innermost one of a library above JAX: the best that is known.
+    Where no line is the model's it is `Unsure`: the innermost one of a library above
+    JAX, the best that is known.
     """
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback is not None else []
     found = place((frame.file_name, frame.line_num) for frame in frames)
-    if found is not None and found[0] is Owner.MODEL:
-        return found[1]
-    return caller or (found[1] if found else "unknown line")
+    if found is None:
+        return Unsure("unknown line")
+    owner, line = found
+    return line if owner is Owner.MODEL else Unsure(line)
 
 
 def explicit_mesh(*arrays: Any) -> Any:

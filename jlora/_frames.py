@@ -21,6 +21,12 @@ class Owner(enum.IntEnum):
     JAX = 3  # and what stands between it and all others
 
 
+class Unsure(str):
+    """A line that is not the model's: that of a caller says more, if it is known."""
+
+    __slots__ = ()
+
+
 # Packages whose lines say less of a model than those that call them.
 _LAYERS = (
     *("flax", "equinox", "haiku", "penzai", "keras", "qwix", "optax", "chex"),
