@@ -151,7 +151,7 @@ def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:
     for origin, role in zip(view.origins, roles, strict=True):
         for axis in sorted(origin):
             seen.setdefault(axis, role)
-    own = {role for axis, role in seen.items() if axis not in view.mixed}
+    own = {role for axis, role in seen.items() if axis in view.untouched}
     if {"in", "out"} <= own:
         return {axis: role for axis, role in seen.items() if axis not in view.mixed}
     for side in ("in", "out"):

@@ -52,8 +52,9 @@ def passed_by(eqn: Any, operand: int, view: View, place: Place) -> Passed | None
     """Returns what a view passes in a frozen product or sum; None elsewhere."""
     name = eqn.primitive.name
     if name in MIXES:
-        axes = view.origin_of(_Mix.of(eqn, operand).contract)
-        return Passed(place, axes, "mix", holds_features(eqn, operand))
+        how, features = _Mix.of(eqn, operand), holds_features(eqn, operand)
+        axes, tied = view.origin_of(how.contract), view.origin_of(how.batch)
+        return Passed(place, axes, "mix", features, tied)
     if name in ("add", "sub"):
         return Passed(place, frozenset(), "sum")
     return None

@@ -37,6 +37,8 @@ class Passed:
         kind: "index" for rows taken by an index that depends on activations, "order"
             for rows taken by one that does not, "mix" for a frozen product or a sum
             over axes, "sum" for a sum with a frozen value.
+        tied: of a "mix", the axes of the kernel that go along with axes of the frozen
+            operand.
         features: of a "mix", whether the frozen operand is contracted along its last
             axes, as features are.
     """
@@ -45,6 +47,7 @@ class Passed:
     axes: frozenset[int]
     kind: Literal["index", "order", "mix", "sum"]
     features: bool = False
+    tied: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,12 @@ class View:
     def mixed(self) -> frozenset[int]:
         """The axes of the kernel that frozen operands were summed over with."""
         return frozenset().union(*(p.axes for p in self.passed if p.kind == "mix"))
+
+    @property
+    def untouched(self) -> frozenset[int]:
+        """The axes of the kernel that have met no axis of a frozen operand."""
+        tied = frozenset().union(*(p.tied for p in self.passed))
+        return frozenset(range(len(self.shape))) - self.mixed - tied
 
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
