@@ -61,6 +61,8 @@ class View:
         passed: the operations on its way whose meaning is not settled yet.
         spread: the axes of the value along which a scale of the kernel varies, as DoRA
             has one, whatever their origins: it was padded, or joined with others.
+        formed: whether it has passed an operation without a rule, at which the kernel
+            is formed; only its roles are still to be learnt.
     """
 
     path: str
@@ -68,6 +70,7 @@ class View:
     origins: tuple[frozenset[int], ...]
     passed: tuple[Passed, ...] = ()
     spread: frozenset[int] = frozenset()
+    formed: bool = False
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -187,6 +190,7 @@ class Vote:
             (or of size 1).
         place: where it is.
         weak: whether the use says little: it contracts all axes.
+        formed: whether the kernel was formed before it.
     """
 
     path: str
@@ -194,6 +198,7 @@ class Vote:
     roles: Mapping[int, str]
     place: Place
     weak: bool = False
+    formed: bool = False
 
 
 @dataclasses.dataclass

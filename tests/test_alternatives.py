@@ -105,7 +105,7 @@ def test_alternatives_of_exclude_must_find_something_too() -> None:
 def test_a_list_and_alternatives_are_one_wish() -> None:
     """Of two leaves of which one is no kernel: an error that says why, both times."""
     for target in (["head", "norm"], "head|norm", "(head|norm)"):
-        with pytest.raises(jlora.TargetError, match=r"'norm'.*reaches mul at test_alt"):
+        with pytest.raises(jlora.TargetError, match=r"'norm'.*reaches"):
             plan(target)
 
 

@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _elementwise _frames _compat _decompose _dtypes _errors _memory _mosaic _paths
+_axes _frames _compat _decompose _elementwise _dtypes _errors _memory _mosaic _paths
 _patterns
 _alternatives _factors _files _flops _fuse _init _peft_config _quantized _rules
 _sharding _untrusted
