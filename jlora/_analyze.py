@@ -178,6 +178,7 @@ class Analysis(abc.ABC):
         for view in itertools.chain(*(value.views for value in values)):
             self._lose(view)
             use = Use(view.path, f"{name}{where}", self.line_of(eqn), False, name)
+            use = dataclasses.replace(use, is_matrix=view.is_matrix)
             self.log.obstacles.append(use)
 
     def _lose(self, view: View) -> None:

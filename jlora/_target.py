@@ -93,8 +93,8 @@ class Unusable:
         path: its canonical path.
         shape: its shape.
         reason: why it is no target.
-        is_opaque: whether it may be a kernel all the same: it has two axes at least,
-            and goes into an operation of which jlora knows nothing.
+        is_opaque: whether it may be a kernel all the same: two of its axes at least
+            go into an operation of which jlora knows nothing, or uses disagree.
     """
 
     path: str

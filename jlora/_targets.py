@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from ._alternatives import alternatives
 from ._axes import KernelAxes, Shape
+from ._carry import CARRY
 from ._choice import Contraction
 from ._config import LoraConfig
+from ._consume import CONSUME
 from ._decide import OF_DORA, decide
 from ._discover import discover, settle
 from ._elementwise import ELEMENTWISE
@@ -168,20 +170,43 @@ def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     axes = settle(votes, leaf.shape)
     if axes is not None:
         return _Kernel(axes, looked_up=any(v.kind == "lookup" for v in votes))
+    if votes:
+        return _Kernel(None, _disagreement(votes), is_opaque=True)
     reached = [use for use in log.obstacles if use.path == path]
     if not reached:
         return _Kernel(None, "is not used as a kernel by the function")
-    # A bias or a position table is added; whatever is not taken value by value may
-    # well be a product of a library's own.
-    opaque = [use for use in reached if use.primitive not in _KNOWN]
+    opaque = [use for use in reached if use.is_matrix and not _is_known(use.primitive)]
     first = [*opaque, *reached][0]
-    wide = sum(size > 1 for size in leaf.shape) > 1
     where = f"reaches {first.kind} at {first.source}"
     reason = f"{where}, which has no low-rank rule"
-    return _Kernel(None, reason, is_opaque=wide and bool(opaque))
+    return _Kernel(None, reason, is_opaque=bool(opaque))
 
 
-_KNOWN = ELEMENTWISE | {"output"}
+def _disagreement(votes: Sequence[Vote]) -> str:
+    """Returns why uses of a kernel leave it without input or output axes."""
+
+    def told(vote: Vote) -> str:
+        by_role = {
+            role: ",".join(
+                str(axis) for axis, own in sorted(vote.roles.items()) if own == role
+            )
+            for role in ("batch", "in", "out")
+        }
+        roles = " ".join(f"{role} {axes}" for role, axes in by_role.items() if axes)
+        return f"{vote.kind} ({roles})"
+
+    uses = " and ".join(dict.fromkeys(map(told, votes)))
+    return f"has uses that disagree on the roles of its axes: {uses}"
+
+
+def _is_known(primitive: str) -> bool:
+    """Whether it is known of an operation that it is no product by another name.
+
+    A bias or a position table is added, and a norm scale multiplied. A product with a
+    rule is not the one of a kernel where it gives no roles.
+    """
+    known = primitive in ELEMENTWISE or primitive in CARRY or primitive in CONSUME
+    return known or primitive == "output" or primitive.startswith(("reduce_", "arg"))
 
 
 def _guess(leaves: Mapping[str, Any], wanted: set[str]) -> dict[str, _Kernel]:

@@ -114,6 +114,12 @@ class View:
         tied = frozenset().union(*(p.tied for p in self.passed))
         return frozenset(range(len(self.shape))) - self.mixed - tied
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether two of its axes or more come from the kernel."""
+        longer = lambda origin: any(self.shape[i] != 1 for i in origin)
+        return sum(map(longer, self.origins)) > 1
+
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
         found = []
@@ -167,6 +173,8 @@ class Use:
         form: how a product is computed, see `_forms`; None for other operations.
         siblings: the number of products in its group, itself included.
         factor_flops: what its factors add to a step, for each unit of rank.
+        is_matrix: of what has no rule, whether two axes of the kernel or more come
+            there: a stack of norm scales or biases comes slice by slice.
     """
 
     path: str
@@ -177,6 +185,7 @@ class Use:
     form: Form | None = None
     siblings: int = 1
     factor_flops: int = 0
+    is_matrix: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,16 @@ fused.defvjp(
     lambda h, w: (fused(h, w), (h, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
 )
 
+
+@jax.custom_vjp
+def norms(h: jax.Array, scale: jax.Array) -> jax.Array:
+    return h * scale[None] / jnp.linalg.norm(h)
+
+
+norms.defvjp(
+    lambda h, scale: (norms(h, scale), (h, scale)), lambda kept, g: (g, kept[1])
+)
+
 OPAQUE = {
     "custom_vjp": fused,
     "cumsum": lambda h, w: h + jnp.cumsum(w, 0)[: len(h)],
@@ -132,6 +142,11 @@ NO_KERNELS = {
     "table": lambda h, w: h + w[: len(h)],
     "gate": lambda h, w: h * jnp.tanh(w[: len(h)]),
     "unused": lambda h, w: h,
+    "penalty": lambda h, w: h + jnp.max(w),
+    "stacked norms": lambda h, w: norms(h, w[2]),
+    "stacked norms of a scan": lambda h, w: jax.lax.scan(
+        lambda h, scale: (norms(h, scale), None), h, w
+    )[0],
 }
 BESIDE = {"in_proj": jnp.ones((5, 5)), "out_proj": jnp.ones((5, 5))}
 
@@ -179,6 +194,25 @@ def test_what_another_config_takes_is_not_left_out(op: Any) -> None:
 @pytest.mark.parametrize("op", NO_KERNELS.values(), ids=NO_KERNELS)
 def test_what_is_no_kernel_is_left_out_without_a_word(op: Any) -> None:
     assert not warned(op, target=".*", rank=2)
+
+
+def test_uses_that_disagree_are_the_reason() -> None:
+    """Not that it is no kernel, or goes into an operation without a rule."""
+    params = {"w": jnp.ones((3, 5, 7)), "v": jnp.ones((3, 4))}
+
+    def fn(p: Any, x: jax.Array, y: jax.Array) -> Any:
+        whole = jnp.einsum("ti,ijk->tjk", x, p["w"])
+        return x @ p["v"], whole, jnp.einsum("ni,nij->nj", y, p["w"])
+
+    args = params, jnp.ones((2, 3)), jnp.ones((3, 5))
+    reason = "has uses that disagree on the roles of its axes: "
+    reason += "dot_general (in 0 out 1,2) and dot_general (batch 0 in 1 out 2)"
+    lora = jlora.lora(fn, jlora.LoraConfig(".*", rank=2))
+    assert [u.reason for u in lora.plan(*args).unusable] == [reason]
+    with pytest.warns(jlora.LeftOutWarning, match=r"'w' .* disagree"):
+        lora.init(jax.random.key(0), *args)
+    with pytest.raises(jlora.TargetError, match=r"'w' .* disagree"):
+        jlora.lora(fn, jlora.LoraConfig("w", rank=2)).plan(*args)
 
 
 def test_all_that_is_left_out_is_in_one_warning() -> None:
