@@ -61,6 +61,8 @@ class View:
         passed: the operations on its way whose meaning is not settled yet.
         spread: the axes of the value along which a scale of the kernel varies, as DoRA
             has one, whatever their origins: it was padded, or joined with others.
+        formed: whether it has passed an operation without a rule, at which the kernel
+            is formed; only its roles are still to be learnt.
     """
 
     path: str
@@ -68,6 +70,7 @@ class View:
     origins: tuple[frozenset[int], ...]
     passed: tuple[Passed, ...] = ()
     spread: frozenset[int] = frozenset()
+    formed: bool = False
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -110,6 +113,12 @@ class View:
         """The axes of the kernel that have met no axis of a frozen operand."""
         tied = frozenset().union(*(p.tied for p in self.passed))
         return frozenset(range(len(self.shape))) - self.mixed - tied
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether two of its axes or more come from the kernel."""
+        longer = lambda origin: any(self.shape[i] != 1 for i in origin)
+        return sum(map(longer, self.origins)) > 1
 
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
@@ -164,6 +173,8 @@ class Use:
         form: how a product is computed, see `_forms`; None for other operations.
         siblings: the number of products in its group, itself included.
         factor_flops: what its factors add to a step, for each unit of rank.
+        is_matrix: of what has no rule, whether two axes of the kernel or more come
+            there: a stack of norm scales or biases comes slice by slice.
     """
 
     path: str
@@ -174,6 +185,7 @@ class Use:
     form: Form | None = None
     siblings: int = 1
     factor_flops: int = 0
+    is_matrix: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +199,7 @@ class Vote:
             (or of size 1).
         place: where it is.
         weak: whether the use says little: it contracts all axes.
+        formed: whether the kernel was formed before it.
     """
 
     path: str
@@ -194,6 +207,7 @@ class Vote:
     roles: Mapping[int, str]
     place: Place
     weak: bool = False
+    formed: bool = False
 
 
 @dataclasses.dataclass

@@ -20,8 +20,10 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _decompose _dtypes _errors _memory _mosaic _paths _patterns
-_factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
+_axes _frames _compat _decompose _elementwise _dtypes _errors _memory _mosaic _paths
+_patterns
+_alternatives _factors _files _flops _fuse _init _peft_config _quantized _rules
+_sharding _untrusted
 _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
 _choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
