@@ -1,9 +1,7 @@
 """Runs many programs: `python -m programs --programs 300 --first 0`, in `tests`."""
 
 import argparse
-import collections
 import os
-import re
 import sys
 import time
 import warnings
@@ -16,42 +14,38 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
 warnings.simplefilter("error")
 
-from programs.check import check  # noqa: E402
-from programs.generate import draw, shrink, write  # noqa: E402
+from programs.check import Outcome, check  # noqa: E402
+from programs.generate import Program, draw, shrink, text  # noqa: E402
+from programs.tally import Tally, alike  # noqa: E402
 
 
 def main() -> int:
+    """Runs programs, shows those that fail, and counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=300)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--shrink", action="store_true")
-    parser.add_argument("--show", action="store_true", help="also those that are right")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--shrink", action="store_true", help="those that fail")
+    parser.add_argument("--show", action="store_true", help="all others too")
     args = parser.parse_args()
-    kinds, refused = collections.Counter(), collections.Counter()
-    began = time.time()
+    tally, began = Tally(), time.process_time()
     for seed in range(args.first, args.first + args.programs):
         program = draw(seed)
         outcome = check(program)
-        kinds[outcome.kind] += 1
-        if outcome.kind == "refused":
-            found = re.search(r"reach\w* `?([\w-]+)`?", outcome.told)
-            refused[found[1] if found else outcome.told[:100]] += 1
-        if args.show:
-            print(seed, *program.steps, outcome, write(program).source, sep="\n")
-        if outcome.kind == "failed":
-            if args.shrink:
-                known = re.sub(r"\d+|off.*", "", outcome.told)[:40]
-                same = lambda p: re.sub(r"\d+|off.*", "", check(p).told)[:40] == known
-                program = shrink(program, same)
-                outcome = check(program)
-            print("SEED", seed, outcome.told, program.settings, program.mesh)
-            print(*program.steps)
-            print(write(program).source, write(program).leaves, write(program).inputs, flush=True)
-    took = time.time() - began
-    print(dict(kinds), f"{took / args.programs:.3f} s a program")
-    for told, n in refused.most_common():
-        print(f"{n:5} {told}")
-    return kinds["failed"] > 0
+        tally.add(outcome)
+        if outcome.kind == "failed" and args.shrink:
+            program, outcome = shrunk(program, outcome)
+        if outcome.kind == "failed" or args.show:
+            print(f"{outcome.kind}: {outcome.told}\n{text(program)}", flush=True)
+    print(tally)
+    print(f"{(time.process_time() - began) / args.programs:.3f} s of CPU a program")
+    return tally.kinds["failed"] > 0
+
+
+def shrunk(program: Program, outcome: Outcome) -> tuple[Program, Outcome]:
+    """The smallest program that fails alike."""
+    fails = lambda smaller: alike(check(smaller).told) == alike(outcome.told)
+    smallest = shrink(program, fails)
+    return smallest, check(smallest)
 
 
 sys.exit(main())

@@ -70,7 +70,7 @@ def _left_to_jax(eqn: jex.JaxprEqn, ins: Values) -> Values:
     return list(map(np.asarray, out if eqn.primitive.multiple_results else [out]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _operation(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
 
@@ -89,7 +89,11 @@ def _scan(eqn: jex.JaxprEqn, ins: Values) -> Values:
         for outer, inner in zip(eqn.outvars, body.out_avals, strict=True)
     )
     n_const = len(ins) - scanned - n_carry
-    consts, carry, xs = ins[:n_const], ins[n_const : len(ins) - scanned], ins[n_const + n_carry :]
+    consts, carry, xs = (
+        ins[:n_const],
+        ins[n_const : len(ins) - scanned],
+        ins[n_const + n_carry :],
+    )
     steps = range(length)
     ys: list[Any] = [None] * length
     for i in reversed(steps) if eqn.params["reverse"] else steps:
@@ -160,8 +164,14 @@ def _slice(params: Any, x: Any) -> Any:
 
 def _pad(params: Any, x: Any, value: Any) -> Any:
     config = params["padding_config"]
-    sizes = [(n - 1) * (i + 1) + 1 if n else 0 for n, (_, _, i) in zip(x.shape, config, strict=True)]
-    whole = np.full([n + max(a, 0) + max(b, 0) for n, (a, b, _) in zip(sizes, config, strict=True)], value)
+    sizes = [
+        (n - 1) * (i + 1) + 1 if n else 0
+        for n, (_, _, i) in zip(x.shape, config, strict=True)
+    ]
+    whole = np.full(
+        [n + max(a, 0) + max(b, 0) for n, (a, b, _) in zip(sizes, config, strict=True)],
+        value,
+    )
     inner = tuple(
         slice(max(a, 0), max(a, 0) + n, i + 1)
         for n, (a, _, i) in zip(sizes, config, strict=True)
@@ -176,8 +186,7 @@ def _pad(params: Any, x: Any, value: Any) -> Any:
 
 def _starts(shape: Sequence[int], sizes: Sequence[int], starts: Any) -> list[int]:
     return [
-        int(np.clip(i, 0, n - m))
-        for i, n, m in zip(starts, shape, sizes, strict=True)
+        int(np.clip(i, 0, n - m)) for i, n, m in zip(starts, shape, sizes, strict=True)
     ]
 
 
@@ -190,7 +199,9 @@ def _dynamic_slice(params: Any, x: Any, *starts: Any) -> Any:
 def _dynamic_update_slice(params: Any, x: Any, update: Any, *starts: Any) -> Any:
     first = _starts(x.shape, update.shape, starts)
     out = x.copy()
-    out[tuple(slice(i, i + n) for i, n in zip(first, update.shape, strict=True))] = update
+    out[tuple(slice(i, i + n) for i, n in zip(first, update.shape, strict=True))] = (
+        update
+    )
     return out
 
 
@@ -201,7 +212,11 @@ def _iota(params: Any, *_: Any) -> Any:
 
 
 def _select(params: Any, which: Any, *cases: Any) -> Any:
-    return np.choose(which.astype(int), cases) if len(cases) > 2 else np.where(which, cases[-1], cases[0])
+    return (
+        np.choose(which.astype(int), cases)
+        if len(cases) > 2
+        else np.where(which, cases[-1], cases[0])
+    )
 
 
 def _div(params: Any, x: Any, y: Any) -> Any:
@@ -210,7 +225,9 @@ def _div(params: Any, x: Any, y: Any) -> Any:
 
 def _convert(params: Any, x: Any) -> Any:
     kind = params["new_dtype"]
-    whole = jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.issubdtype(kind, jnp.inexact)
+    whole = jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.issubdtype(
+        kind, jnp.inexact
+    )
     if whole and kind != np.bool_:
         return NotImplemented
     if np.iscomplexobj(x) and not jnp.issubdtype(kind, jnp.complexfloating):

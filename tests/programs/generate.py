@@ -152,7 +152,7 @@ def _after(b: Builder, y: str) -> None:
     if b.flip(0.6) or b.dtype(y) == "complex64":
         return
     kind = b.rng.choice(["jnp.tanh", "jnp.sin", "jax.nn.silu", "jax.nn.relu"])
-    b.act(f"{kind}({y})")
+    b.act(f"{kind}(0.3 * {y})")
     b.scope.acts.remove(y)
 
 
@@ -183,6 +183,22 @@ def _finish(b: Builder, rng: random.Random, done: list[str]) -> None:
             b.scope.kernels = [k]
             b.act(USE["einsum"][1](b, k))
             done.append("einsum")
+
+
+def text(program: Program) -> str:
+    """The program as Python, with what it takes, for people to read."""
+    written = write(program)
+    steps = ", ".join(map(str, program.steps))
+    lines = [f"# seed {program.seed}, steps: {steps}"]
+    if program.mesh or program.settings:
+        lines.append(f"# mesh {program.mesh or 'none'}, {dict(program.settings)}")
+    for name, leaf in written.leaves.items():
+        frozen = "" if leaf.adapted else ", not adapted"
+        lines.append(f"# {name}: {leaf.dtype}{list(leaf.shape)}{frozen}")
+    for name, spec in written.inputs.items():
+        kind = "floats" if spec.high is None else f"ids in [{spec.low}, {spec.high})"
+        lines.append(f"# {name}: {kind}, {list(spec.shape)}")
+    return "\n".join([*lines, written.source])
 
 
 # shrinking

@@ -4,6 +4,7 @@ Each function takes the builder and the name of the value, and returns an expres
 whose result has an axis of tokens, so that no activation has the size of a kernel.
 """
 
+import itertools
 import math
 import string
 from collections.abc import Callable
@@ -252,7 +253,7 @@ def ragged(b: Builder, k: str) -> str:
     groups, tokens = shape[0], b.tokens[0]
     cuts = sorted(b.rng.randint(0, tokens) for _ in range(groups - 1))
     edges = [0, *cuts, tokens]
-    sizes = [j - i for i, j in zip(edges, edges[1:], strict=False)]
+    sizes = [j - i for i, j in itertools.pairwise(edges)]
     x = f"{operand(b, (tokens, shape[1]))}.astype({k}.dtype)"
     counts = f"{ints(sizes)}.astype(np.int32)"
     if b.flip(0.5):
