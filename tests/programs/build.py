@@ -92,8 +92,11 @@ class Scope:
 class Builder:
     """A program in the making: what steps are given to write with."""
 
-    def __init__(self, rng: random.Random, *, mesh: bool = False):
+    def __init__(self, rng: random.Random, *, mesh: bool = False, eight: bool = False):
         self.rng = rng
+        # Products of eight bits take fresh inputs alone, which can be given without
+        # rounding them; results would be rounded to an error of percents.
+        self.eight = eight
         self.sizes, self.tokens = ON_MESHES if mesh else (SIZES, TOKENS)
         self.leaves: dict[str, Leaf] = {}
         self.inputs: dict[str, Input] = {}

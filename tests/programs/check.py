@@ -100,7 +100,7 @@ class Run:
         self.fn = written.function(jnp.bfloat16, jnp.float8_e4m3fn)
         self.wide = written.function(jnp.float32, jnp.float32)
         kinds = [leaf.dtype for leaf in written.leaves.values()]
-        self.narrow = "bfloat16" if "LOW" in written.source else ""
+        self.narrow = "bfloat16" if "LOW" in written.source or program.mixed else ""
         if narrow := {"bfloat16", "float8_e4m3fn"} & set(kinds):
             self.narrow = max(narrow)
         # XLA is another matter, and takes its time: one in eight, and all on meshes.
@@ -205,9 +205,8 @@ class Run:
     def compared(self, materialize: str) -> Outcome:
         """Runs it adapted and merged; raises the refusals of jlora."""
         settings = {"materialize": materialize, **dict(self.program.settings)}
-        config = jlora.LoraConfig(self.adapted, rank=RANK, alpha=ALPHA)
         try:
-            lora = jlora.lora(self.fn, config, **settings)
+            lora = jlora.lora(self.fn, self.configs(), **settings)
             with self.mesh():
                 params, inputs = self.placed()
                 if self.program.seed % 4 == 0:
@@ -229,6 +228,16 @@ class Run:
             unfit = "UNIMPLEMENTED" in str(error)  # XLA on CPUs lacks some products
             return Outcome("unfit" if unfit else "failed", _untyped(error))
         return self.differences(adapter, got)
+
+    def configs(self) -> list[jlora.LoraConfig]:
+        """One config, or two that differ in the dtype of the factors."""
+        make = lambda names, dtype: jlora.LoraConfig(
+            names, rank=RANK, alpha=ALPHA, dtype=dtype
+        )
+        first, *others = self.adapted
+        if self.program.mixed and others:
+            return [make(first, "float32"), make(others, "bfloat16")]
+        return [make(self.adapted, "float32")]
 
     def adapter(self, lora: jlora.Lora, params: Any, inputs: Any) -> dict[str, Any]:
         """An adapter with random factors."""

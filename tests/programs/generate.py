@@ -34,6 +34,7 @@ class Program:
         leaf: the dtype of the first kernel.
         mesh: "", "Auto" or "Explicit".
         settings: of `jlora.lora`, as a tuple of pairs.
+        mixed: whether the factors of all kernels but the first are bfloat16.
     """
 
     seed: int
@@ -41,6 +42,7 @@ class Program:
     leaf: str = "float32"
     mesh: str = ""
     settings: tuple[tuple[str, str], ...] = ()
+    mixed: bool = False
 
 
 def draw(seed: int) -> Program:
@@ -55,7 +57,8 @@ def draw(seed: int) -> Program:
         settings.append(("contraction", rng.choice(forms)))
     if rng.random() < 0.05:
         settings.append(("backward", "autodiff"))
-    return Program(seed, steps, leaf, mesh, tuple(settings))
+    mixed = rng.random() < 0.08
+    return Program(seed, steps, leaf, mesh, tuple(settings), mixed)
 
 
 def _step(rng: random.Random, depth: int) -> Step:
@@ -71,7 +74,8 @@ def _step(rng: random.Random, depth: int) -> Step:
 def write(program: Program) -> Written:
     """The source of a program."""
     rng = random.Random(program.seed)
-    b = Builder(rng, mesh=bool(program.mesh))
+    eight = program.leaf == "float8_e4m3fn"
+    b = Builder(rng, mesh=bool(program.mesh), eight=eight)
     shape = rng.sample(b.sizes, min(rng.choice([2, 2, 2, 2, 3, 3, 3, 4]), len(b.sizes)))
     ndim = len(shape)
     if rng.random() < 0.02:
@@ -190,8 +194,11 @@ def text(program: Program) -> str:
     written = write(program)
     steps = ", ".join(map(str, program.steps))
     lines = [f"# seed {program.seed}, steps: {steps}"]
-    if program.mesh or program.settings:
-        lines.append(f"# mesh {program.mesh or 'none'}, {dict(program.settings)}")
+    if program.mesh or program.settings or program.mixed:
+        mixed = ", factors of two dtypes" if program.mixed else ""
+        lines.append(
+            f"# mesh: {program.mesh or 'none'}, {dict(program.settings)}{mixed}"
+        )
     for name, leaf in written.leaves.items():
         frozen = "" if leaf.adapted else ", not adapted"
         lines.append(f"# {name}: {leaf.dtype}{list(leaf.shape)}{frozen}")
@@ -220,6 +227,8 @@ def _smaller(program: Program) -> Iterator[Program]:
         yield dataclasses.replace(program, steps=steps)
     if program.settings:
         yield dataclasses.replace(program, settings=())
+    if program.mixed:
+        yield dataclasses.replace(program, mixed=False)
     if program.mesh:
         yield dataclasses.replace(program, mesh="")
     if program.leaf != "float32":

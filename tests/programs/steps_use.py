@@ -29,7 +29,7 @@ def use(weight: float) -> Callable[[Use], Use]:
 def operand(b: Builder, shape: tuple[int, ...]) -> str:
     """An activation of a shape: one that is there, at times, or a fresh input."""
     found = [y for y in b.scope.acts if b.shape(y) == shape]
-    if found and b.flip(0.7):
+    if found and b.flip(0.7) and not b.eight:
         return b.rng.choice(found)
     return b.input(shape)
 
@@ -83,7 +83,7 @@ def _einsum_operand(
 ) -> tuple[str, list[str]]:
     """An activation and its letters, some of them the kernel's."""
     by_size = {n: c for c, n in size.items()}
-    for y in b.shuffled(b.scope.acts):
+    for y in b.shuffled(b.scope.acts * (not b.eight)):
         names = [by_size.get(n) for n in b.shape(y)]
         shared = [c for c in names if c]
         alone = len(shared) == len(set(shared)) and None in names
