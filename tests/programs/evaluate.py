@@ -156,6 +156,12 @@ def _broadcast(params: Any, x: Any, *_: Any) -> Any:
     return np.broadcast_to(x.reshape(spread), shape)
 
 
+def _reshape(params: Any, x: Any, *_: Any) -> Any:
+    if params["dimensions"] is not None:  # in which order the axes are read
+        x = x.transpose(params["dimensions"])
+    return x.reshape(params["new_sizes"])
+
+
 def _slice(params: Any, x: Any) -> Any:
     strides = params["strides"] or (1,) * x.ndim
     bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
@@ -292,7 +298,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "select_n": _select,
     "convert_element_type": _convert,
     "broadcast_in_dim": _broadcast,
-    "reshape": lambda params, x, *_: x.reshape(params["new_sizes"]),
+    "reshape": _reshape,
     "transpose": lambda params, x: x.transpose(params["permutation"]),
     "squeeze": lambda params, x: x.squeeze(tuple(params["dimensions"])),
     "rev": lambda params, x: np.flip(x, tuple(params["dimensions"])),

@@ -155,7 +155,7 @@ def _after(b: Builder, y: str) -> None:
     """At times an activation function, whose input is no result any more."""
     if b.flip(0.6) or b.dtype(y) == "complex64":
         return
-    kind = b.rng.choice(["jnp.tanh", "jnp.sin", "jax.nn.silu", "jax.nn.relu"])
+    kind = b.rng.choice(["jnp.tanh", "jnp.sin", "jax.nn.silu", "jax.nn.softplus"])
     b.act(f"{kind}(0.3 * {y})")
     b.scope.acts.remove(y)
 
