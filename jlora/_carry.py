@@ -124,7 +124,12 @@ def _negate(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _convert_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+    """Casts to floats, and to complex: the real part of a complex sum is no sum."""
+    new, old = eqn.params["new_dtype"], eqn.invars[0].aval.dtype
+    is_complex = lambda dtype: jnp.issubdtype(dtype, jnp.complexfloating)
+    if not jnp.issubdtype(new, jnp.inexact) or (
+        is_complex(old) and not is_complex(new)
+    ):
         return None
     return same_axes(eqn, operand)
 

@@ -17,7 +17,7 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind, source_line
-from ._dtypes import widest
+from ._dtypes import summed_in
 from ._errors import MaterializationError
 from ._lazy import called, dense
 from ._products import (
@@ -285,7 +285,7 @@ def add_rows(value: Adapted) -> jax.Array:
     is trained whole does, a rounded sum would leave the rounding of the old row.
     """
     rows = dense(value.base)
-    total, sharding = rows.astype(widest(rows)), explicit_sharding(rows)
+    total, sharding = rows.astype(summed_in(rows.dtype)), explicit_sharding(rows)
     for part in value.parts:
         change = _rows_of(part, total.dtype)
         change = jnp.broadcast_to(change, rows.shape)
