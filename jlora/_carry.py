@@ -22,7 +22,7 @@ from ._adapted import Adapted, Part, base_of
 from ._axes import Roles, Shape
 from ._compat import rebind
 from ._dtypes import summed_in
-from ._gather import gather_axes, gather_rows, rows_inside
+from ._gather import found_rows, gather_axes, gather_rows, lacks_rows, select
 from ._lazy_moves import carried
 from ._moves import AxisMap, identity, present, same_axes
 from ._sharding import factor_spec
@@ -162,14 +162,29 @@ def _reshard(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arr
     return rebind(eqn.replace(params=params), [factor])[0]
 
 
-def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
-    """Takes rows; those that are filled in have no factors and no scale."""
+def take_rows(eqn: Any, operands: list[Any]) -> Adapted:
+    """Takes rows by a gather; those that are filled in have no scale."""
     value, others = operands[0], operands[1:]
     (rows,) = _mover(gather_rows)(eqn, operands)
     if rows.scale is None:
-        return [rows]
-    scale = rows_inside(eqn, rows.scale, value.base.shape, others)
-    return [dataclasses.replace(rows, scale=scale)]
+        return rows
+    found = found_rows(eqn, value.base.shape, *others)
+    return dataclasses.replace(rows, scale=select(found, rows.scale, 1))
+
+
+def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Takes rows; a factor that all rows share is zero for those that are filled in.
+
+    So its gradient leaves them out, as that of a factor with rows of its own does.
+    """
+    value, others = operands[0], operands[1:]
+    rows, found = take_rows(eqn, operands), found_rows(eqn, value.base.shape, *others)
+    parts = []
+    for old, part in zip(value.parts, rows.parts, strict=True):
+        shared = [name for name in "ab" if lacks_rows(eqn, getattr(old, name))]
+        new = {name: select(found, getattr(part, name), 0) for name in shared}
+        parts.append(dataclasses.replace(part, **new))
+    return [dataclasses.replace(rows, parts=tuple(parts))]
 
 
 def _all_gather_axes(eqn: Any, operand: int) -> list[AxisMap] | None:

@@ -26,7 +26,7 @@ from jax import lax
 from ._adapted import Adapted, base_of
 from ._analyze import Program, Step
 from ._axes import KernelAxes
-from ._carry import CARRY
+from ._carry import CARRY, take_rows
 from ._compat import (
     JIT,
     REMAT,
@@ -201,7 +201,9 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
     if step.action == "consume":
         return _use(eqn, values, tally)
     if step.action in ("carry", "lookup"):
-        outputs = CARRY[name].run(eqn, values)
+        # A probe is not to be zero, row by row, where all rows share it.
+        move = (lambda *args: [take_rows(*args)]) if name == "gather" else None
+        outputs = (move or CARRY[name].run)(eqn, values)
         if step.action == "carry":
             return outputs
         for term in lookup_terms(eqn, values[0], outputs):
