@@ -308,7 +308,10 @@ def _rows_of(part: Part, dtype: Any) -> jax.Array:
 
 CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
-        "dot_general", (0, 1), dot_roles, lambda eqn, operand, roles: True
+        "dot_general",
+        (0, 1),
+        dot_roles,
+        lambda eqn, operand, roles: True,
     ),
     "conv_general_dilated": ConsumeRule(
         "conv", (1,), _conv_roles, _conv_supports, _conv_details

@@ -80,7 +80,7 @@ def gather_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
 
 
 def gather_rows(
-    eqn: Any, factor: jax.Array, shape: Shape, others: list[Any]
+    eqn: Any, factor: jax.Array, shape: Shape, others: list[Any], fill: Any = 0
 ) -> jax.Array:
     """Takes the rows of an aligned factor that the gather takes of the value.
 
@@ -104,7 +104,7 @@ def gather_rows(
         unique_indices=params["unique_indices"],
         indices_are_sorted=params["indices_are_sorted"],
         mode=params["mode"],
-        fill_value=0,
+        fill_value=fill,
     )
 
 
