@@ -10,7 +10,7 @@ import jax
 from ._adapted import base_of, materialize
 from ._analyze import Analysis
 from ._broadcast import cut
-from ._carry import CARRY, take_rows
+from ._carry import CARRY, scale_beside, take_rows
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import EVALUATE, add_rows
 from ._control_flow import CONTROL_FLOW
@@ -99,6 +99,8 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
         if not (name in CARRY and CARRY[name].together):
             # What stands beside the adapted operand.
             values = list(map(dense, values))
+        if step.beside:
+            return scale_beside(eqn, values)
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":
