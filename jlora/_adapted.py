@@ -94,7 +94,7 @@ class Adapted:
 
 def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:
     """Returns the delta of one part in float32, broadcast to `shape`."""
-    wide = summed_in(part.a.dtype)
+    wide = summed_in(part.a.dtype, part.a.dtype, part.b.dtype)
     a, b = part.a.astype(wide), part.b.astype(wide)
     product = contract_rank(a, b, dtype=wide, precision=jax.lax.Precision.HIGHEST)
     return jnp.broadcast_to(part.scaling * product, shape)
@@ -107,7 +107,7 @@ def materialize(value: Any) -> jax.Array:
     base = dense(value.base)
     total = base.astype(summed_in(base.dtype))
     for part in value.parts:
-        total = total + part_delta(part, base.shape)
+        total = total + part_delta(part, base.shape).astype(total.dtype)
     if value.scale is not None:
         total = total * value.scale[..., 0]
     return total.astype(base.dtype)

@@ -17,8 +17,9 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._compat import rebind, source_line
-from ._dtypes import widest
+from ._dtypes import summed_in
 from ._errors import MaterializationError
+from ._gather import select
 from ._lazy import called, dense
 from ._products import (
     contracted_first,
@@ -278,20 +279,24 @@ def _grouped(
 # --- lookups ---
 
 
-def add_rows(value: Adapted) -> jax.Array:
+def add_rows(value: Adapted, found: jax.Array | None = None) -> jax.Array:
     """Returns looked-up rows with their deltas `s·a[ids]·b` added, rounded once.
 
     In float32 at least: where a delta takes most of a row away, as that of a row that
     is trained whole does, a rounded sum would leave the rounding of the old row.
+
+    Args:
+        value: the rows, with the factors of each.
+        found: which of them are no filling, see `_gather.found_rows`.
     """
     rows = dense(value.base)
-    total, sharding = rows.astype(widest(rows)), explicit_sharding(rows)
+    total, sharding = rows.astype(summed_in(rows.dtype)), explicit_sharding(rows)
     for part in value.parts:
         change = _rows_of(part, total.dtype)
         change = jnp.broadcast_to(change, rows.shape)
         if sharding is not None:
             change = jax.sharding.reshard(change, sharding)
-        total = total + change
+        total = total + select(found, change, 0)
     total = total if value.scale is None else times(total, value.scale[..., 0])
     return total.astype(rows.dtype)
 

@@ -60,6 +60,8 @@ def use_terms(
         apply = lambda probe: _ragged(eqn, x, values[2:], probe, shape)
         ones = complete(ones, _ragged_shared(eqn), shape)
     h, pull = jax.vjp(apply, lax.stop_gradient(probe))
+    # The norm of a complex x·Ω: its gradient is the real part of xᴴ·x·Ω.
+    h = lax.conj(h) if jnp.issubdtype(h.dtype, jnp.complexfloating) else h
     yield probe, pull(h)[0] / _copies(part)
     summed = _summed_axes(eqn, operand)
     ones = complete(ones, summed, shape)

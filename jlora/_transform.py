@@ -300,7 +300,9 @@ class Lora:
         dora = {
             p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
         }
-        found = program_of(traced, axes, self.materialize, self.contraction, dora)
+        whole = adapter.keys() - axes.keys()
+        how = self.materialize, self.contraction
+        found = program_of(traced, axes, *how, dora, whole)
         return traced, *found
 
     def _plan(

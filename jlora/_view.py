@@ -63,6 +63,7 @@ class View:
             has one, whatever their origins: it was padded, or joined with others.
         formed: whether it has passed an operation without a rule, at which the kernel
             is formed; only its roles are still to be learnt.
+        scaled: whether it has a scale that the adapter moves, which is kept beside.
     """
 
     path: str
@@ -71,6 +72,7 @@ class View:
     passed: tuple[Passed, ...] = ()
     spread: frozenset[int] = frozenset()
     formed: bool = False
+    scaled: bool = False
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -94,6 +96,10 @@ class View:
     def spread_along(self, axes: frozenset[int]) -> "View":
         """Returns the view of a value along whose `axes` a scale varies besides."""
         return dataclasses.replace(self, spread=self.spread | axes)
+
+    def scaled_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value with a scale beside that varies along `axes`."""
+        return dataclasses.replace(self.spread_along(axes), scaled=True)
 
     def after(self, passed: Passed) -> "View":
         """Returns the view with one more operation passed."""
@@ -135,27 +141,46 @@ Views = tuple[View, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Flow:
+    """What a value depends on; true if it depends on an activation.
+
+    Attributes:
+        active: whether it depends on an input that is no param.
+        adapter: whether it depends on what the adapter holds.
+    """
+
+    active: bool = False
+    adapter: bool = False
+
+    def __bool__(self) -> bool:
+        """Returns whether the value depends on an activation."""
+        return self.active
+
+
+@dataclasses.dataclass(frozen=True)
 class Value:
     """What is known of a value of the program.
 
     Attributes:
         views: the kernels that it carries.
-        active: whether it depends on an input that is no param.
+        active: whether it depends on an input that is no param, or on the adapter.
         along: the axes along which it may vary, of a value that was broadcast; None if
             it was not.
     """
 
     views: Views = ()
-    active: bool = False
+    active: Flow = Flow()
     along: frozenset[int] | None = None
 
 
-def any_active(values: Iterable[Value]) -> bool:
-    """Returns whether any of the values depends on an activation."""
-    return any(value.active for value in values)
+def any_active(values: Iterable[Value]) -> Flow:
+    """Returns whether any of the values depends on an activation, or the adapter."""
+    known = [(value.active, bool(value.views)) for value in values]
+    moves = any(flow.adapter or adapted for flow, adapted in known)
+    return Flow(any(flow.active for flow, _ in known), moves)
 
 
-def plain(count: int, active: bool) -> list[Value]:
+def plain(count: int, active: Flow) -> list[Value]:
     """Returns values that carry no kernel."""
     return [Value((), active)] * count
 
@@ -242,6 +267,7 @@ class Step:
         form: how products are computed.
         along: of an equation with a value that was broadcast, the axes along which that
             varies: the others are cut to size one.
+        beside: whether the scale of an equation is kept beside the kernel.
     """
 
     action: Action
@@ -251,6 +277,7 @@ class Step:
     kernels: tuple[int, ...] = ()
     form: Form = "separate"
     along: frozenset[int] | None = None
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
