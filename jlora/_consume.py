@@ -16,8 +16,10 @@ from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
-from ._compat import rebind, source_line
-from ._dtypes import summed_in
+from ._channels import Mixing, mix_channels
+from ._compat import source_line
+from ._conv import Window, convolve
+from ._dtypes import is_workable, product_dtype, summed_in
 from ._errors import MaterializationError
 from ._lazy import called, dense
 from ._products import (
@@ -28,7 +30,7 @@ from ._products import (
     part_words,
     times,
 )
-from ._sharding import explicit_sharding
+from ._sharding import explicit_sharding, spec_of, without_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,8 @@ def _conv(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     for part in value.parts:
         convolve = _conv_depthwise if is_depthwise(eqn) else _conv_part
         dropped = dropped_input(part, x, part_words(part, ()), ())
-        y = y + convolve(eqn, dropped, value.base, part).astype(y.dtype)
+        delta = convolve(eqn, dropped, value.base, part, y, derive)
+        y = y + delta.astype(y.dtype)
     return [_conv_scaled(eqn, y, value)]
 
 
@@ -115,44 +118,56 @@ def _conv_scaled(eqn: Any, y: jax.Array, value: Adapted) -> jax.Array:
     return times(y, complete(value.scale, [out_axis], value.base.shape).reshape(sizes))
 
 
-def _conv_depthwise(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
+def _conv_depthwise(
+    eqn: Any, x: jax.Array, w: Any, part: Part, y: jax.Array, derive: str
+) -> jax.Array:
     """One depthwise convolution with the delta, which is a few values per channel."""
-    return rebind(eqn, [x, part_delta(part, w.shape).astype(w.dtype)])[0]
+    out, in_, *space = eqn.params["dimension_numbers"].rhs_spec
+    kernel = jnp.transpose(part_delta(part, w.shape), [*space, in_, out])
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    window = Window.of(
+        eqn,
+        shared=False,
+        computed=computed,
+        result=_wide_enough(y.dtype, computed),
+        sharding=explicit_sharding(y),
+    )
+    return convolve(window, x, kernel, derive)
 
 
-def _conv_part(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
+def _wide_enough(result: Any, computed: Any) -> Any:
+    """The dtype of a branch: that of the result, unless it is one of eight bits."""
+    return result if is_workable(result) else computed
+
+
+def _conv_part(
+    eqn: Any, x: jax.Array, w: Any, part: Part, y: jax.Array, derive: str
+) -> jax.Array:
     """A convolution to rank channels, then a product over the channels."""
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    out_axis = dims.rhs_spec[0]
-    others = free_axes(w.ndim, [out_axis])
-    first, second = part.a, part.b
-    if any(second.shape[i] != 1 for i in others) or first.shape[out_axis] != 1:
-        first, second = second, first
-    first = factor_matrix(first, others, w.shape).astype(w.dtype)
-    second = factor_matrix(second, [out_axis], w.shape)
-    repeats = [1] * w.ndim
-    repeats[out_axis] = groups
-    kernel = jnp.tile(jnp.moveaxis(first, -1, out_axis), repeats)
+    out, in_, *space = dims.rhs_spec
+    pair = contracted_first(part, [*space, in_], [out])
+    if pair is None:
+        raise MaterializationError(
+            f"a joined kernel of shape {w.shape} is convolved at {source_line(eqn)} "
+            "with an axis that was split into input and output channels; join the "
+            "kernels along one of them"
+        )
+    first = factor_matrix(pair[0], [*space, in_], w.shape)
+    second = factor_matrix(pair[1], [out], w.shape)
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    sharding, channels = explicit_sharding(y), dims.out_spec[1]
+    settings = {
+        "shared": True,
+        "computed": computed,
+        "result": computed,
+        "sharding": without_axes(sharding, spec_of(y), [channels]),
+    }
+    h = convolve(Window.of(eqn, **settings), x, first, derive)
+    result, precision = _wide_enough(y.dtype, computed), eqn.params["precision"]
+    mixing = Mixing(channels, groups, precision, result, sharding)
     # The scaling is folded into the rank-sized value.
-    h = part.scaling * rebind(eqn, [x, kernel])[0]
-    return _mix_channels(h, second.astype(h.dtype), dims.out_spec[1], groups)
-
-
-def _mix_channels(
-    h: jax.Array, b: jax.Array, channel_axis: int, groups: int
-) -> jax.Array:
-    """Returns `h·b` over the rank channels of each group; `b: (out, r)`."""
-    h = jnp.moveaxis(h, channel_axis, -1)
-    out, rank = b.shape
-    if groups == 1:
-        y = lax.dot_general(h, b, (((h.ndim - 1,), (1,)), ((), ())))
-        return jnp.moveaxis(y, -1, channel_axis)
-    h = h.reshape(*h.shape[:-1], groups, rank)
-    b = b.reshape(groups, out // groups, rank)
-    last, group_axis = h.ndim - 1, h.ndim - 2
-    y = lax.dot_general(h, b, (((last,), (2,)), ((group_axis,), (0,))))
-    y = jnp.moveaxis(y, 0, -2)
-    return jnp.moveaxis(y.reshape(*y.shape[:-2], out), -1, channel_axis)
+    return mix_channels(mixing, part.scaling * h, second, derive)
 
 
 # --- ragged_dot_general ---

@@ -114,7 +114,7 @@ def _evaluate(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
     n = kernel.ndim
     groups = window.groups if window.shared else 1
     kernel = jnp.tile(kernel.astype(window.computed), (1,) * (n - 1) + (groups,))
-    return lax.conv_generaldilated(
+    return lax.conv_general_dilated(
         x.astype(window.computed),
         kernel,
         window.strides,

@@ -52,8 +52,17 @@ def whole_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
     sharding, spec = explicit_sharding(array), spec_of(array)
     if sharding is None or not any(spec[i] for i in axes):
         return array
+    return jax.sharding.reshard(array, without_axes(sharding, spec, axes))
+
+
+def without_axes(
+    sharding: Any, spec: Sequence[Any], axes: Sequence[int]
+) -> NamedSharding | None:
+    """Returns a sharding with nothing along some axes of its spec; None of None."""
+    if sharding is None:
+        return None
     kept = [None if i in axes else entry for i, entry in enumerate(spec)]
-    return jax.sharding.reshard(array, sharding.update(spec=PartitionSpec(*kept)))
+    return sharding.update(spec=PartitionSpec(*kept))
 
 
 def factor_spec(
