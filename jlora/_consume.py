@@ -17,7 +17,7 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, complete, part_delta
 from ._axes import Roles, contract_rank, free_axes
 from ._channels import Mixing, mix_channels
-from ._compat import source_line
+from ._compat import explicit_mesh, source_line
 from ._conv import Window, convolve
 from ._dtypes import is_workable, product_dtype, summed_in
 from ._errors import MaterializationError
@@ -30,6 +30,7 @@ from ._products import (
     part_words,
     times,
 )
+from ._ragged import Rows, rows_product
 from ._sharding import explicit_sharding, spec_of, without_axes
 
 
@@ -148,11 +149,7 @@ def _conv_part(
     out, in_, *space = dims.rhs_spec
     pair = contracted_first(part, [*space, in_], [out])
     if pair is None:
-        raise MaterializationError(
-            f"a joined kernel of shape {w.shape} is convolved at {source_line(eqn)} "
-            "with an axis that was split into input and output channels; join the "
-            "kernels along one of them"
-        )
+        raise MaterializationError(_split_join(eqn, w, "is convolved"))
     first = factor_matrix(pair[0], [*space, in_], w.shape)
     second = factor_matrix(pair[1], [out], w.shape)
     computed = product_dtype(x.dtype, w.dtype, y.dtype)
@@ -168,6 +165,15 @@ def _conv_part(
     mixing = Mixing(channels, groups, precision, result, sharding)
     # The scaling is folded into the rank-sized value.
     return mix_channels(mixing, part.scaling * h, second, derive)
+
+
+def _split_join(eqn: Any, w: Any, use: str) -> str:
+    """Says that an axis of joined kernels lies on both sides of a use."""
+    return (
+        f"a kernel of shape {w.shape} that was joined from several {use} at "
+        f"{source_line(eqn)}, where the axis along which they were joined is split "
+        "into an input and an output axis; join them along one of these"
+    )
 
 
 # --- ragged_dot_general ---
@@ -213,11 +219,27 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _ragged_dot(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _ragged_scaled(eqn, x, value, sizes)
-    (y,) = called(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
+    y = _ragged_base(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
     for part in value.parts:
         dropped = dropped_input(part, x, part_words(part, ()), ())
-        y = y + _ragged_part(eqn, dropped, value.base, sizes, part).astype(y.dtype)
+        delta = _ragged_part(eqn, dropped, value.base, sizes, part, y, derive)
+        y = y + delta.astype(y.dtype)
     return [y if after is None else times(y, after)]
+
+
+def _ragged_base(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
+    """The base product; on Explicit meshes with derivatives, which JAX's has not."""
+    x, w, sizes, *_ = operands
+    if derive != "custom" or explicit_mesh(x, w) is None:
+        return called(eqn, operands, derive)[0]
+    dims, precision = _ragged_dims(eqn), eqn.params["precision"]
+    (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
+    shared, (ragged,) = [*dims.rhs_group_dimensions, *batch], dims.lhs_ragged_dimensions
+    order = (*shared, *contract, *free_axes(w.ndim, contract, shared))
+    dtype, result = jnp.result_type(x, w), eqn.outvars[0].aval.dtype
+    sharding = eqn.params["out_sharding"]
+    rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
+    return rows_product(rows, x, jnp.transpose(w, order), sizes, derive)
 
 
 def _ragged_scaled(
@@ -244,7 +266,13 @@ def _ragged_scaled(
 
 
 def _ragged_part(
-    eqn: Any, x: jax.Array, w: jax.Array, sizes: jax.Array, part: Part
+    eqn: Any,
+    x: jax.Array,
+    w: Any,
+    sizes: jax.Array,
+    part: Part,
+    y: jax.Array,
+    derive: str,
 ) -> jax.Array:
     """Returns `s·(x·a)·b`, each group of rows with the factors of its own expert."""
     dims = _ragged_dims(eqn)
@@ -253,41 +281,23 @@ def _ragged_part(
     shared = [group, *batch]
     free = free_axes(w.ndim, contract, shared)
     pair = contracted_first(part, contract, free)
-    if pair is None:  # `_ragged_supports` has let only such parts pass
-        raise AssertionError("ragged product of a part that is not split by its axes")
-    first = factor_matrix(pair[0], [*shared, *contract], w.shape).astype(w.dtype)
-    second = factor_matrix(pair[1], [*shared, *free], w.shape).astype(w.dtype)
+    if pair is None:
+        raise MaterializationError(_split_join(eqn, w, "enters a ragged product"))
+    first = factor_matrix(pair[0], [*shared, *contract], w.shape)
+    second = factor_matrix(pair[1], [*shared, *free], w.shape)
+    second = jnp.moveaxis(second, -1, len(shared))
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    own = Rows(x_contract, x_batch, ragged, eqn.params["precision"], computed, computed)
+    h = part.scaling * rows_product(own, x, first, sizes, derive)
     n = len(batch)
-    behind = tuple(range(1 + n, first.ndim - 1))
-    batches = tuple(range(1, 1 + n))
-    h = _grouped(eqn, x, first, sizes, (x_contract, behind), (x_batch, batches), ragged)
-    rows = n + free_axes(x.ndim, x_contract, x_batch).index(ragged)
-    last = ((h.ndim - 1,), (second.ndim - 1,))
-    h = part.scaling * h
-    return _grouped(
-        eqn, h.astype(w.dtype), second, sizes, last, (tuple(range(n)), batches), rows
+    then = own._replace(
+        contract=(h.ndim - 1,),
+        batch=tuple(range(n)),
+        ragged=n + own.free(x).index(ragged),
+        result=_wide_enough(y.dtype, computed),
+        sharding=explicit_sharding(y),
     )
-
-
-def _grouped(
-    eqn: Any,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    sizes: jax.Array,
-    contract: tuple,
-    batch: tuple,
-    ragged: int,
-) -> jax.Array:
-    dims = lax.RaggedDotDimensionNumbers((contract, batch), [ragged], [0])
-    return lax.ragged_dot_general(
-        lhs,
-        rhs,
-        sizes,
-        dims,
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-        group_offset=eqn.params["group_offset"],
-    )
+    return rows_product(then, h, second, sizes, derive)
 
 
 # --- lookups ---
