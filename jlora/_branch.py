@@ -35,7 +35,7 @@ class Static(NamedTuple):
 class Arrays(NamedTuple):
     """The arrays of a branch; `words` is the state of its keys, if it has dropout."""
 
-    x: jax.Array | None
+    x: Any  # an array; of an integer there is no gradient
     a: jax.Array
     b: jax.Array
     words: jax.Array | None

@@ -21,6 +21,7 @@ from ._compat import explicit_mesh, source_line
 from ._conv import Window, convolve
 from ._dtypes import is_workable, product_dtype, summed_in
 from ._errors import MaterializationError
+from ._gather import select
 from ._lazy import called, dense
 from ._products import (
     contracted_first,
@@ -303,11 +304,15 @@ def _ragged_part(
 # --- lookups ---
 
 
-def add_rows(value: Adapted) -> jax.Array:
+def add_rows(value: Adapted, found: jax.Array | None = None) -> jax.Array:
     """Returns looked-up rows with their deltas `s·a[ids]·b` added, rounded once.
 
     In float32 at least: where a delta takes most of a row away, as that of a row that
     is trained whole does, a rounded sum would leave the rounding of the old row.
+
+    Args:
+        value: the rows, with the factors of each.
+        found: which of them are no filling, see `_gather.found_rows`.
     """
     rows = dense(value.base)
     total, sharding = rows.astype(summed_in(rows.dtype)), explicit_sharding(rows)
@@ -316,7 +321,7 @@ def add_rows(value: Adapted) -> jax.Array:
         change = jnp.broadcast_to(change, rows.shape)
         if sharding is not None:
             change = jax.sharding.reshard(change, sharding)
-        total = total + change
+        total = total + select(found, change, 0)
     total = total if value.scale is None else times(total, value.scale[..., 0])
     return total.astype(rows.dtype)
 
@@ -328,7 +333,10 @@ def _rows_of(part: Part, dtype: Any) -> jax.Array:
 
 CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
-        "dot_general", (0, 1), dot_roles, lambda eqn, operand, roles: True
+        "dot_general",
+        (0, 1),
+        dot_roles,
+        lambda eqn, operand, roles: True,
     ),
     "conv_general_dilated": ConsumeRule(
         "conv", (1,), _conv_roles, _conv_supports, _conv_details
