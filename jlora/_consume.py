@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, base_of, complete, part_delta
+from ._adapted import Adapted, Part, base_of, complete, part_delta, whole
 from ._axes import Roles, contract_rank, free_axes
 from ._channels import Mixing, mix_channels
 from ._compat import explicit_mesh, source_line
@@ -327,6 +327,7 @@ def add_rows(value: Adapted, found: jax.Array | None = None) -> jax.Array:
 
 
 def _rows_of(part: Part, dtype: Any) -> jax.Array:
+    part = whole(part)
     scaled, b = part.scaling * part.a.astype(dtype), part.b.astype(dtype)
     return contract_rank(scaled, b, dtype=dtype, precision=lax.Precision.HIGHEST)
 
