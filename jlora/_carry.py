@@ -121,11 +121,19 @@ def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
     amount = amount[..., None] if amount.ndim else amount
     divides = eqn.primitive.name == "div"
 
+    def times(factor: jax.Array) -> jax.Array:
+        return factor / amount if divides else factor * amount
+
     def scaled(part: Part) -> Part:
-        side = "a" if all(present(part.a, i, base.shape) for i in varies) else "b"
-        factor = getattr(part, side)
-        factor = factor / amount if divides else factor * amount
-        return dataclasses.replace(part, **{side: factor})
+        has = lambda array: all(present(array, i, value.base.shape) for i in varies)
+        if has(part.a):
+            return dataclasses.replace(part, a=times(part.a))
+        placed = [i for i, place in enumerate(part.places) if has(place)]
+        if has(part.b) or not placed:
+            return dataclasses.replace(part, b=times(part.b))
+        places = list(part.places)
+        places[placed[0]] = times(places[placed[0]])
+        return dataclasses.replace(part, places=tuple(places))
 
     return [Adapted(base, tuple(map(scaled, value.parts)), value.scale)]
 

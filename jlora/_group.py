@@ -203,14 +203,14 @@ class Layout(NamedTuple):
         h_rows = range(self.n_batch, h.ndim - 1)
         batch = (self.batch, self.batch)
         return as_type_of(
-            _rank_last(h, dy, (h_rows, self.dy_x), batch, b.dtype, self.precision), b
+            rank_last(h, dy, (h_rows, self.dy_x), batch, b.dtype, self.precision), b
         )
 
     def grad_a(self, x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
         """`xᵀ·g: (batch, contract, r)`, accumulated in float32."""
         g_rows = range(self.n_batch, g.ndim - 1)
         batch = (self.batch, self.x_batch)
-        da = _rank_last(g, x, (g_rows, self.x_free), batch, dtype, self.precision)
+        da = rank_last(g, x, (g_rows, self.x_free), batch, dtype, self.precision)
         # The contracting axes come out in the order of x; a has them in pairs' order.
         order = [sorted(self.x_contract).index(i) for i in self.x_contract]
         n = self.n_batch
@@ -254,7 +254,7 @@ class Layout(NamedTuple):
         return as_type_of(self.like_kernel(dw, contracted), w)
 
 
-def _rank_last(
+def rank_last(
     skinny: jax.Array,
     wide: jax.Array,
     contract: tuple[Sequence[int], Sequence[int]],

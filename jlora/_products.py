@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, complete
+from ._adapted import Adapted, Part, complete, times_place, whole
 from ._axes import free_axes
 from ._branch import Arrays, Static, add_branch
 from ._compat import source_line
@@ -243,8 +243,27 @@ def contracted_first(
     for first, second in ((part.a, part.b), (part.b, part.a)):
         lacks_free = all(first.shape[i] == 1 for i in free)
         if lacks_free and all(second.shape[i] == 1 for i in contract):
-            return first, second
+            return _placed_in(part, first, second, contract, free)
     return None
+
+
+def _placed_in(
+    part: Part,
+    first: jax.Array,
+    second: jax.Array,
+    contract: Sequence[int],
+    free: Sequence[int],
+) -> tuple[jax.Array, jax.Array] | None:
+    """Multiplies each place into the factor of its side; None if one is of both."""
+    for place in part.places:
+        along = {i for i, n in enumerate(place.shape) if n != 1}
+        if not along & {*contract}:
+            second = times_place(second, place)
+        elif along & {*free}:
+            return None
+        else:
+            first = times_place(first, place)
+    return first, second
 
 
 def factor_matrix(
@@ -309,6 +328,7 @@ def _any_part(
     eqn: Any, index: int, x: jax.Array, part: Part, y: jax.Array
 ) -> jax.Array:
     """Adds a product over part of each group: two einsums, left to autodiff."""
+    part = whole(part)
     contract, batch, x_contract, x_batch = dot_dims(eqn, index)
     letters = iter(string.ascii_lowercase)
     w_labels = [next(letters) for _ in range(part.a.ndim - 1)]
