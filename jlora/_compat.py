@@ -6,12 +6,14 @@ Supported: jax 0.10.2 (the newest for Python 3.11) to 0.12. What is used here an
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.layout import with_layout_constraint
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Var
+from jax.sharding import AxisType
 
 # Frames of these packages are never "the model's line".
 _LIBRARIES = tuple(
@@ -82,6 +84,26 @@ def source_line(eqn: JaxprEqn) -> str | None:
         if not name.startswith("<") and not any(lib in name for lib in _LIBRARIES):
             return f"{os.path.basename(name)}:{frame.line_num}"
     return None
+
+
+def with_layout(array: jax.Array, layout: Any) -> jax.Array:
+    """Constrains the layout of an array in memory; None leaves it to XLA."""
+    return array if layout is None else with_layout_constraint(array, layout)
+
+
+def staged(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn`, which is traced before it runs, and inlined where it is traced.
+
+    JAX evaluates an eager `shard_map` operation by operation, and refuses a
+    `jax.custom_vjp` with symbolic zeros there; a traced one it takes.
+    """
+    return jax.jit(fn, inline=True)
+
+
+def in_shard_map() -> bool:
+    """Whether this is inside of a `shard_map`, traced or eager."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return AxisType.Manual in (kinds or ())
 
 
 def explicit_mesh(*arrays: Any) -> Any:

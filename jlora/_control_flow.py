@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from jax import lax
 
+from . import _emit
 from ._adapted import Adapted, base_of, materialize
 from ._analyze import Analysis, Program, Step, Views
-from ._compat import JIT, REMAT, scan_counts
+from ._compat import JIT, REMAT, scan_counts, staged
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
-from ._linear import keeping
 from ._sharding import factor_spec
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -66,32 +66,13 @@ def _analyze_call(
 
 
 def _run_jit(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
-    params, (program,) = eqn.params, step.programs
-
-    def body(*args: Any) -> list[Any]:
-        inputs = list(map(_constrain, args, params["in_shardings"]))
-        return list(map(_constrain, run(program, inputs), params["out_shardings"]))
-
-    body.__name__ = body.__qualname__ = params["name"]
-    return jax.jit(body, inline=params["inline"])(*values)
-
-
-def _constrain(value: Any, sharding: Any) -> Any:
-    """Keeps the shardings that the inner jit was given, on frozen values."""
-    if not isinstance(sharding, jax.sharding.Sharding):
-        return value
-    if isinstance(value, Adapted):
-        return value.with_base(_constrain(value.base, sharding))
-    if isinstance(value, Lazy):
-        return value  # XLA lays it out as its quantised arrays are
-    return lax.with_sharding_constraint(value, sharding)
+    (program,) = step.programs
+    return _emit.jit(eqn, lambda *args: run(program, args), values)
 
 
 def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     (program,) = step.programs
-    body = lambda *args: run(program, args)
-    prevent_cse, policy = eqn.params["prevent_cse"], keeping(eqn.params["policy"])
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(*values)
+    return _emit.checkpoint(eqn, lambda *args: run(program, args), values)
 
 
 def _run_inline(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -226,7 +207,8 @@ def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[An
     params, (cond, body) = eqn.params, step.programs
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-    return lax.while_loop(
+    return _emit.while_loop(
+        eqn,
         lambda carry: run(cond, [*cond_consts, *carry])[0],
         lambda carry: [materialize(v) for v in run(body, [*body_consts, *carry])],
         [materialize(v) for v in values[n_cond + n_body :]],
@@ -252,7 +234,7 @@ def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
         )
         for p in step.programs
     ]
-    return lax.switch(index, branches, *operands)
+    return _emit.switch(eqn, index, branches, operands)
 
 
 # --- shard_map ---
@@ -273,14 +255,15 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
         values[i], like = specs_like(values[i], spec, params["mesh"])
         specs.append(like)
     body = lambda *args: tuple(_formed(run(program, args), step.wanted))
-    return jax.shard_map(
+    mapped = jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=tuple(specs),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],
-    )(*values)
+    )
+    return staged(mapped)(*values)
 
 
 def specs_like(value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:
@@ -304,6 +287,7 @@ CONTROL_FLOW: dict[str, ControlFlowRule] = {
     **{name: ControlFlowRule(_analyze_call, _run_remat) for name in REMAT},
     "closed_call": ControlFlowRule(_analyze_call, _run_inline),
     "core_call": ControlFlowRule(_analyze_call, _run_inline),
+    "composite": ControlFlowRule(_analyze_call, _run_inline),
     "scan": ControlFlowRule(_analyze_scan, _run_scan),
     "while": ControlFlowRule(_analyze_while, _run_while),
     "cond": ControlFlowRule(_analyze_cond, _run_cond),

@@ -28,7 +28,7 @@ _choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _place
 _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
-_allocation _analyze _combine _consume _quantized_moves _siblings
+_allocation _analyze _combine _consume _emit _quantized_moves _siblings
 _adalora _dora_uses _lazy_moves _linear_use _target
 _control_flow _measure _moves _new_entry
 _carry _plan
