@@ -24,6 +24,7 @@ from ._compat import rebind
 from ._dtypes import summed_in
 from ._gather import gather_axes, gather_rows, rows_inside
 from ._lazy_moves import carried
+from ._mix import mix, mix_axes, mix_supports
 from ._moves import AxisMap, identity, present, same_axes
 from ._sharding import factor_spec
 
@@ -198,6 +199,8 @@ CARRY: dict[str, CarryRule] = {
     ),
     "mul": CarryRule(_scale_axes, _scale, operands=(0, 1), supports=_scale_supports),
     "div": CarryRule(_scale_axes, _scale, supports=_scale_supports),
+    "dot_general": CarryRule(mix_axes, mix, operands=(0, 1), supports=mix_supports),
+    "reduce_sum": CarryRule(mix_axes, mix, supports=mix_supports),
     "neg": CarryRule(same_axes, _negate),
     "convert_element_type": CarryRule(_convert_axes, _mover(_unchanged)),
     "reduce_precision": _plain,

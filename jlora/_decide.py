@@ -3,19 +3,33 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
-from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
+from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes, Roles
 from ._carry import CARRY
 from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
-from ._dora_uses import fits, spread
+from ._dora_uses import fits, keeps_scale, spread
 from ._group import GroupDims
+from ._mix import holds_features, is_end, is_frozen_product, passed_mix
 from ._products import group_dims
+from ._recall import Recall
 from ._siblings import arrange
+from ._view import (
+    Log,
+    Passed,
+    Place,
+    Program,
+    Step,
+    Use,
+    Value,
+    View,
+    any_active,
+    plain,
+)
 
 
 class Decision(Analysis):
@@ -25,44 +39,65 @@ class Decision(Analysis):
         axes: the settled roles by path.
         contraction: as `jlora.lora` takes it.
         dora: the paths of the kernels that have DoRA's scale.
+        recall: what was found out of jaxprs before.
+        ends: the places where kernels come to an end.
     """
 
     def __init__(
         self,
         axes: Mapping[str, KernelAxes],
         contraction: Contraction,
-        dora: Collection[str] = (),
+        dora: Collection[str],
+        recall: Recall,
+        ends: frozenset[Place],
     ) -> None:
-        super().__init__(CONTROL_FLOW)
+        super().__init__(CONTROL_FLOW, recall, ends)
         self.axes, self.dora = axes, dora
         self.contraction: Contraction = contraction
         # Of each product: the operand that is a kernel, and its entries in the log.
         self._products: dict[int, tuple[int, range]] = {}
 
-    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def kind_of(self, path: str) -> Hashable:
+        """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
+        return self.axes[path], path in self.dora
+
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""
-        nothing: list[Views] = [()] * len(eqn.outvars)
-        kinds = self._consumed(eqn, views)
-        if kinds and not self._scale_fits(eqn, views):
-            self.materialized(eqn, views, OF_DORA)
+        nothing = plain(len(eqn.outvars), any_active(values))
+        outputs = self._passed_on(eqn, values)
+        if outputs is not None:
+            return Step("carry"), outputs
+        kinds = self._consumed(eqn, values)
+        if kinds and not self._scale_fits(eqn, values):
+            self.materialized(eqn, values, OF_DORA)
             return Step("materialize"), nothing
         if kinds:
-            before = len(self.log.uses)
-            self._used(eqn, views, kinds)
-            if eqn.primitive.name != "dot_general":
-                return Step("consume"), nothing
-            operand = next(i for i, group in enumerate(views) if group)
-            logged = range(before, len(self.log.uses))
-            self._products[id(eqn)] = (operand, logged)
-            return Step("product"), nothing
-        outputs = self._carried(eqn, views)
+            return self._use(eqn, values, kinds), nothing
+        outputs = self._carried(eqn, values)
         if outputs is None:
-            self.materialized(eqn, views)
+            self.materialized(eqn, values)
             return Step("materialize"), nothing
-        if self._is_lookup(eqn, views):
-            self._used(eqn, views, itertools.repeat("lookup"))
+        if self._is_lookup(eqn, values):
+            self._used(eqn, values, itertools.repeat("lookup"))
             return Step("lookup"), nothing
         return Step("carry"), outputs
+
+    def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
+        before = len(self.log.uses)
+        self._used(eqn, values, kinds)
+        if eqn.primitive.name != "dot_general":
+            return Step("consume")
+        operand = next(i for i, value in enumerate(values) if value.views)
+        logged = range(before, len(self.log.uses))
+        self._products[id(eqn)] = (operand, logged)
+        return Step("product")
+
+    def _passed_on(self, eqn: Any, values: list[Value]) -> list[Value] | None:
+        """Returns the outputs of a frozen product that is not the use of its kernel."""
+        others = [value for value in values if not value.views]
+        if not is_frozen_product(eqn, others) or self.place in self.ends:
+            return None
+        return self._carried(eqn, values)
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
@@ -108,23 +143,32 @@ class Decision(Analysis):
                 )
         return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
 
-    def _used(self, eqn: Any, views: Sequence[Views], kinds: Any) -> None:
+    def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)
-        for view, kind in zip(itertools.chain(*views), kinds, strict=False):
+        operand = next(i for i, value in enumerate(values) if value.views)
+        features = any_active(values) or holds_features(eqn, operand)
+        consumes = CONSUME[name].roles if name in CONSUME else None
+        views = itertools.chain(*(value.views for value in values))
+        for view, kind in zip(views, kinds, strict=False):
+            roles = consumes and consumes(eqn, operand)
+            if roles and is_end(view, roles):
+                self.end_mix(view)
+            else:
+                self.meets(view, features=features)
             self.log.uses.append(Use(view.path, kind, line, True, name))
 
     def _roles(self, view: View) -> list[str | None] | None:
         return view.roles(self.axes[view.path])
 
-    def _consumed(self, eqn: Any, views: list[Views]) -> list[str]:
+    def _consumed(self, eqn: Any, values: list[Value]) -> list[str]:
         """Returns the kind of use of each view, or nothing if it is no use."""
         rule = CONSUME.get(eqn.primitive.name)
-        where = [i for i, group in enumerate(views) if group]
+        where = [i for i, value in enumerate(values) if value.views]
         if rule is None or len(where) != 1 or where[0] not in rule.operands:
             return []
         (operand,) = where
         kinds = []
-        for view in views[operand]:
+        for view in values[operand].views:
             roles = self._roles(view)
             if roles is None or not rule.supports(eqn, operand, roles):
                 return []
@@ -132,54 +176,81 @@ class Decision(Analysis):
             kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
         return kinds
 
-    def _scale_fits(self, eqn: Any, views: list[Views]) -> bool:
+    def _scale_fits(self, eqn: Any, values: list[Value]) -> bool:
         """Whether DoRA's scale, where there is one, can be applied beside a use."""
-        for operand, group in enumerate(views):
-            scaled = [view for view in group if view.path in self.dora]
-            varies = set().union(*map(self._varies, scaled))
-            varies = {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
-            if scaled and not fits(eqn, operand, varies):
+        for operand, value in enumerate(values):
+            if not fits(eqn, operand, self._scale_varies(eqn, operand, value)):
                 return False
         return True
+
+    def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
+        """Returns the axes of an operand along which a scale of DoRA varies."""
+        scaled = [view for view in value.views if view.path in self.dora]
+        varies = set().union(*map(self._varies, scaled))
+        return {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
 
     def _varies(self, view: View) -> set[int]:
         """Returns the axes of a value along which DoRA's scale of a kernel varies."""
         roles = enumerate(self._roles(view) or [])
         return {i for i, role in roles if role in ("batch", "out")} | view.spread
 
-    def _carried(self, eqn: Any, views: list[Views]) -> list[Views] | None:
+    def _carried(self, eqn: Any, values: list[Value]) -> list[Value] | None:
         rule = CARRY.get(eqn.primitive.name)
-        where = [i for i, group in enumerate(views) if group]
+        where = [i for i, value in enumerate(values) if value.views]
         if rule is None or not rule.takes(where):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         for operand in where:
             maps = rule.axes(eqn, operand)
-            if maps is None:
+            scale_varies = self._scale_varies(eqn, operand, values[operand])
+            if maps is None or not keeps_scale(eqn, operand, scale_varies):
                 return None
-            for view in views[operand]:
+            for view in values[operand].views:
                 if not rule.supports(eqn, operand, self._roles(view) or []):
                     return None
+                view = self._marked(eqn, operand, view, values)
                 for output, axis_map in zip(outputs, maps, strict=True):
                     if axis_map is not None:
                         moved = view.moved(axis_map).spread_along(spread(eqn))
                         output.append(moved)
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
-        return [tuple(output) for output in outputs]
+        active = any_active(values)
+        return [Value(tuple(output), active) for output in outputs]
 
-    def _is_lookup(self, eqn: Any, views: list[Views]) -> bool:
-        """Whether the rows that are taken have lost one side of the kernel."""
+    def _marked(
+        self, eqn: Any, operand: int, view: View, values: Sequence[Value]
+    ) -> View:
+        """Returns a view with what it passes at an equation."""
+        if passed := passed_mix(eqn, operand, view, self.place):
+            return view.after(passed)
+        others = [value for i, value in enumerate(values) if i != operand]
+        if self._loses_side(eqn, view) and not any_active(others):
+            axes = view.origin_of(indexed_axes(eqn))
+            return view.after(Passed(self.place, axes, "order"))
+        return view
+
+    def _is_lookup(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether rows are taken for themselves: they have lost one side of the kernel.
+
+        An index that depends on no activation only puts the rows in order, unless that
+        is where the kernel comes to its end.
+        """
+        views = itertools.chain(*(value.views for value in values))
+        if not any(self._loses_side(eqn, view) for view in views):
+            return False
+        others = [value for value in values if not value.views]
+        return any_active(others) or self.place in self.ends
+
+    def _loses_side(self, eqn: Any, view: View) -> bool:
+        """Whether single entries are taken along a whole side of a kernel."""
         indexed = indexed_axes(eqn)
         if not indexed:
             return False
-        for view in itertools.chain(*views):
-            roles = self._roles(view) or []
-            taken = {roles[i] for i in indexed}
-            rest = {r for i, r in enumerate(roles) if i not in indexed}
-            if taken & {"in", "out"} and not {"in", "out"} <= rest:
-                return True
-        return False
+        roles = self._roles(view) or []
+        taken = {roles[i] for i in indexed}
+        rest = {r for i, r in enumerate(roles) if i not in indexed}
+        return bool(taken & {"in", "out"}) and not {"in", "out"} <= rest
 
 
 # What the name of a use gets where DoRA alone keeps it from staying factored.
@@ -196,11 +267,17 @@ def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
 
 def decide(
     jaxpr: Any,
-    views: Sequence[View | None],
+    inputs: Sequence[Value],
     axes: Mapping[str, KernelAxes],
     contraction: Contraction,
     dora: Collection[str] = (),
 ) -> tuple[Program, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it."""
-    decision = Decision(axes, contraction, dora)
-    return decision.whole(jaxpr, views), decision.log
+    recall, ends = Recall(), frozenset[Place]()
+    while True:
+        decision = Decision(axes, contraction, dora, recall, ends)
+        program = decision.whole(jaxpr, inputs)
+        more = ends | ends_of(decision.log)
+        if more == ends:
+            return program, decision.log
+        ends = more

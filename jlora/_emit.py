@@ -37,8 +37,14 @@ from ._sharding import explicit_sharding
 # --- jit, checkpoint ---
 
 
-def jit(eqn: Any, body: Callable[..., Any], values: Sequence[Any]) -> Sequence[Any]:
-    """Emits a `jit` equation around another body."""
+def jit(eqn: Any, body: Callable[..., Any], own: Sequence[bool]) -> Callable[..., Any]:
+    """Returns another body as the function of a `jit` equation.
+
+    Args:
+        eqn: the equation.
+        body: the body.
+        own: the operands that may be donated.
+    """
     params = eqn.params
 
     def constrained(*args: Any) -> list[Any]:
@@ -46,15 +52,13 @@ def jit(eqn: Any, body: Callable[..., Any], values: Sequence[Any]) -> Sequence[A
         return _laid_out(outputs, params["out_shardings"], params["out_layouts"])
 
     constrained.__name__ = constrained.__qualname__ = params["name"]
-    # A kernel and its factors belong to the caller.
-    is_own = lambda value: not isinstance(value, Adapted | Lazy)
-    donated = zip(params["donated_invars"], values, strict=True)
+    donated = zip(params["donated_invars"], own, strict=True)
     return jax.jit(
         constrained,
         inline=params["inline"],
         keep_unused=params["keep_unused"],
-        donate_argnums=[i for i, (d, v) in enumerate(donated) if d and is_own(v)],
-    )(*values)
+        donate_argnums=[i for i, both in enumerate(donated) if all(both)],
+    )
 
 
 def _laid_out(
@@ -74,18 +78,16 @@ def _constrain(value: Any, sharding: Any, layout: Any) -> Any:
     return with_layout(value, layout)
 
 
-def checkpoint(
-    eqn: Any, body: Callable[..., Any], values: Sequence[Any]
-) -> Sequence[Any]:
-    """Emits a checkpoint around another body."""
+def checkpoint(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns another body as the function of a checkpoint."""
     params = eqn.params
     again = jax.checkpoint(
         body, prevent_cse=params["prevent_cse"], policy=keeping(params["policy"])
     )
     if not params["differentiated"]:
-        return again(*values)
+        return again
     # Part of a backward pass: from here on XLA must not find what is computed twice.
-    return _rebound(again, values, eqn.primitive, differentiated=True)
+    return lambda *values: _rebound(again, values, eqn.primitive, differentiated=True)
 
 
 def _rebound(

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, base_of
-from ._analyze import Program, Step
 from ._axes import KernelAxes
 from ._carry import CARRY
 from ._compat import (
@@ -45,6 +44,7 @@ from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
 from ._sharding import factor_spec
 from ._trace import Traced
+from ._view import Program, Step
 
 # What is gathered for the probes of one value, in their shapes; () for a plain value.
 Gathered = tuple[jax.Array, ...]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ._adapted import materialize
-from ._analyze import Analysis, Program, Step, Views
+from ._analyze import Analysis
 from ._carry import CARRY
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import EVALUATE, add_rows
@@ -16,6 +16,8 @@ from ._control_flow import CONTROL_FLOW
 from ._lazy import called, dense, is_lazy
 from ._lazy_moves import carried, stays_small
 from ._products import run_products
+from ._recall import Recall
+from ._view import Program, Step, Value
 
 # Returns the value of a variable of a jaxpr.
 Read = Callable[[Any], Any]
@@ -86,8 +88,7 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
     if step.action == "plain":
         return _plain(eqn, values, derive)
     if step.action == "enter":
-        deeper = functools.partial(run, derive=derive)
-        return CONTROL_FLOW[name].run(eqn, step, values, deeper)
+        return CONTROL_FLOW[name].run(eqn, step, values, _deeper(derive))
     with jax.named_scope("jlora"):
         if step.action == "consume":
             return EVALUATE[name](eqn, list(map(dense, values)), derive)
@@ -101,13 +102,22 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
         return rebind(eqn, [materialize(value) for value in values])
 
 
+@functools.cache
+def _deeper(derive: str) -> Callable[..., list[Any]]:
+    """Returns what runs the programs inside of a program: always the same function."""
+    return functools.partial(run, derive=derive)
+
+
 # --- kernels that are quantised and not adapted ---
 
 
 class _Nothing(Analysis):
     """The analysis of an equation whose operands carry no adapted kernel."""
 
-    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def __init__(self) -> None:
+        super().__init__(CONTROL_FLOW, Recall(), frozenset())
+
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Is not asked: without views every step is plain."""
         raise AssertionError(f"{eqn.primitive.name} has views")
 
@@ -119,9 +129,8 @@ def _plain(eqn: Any, values: list[Any], derive: str) -> Sequence[Any]:
     name = eqn.primitive.name
     if name in CONTROL_FLOW:
         wanted, rule = (True,) * len(eqn.outvars), CONTROL_FLOW[name]
-        analysis = _Nothing(CONTROL_FLOW)
-        step, _ = rule.analyze(analysis, eqn, [()] * len(values), wanted)
-        return rule.run(eqn, step, values, functools.partial(run, derive=derive))
+        step, _ = rule.analyze(_Nothing(), eqn, [Value()] * len(values), wanted)
+        return rule.run(eqn, step, values, _deeper(derive))
     if name in CARRY and stays_small(eqn, values):
         return carried(eqn, values)
     return called(eqn, values, derive)

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from ._analyze import Use
 from ._axes import KernelAxes, Shape
 from ._config import LoraConfig
 from ._dtypes import widest
 from ._entries import SlicedFactors, TrainedRows, sliced_shapes
 from ._factors import LoraFactors
+from ._view import Use
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,18 +7,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ._analyze import Log, Use, View
 from ._axes import KernelAxes, Shape
 from ._choice import Contraction
 from ._config import LoraConfig
 from ._decide import OF_DORA, decide
-from ._discover import Vote, discover, settle
+from ._discover import discover, settle
 from ._errors import MaterializationError
 from ._paths import FlatParams, is_quantized, matching
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
 from ._unfit import DOUBT, FROZEN, check, several
+from ._view import Log, Use, Value, View, Vote
 
 
 def resolve(
@@ -106,11 +106,12 @@ def _discover(
     traced: Traced, leaves: Mapping[str, Any], wanted: set[str]
 ) -> dict[str, _Kernel]:
     """Learns the roles of the axes from the operations of the program."""
-    views: list[View | None] = [None] * len(traced.inputs)
-    for path in wanted & set(traced.positions):
-        if _is_floating(leaves[path]) and leaves[path].shape:
-            views[traced.positions[path]] = View.whole(path, leaves[path].shape)
-    votes, log = discover(traced.jaxpr, views)
+    shapes = {
+        path: tuple(leaves[path].shape)
+        for path in wanted & set(traced.positions)
+        if _is_floating(leaves[path]) and leaves[path].shape
+    }
+    votes, log = discover(traced.jaxpr, _known(traced, shapes))
     return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
 
 
@@ -263,16 +264,21 @@ def program_of(
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
             or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
-    views: list[View | None] = [None] * len(traced.inputs)
-    shapes = {}
-    for path in axes:
-        place = traced.positions[path]
-        shapes[path] = tuple(traced.inputs[place].shape)
-        views[place] = View.whole(path, shapes[path])
-    program, log = decide(traced.jaxpr, views, axes, contraction, dora)
+    shapes = {p: tuple(traced.inputs[traced.positions[p]].shape) for p in axes}
+    inputs = _known(traced, shapes)
+    program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
     if log.obstacles and materialize == "error":
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
+
+
+def _known(traced: Traced, kernels: Mapping[str, Shape]) -> list[Value]:
+    """Returns what is known of the inputs of a program, given the shapes of kernels."""
+    inputs = [Value(active=True)] * len(traced.inputs)
+    for path, place in traced.positions.items():
+        view = (View.whole(path, kernels[path]),) if path in kernels else ()
+        inputs[place] = Value(view)
+    return inputs
 
 
 def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> str:

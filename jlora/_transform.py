@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
-from ._analyze import Log
 from ._choice import Contraction
 from ._compat import in_shard_map, manual_axes, staged, vary
 from ._config import LoraConfig
@@ -26,6 +25,7 @@ from ._plan import Plan, make_plan
 from ._quantized import Quantized
 from ._targets import program_of, resolve, with_uses
 from ._trace import Traced, trace
+from ._view import Log
 
 Materialize = Literal["error", "allow"]
 Backward = Literal["custom", "autodiff"]
