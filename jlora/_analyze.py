@@ -60,6 +60,8 @@ class Analysis(abc.ABC):
         self.log = Log()
         self.loop_depth = 0
         self.trips = 1
+        # The equation that makes a variable, for those of the bodies that were seen.
+        self.made: dict[Any, Any] = {}
         # Where the pass stands, and how many bodies it has seen of an equation there.
         self.place: Place = ()
         self._bodies = 0
@@ -71,6 +73,13 @@ class Analysis(abc.ABC):
     def kind_of(self, path: str) -> Hashable:
         """Returns what, besides its views, decides what is done with a kernel."""
         return None
+
+    def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
+        """Whether axes of a view are batch axes, or on one side of its kernel.
+
+        As far as the pass knows: the first takes it that they are.
+        """
+        return True
 
     def whole(self, jaxpr: Any, inputs: Sequence[Value]) -> Program:
         """Analyzes the function itself, given what is known of its inputs."""
@@ -131,6 +140,7 @@ class Analysis(abc.ABC):
                 wanted = tuple(v in needed for v in eqn.outvars)
                 step, outputs = self._equation(eqn, values, wanted)
             steps.append(dataclasses.replace(step, eqns=(eqn,)))
+            self.made.update(dict.fromkeys(eqn.outvars, eqn))
             env.update(zip(eqn.outvars, outputs, strict=True))
         self.place = around
         outs = tuple(read(v) for v in jaxpr.outvars)

@@ -19,6 +19,7 @@ from ._analyze import Analysis
 from ._compat import JIT, REMAT, scan_counts, staged
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
+from ._select import select, varies_along
 from ._sharding import factor_spec
 from ._view import Body, Program, Step, Value, any_active, plain
 
@@ -257,6 +258,29 @@ def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
     return _emit.switch(eqn, index, branches, operands)
 
 
+# --- choices, which branches become under vmap ---
+
+
+def _analyze_select(
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
+    along = varies_along(eqn.invars[0], analysis.made)
+    views = [view for value in values[1:] for view in value.views]
+    active = any_active(values)
+    if not all(analysis.is_one_sided(view, along) for view in views):
+        analysis.materialized(eqn, values)
+        return Step("materialize"), plain(1, active)
+    # A scale of one kernel ends where another is chosen.
+    chosen = [view.spread_along(along).chosen_along(along) for view in views]
+    output = Value(tuple(dict.fromkeys(chosen)), active)
+    return Step("enter", along=tuple(sorted(along))), [output]
+
+
+def _run_select(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    with jax.named_scope("jlora"):
+        return select(eqn, step.along, values)
+
+
 # --- shard_map ---
 
 
@@ -312,5 +336,6 @@ CONTROL_FLOW: dict[str, ControlFlowRule] = {
     "scan": ControlFlowRule(_analyze_scan, _run_scan),
     "while": ControlFlowRule(_analyze_while, _run_while),
     "cond": ControlFlowRule(_analyze_cond, _run_cond),
+    "select_n": ControlFlowRule(_analyze_select, _run_select),
     "shard_map": ControlFlowRule(_analyze_shard_map, _run_shard_map),
 }

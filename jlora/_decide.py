@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ._analyze import Analysis, ends_of, indexed_axes
@@ -60,6 +60,11 @@ class Decision(Analysis):
     def kind_of(self, path: str) -> Hashable:
         """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
         return self.axes[path], path in self.dora
+
+    def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
+        """Whether axes of a view are batch axes, or on one side of its kernel."""
+        roles = self._roles(view)
+        return roles is not None and len({roles[i] for i in axes} & {"in", "out"}) < 2
 
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted
-from ._compat import open_jaxpr, rebind, with_layout
+from ._compat import equation_scope, is_literal, open_jaxpr, rebind, with_layout
 from ._lazy import Lazy
 from ._linear import keeping
 from ._sharding import explicit_sharding
@@ -100,11 +100,13 @@ def _rebound(
     jaxpr, consts = open_jaxpr(closed)
     env = dict(zip(jaxpr.invars, leaves, strict=True))
     env.update(zip(jaxpr.constvars, consts, strict=True))
-    read = lambda atom: env[atom] if atom in env else atom.val
+    read = lambda atom: atom.val if is_literal(atom) else env[atom]
     for eqn in jaxpr.eqns:
         if eqn.primitive is primitive:
             eqn = eqn.replace(params={**eqn.params, **changes})
-        env.update(zip(eqn.outvars, rebind(eqn, list(map(read, eqn.invars)))))
+        with equation_scope(eqn):
+            outputs = rebind(eqn, list(map(read, eqn.invars)))
+        env.update(zip(eqn.outvars, outputs, strict=True))
     return jax.tree.unflatten(jax.tree.structure(shapes), map(read, jaxpr.outvars))
 
 

@@ -56,6 +56,8 @@ class View:
         passed: the operations on its way whose meaning is not settled yet.
         spread: the axes of the value along which a scale of the kernel varies, as DoRA
             has one, whatever their origins: it was padded, or joined with others.
+        chosen: the axes of the value that come from no axis of the kernel, and along
+            which the factors differ: other ones were chosen for each entry.
     """
 
     path: str
@@ -63,6 +65,7 @@ class View:
     origins: tuple[frozenset[int], ...]
     passed: tuple[Passed, ...] = ()
     spread: frozenset[int] = frozenset()
+    chosen: frozenset[int] = frozenset()
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -75,17 +78,30 @@ class View:
         origins = tuple(
             frozenset().union(*(self.origins[i] for i in axes)) for axes in axis_map
         )
-        spread = frozenset(j for j, axes in enumerate(axis_map) if axes & self.spread)
-        return dataclasses.replace(self, origins=origins, spread=spread)
+        from_any = lambda old: frozenset(
+            j for j, axes in enumerate(axis_map) if axes & old
+        )
+        return dataclasses.replace(
+            self,
+            origins=origins,
+            spread=from_any(self.spread),
+            chosen=from_any(self.chosen),
+        )
 
     def without_leading(self) -> "View":
         """Returns the view of one slice along the first axis, as a scan makes it."""
-        spread = frozenset(i - 1 for i in self.spread if i)
-        return dataclasses.replace(self, origins=self.origins[1:], spread=spread)
+        axes = range(1, len(self.origins))
+        return self.moved([frozenset([i]) for i in axes])
 
     def spread_along(self, axes: frozenset[int]) -> "View":
         """Returns the view of a value along whose `axes` a scale varies besides."""
         return dataclasses.replace(self, spread=self.spread | axes)
+
+    def chosen_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value whose factors were chosen along `axes`."""
+        has_none = lambda i: all(self.shape[axis] == 1 for axis in self.origins[i])
+        chosen = self.chosen | frozenset(filter(has_none, axes))
+        return dataclasses.replace(self, chosen=chosen)
 
     def after(self, passed: Passed) -> "View":
         """Returns the view with one more operation passed."""
@@ -103,8 +119,9 @@ class View:
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
         found = []
-        for origin in self.origins:
+        for place, origin in enumerate(self.origins):
             roles = {axes.role(i) for i in origin if self.shape[i] != 1}
+            roles |= {"batch"} if place in self.chosen else set()
             if len(roles) > 1:
                 return None
             found.append(roles.pop() if roles else None)
@@ -212,6 +229,7 @@ class Step:
         wanted: which of its outputs are used, if it has sub-jaxprs.
         kernels: which operand of each product is the kernel.
         form: how products are computed.
+        along: the axes along which a predicate varies.
     """
 
     action: Action
@@ -220,6 +238,7 @@ class Step:
     eqns: tuple[Any, ...] = ()
     kernels: tuple[int, ...] = ()
     form: Form = "separate"
+    along: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
