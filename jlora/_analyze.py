@@ -23,7 +23,7 @@ import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ._compat import is_literal, is_var, open_jaxpr, source_line
+from ._compat import is_literal, is_var, open_jaxpr, operation_name, source_line
 from ._gather import row_layout
 from ._recall import Call, Kinds, Recall
 from ._view import (
@@ -181,10 +181,10 @@ class Analysis(abc.ABC):
 
     def materialized(self, eqn: Any, values: Iterable[Value], where: str = "") -> None:
         """Notes that the operands with views must be formed at an equation."""
-        name = eqn.primitive.name
+        name, told = eqn.primitive.name, f"{operation_name(eqn)}{where}"
         for view in itertools.chain(*(value.views for value in values)):
             self._lose(view)
-            use = Use(view.path, f"{name}{where}", self.line_of(eqn), False, name)
+            use = Use(view.path, told, self.line_of(eqn), False, name)
             self.log.obstacles.append(use)
 
     def _lose(self, view: View) -> None:

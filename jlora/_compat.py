@@ -23,6 +23,8 @@ _LIBRARIES = tuple(
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
+# Functions with a derivative of their own: no rule of ours may look inside of them.
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 
 # XLA's CPU compiler of jax 0.10.2 aborts the process ("Check failed: ...
 # IsMonotonicWithDim0Major") on a product with batch axes whose small result is
@@ -36,6 +38,23 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     jax 0.12 keeps consts in every `Jaxpr`; before, only `ClosedJaxpr` has them.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def own_body(eqn: JaxprEqn) -> Any:
+    """Returns the jaxpr of a function with a derivative of its own, else None."""
+    name, body = eqn.primitive.name, eqn.params.get("call_jaxpr")
+    is_own = name in OWN_DERIVATIVE and body is not None
+    return body if is_own and len(body.in_avals) == len(eqn.invars) else None
+
+
+def operation_name(eqn: JaxprEqn) -> str:
+    """Returns the name of an operation, with that of the function it calls."""
+    name = eqn.primitive.name
+    if name not in OWN_DERIVATIVE:
+        return name
+    jaxpr, _ = open_jaxpr(eqn.params.get("call_jaxpr"))
+    told = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None)
+    return f"{name} of {told.split(' at ')[0]!r}" if told else name
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes
 from ._carry import CARRY
+from ._compat import own_body
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._gather import row_layout
@@ -40,11 +41,25 @@ class Discovery(Analysis):
                 carried = self._carry(eqn, operand, view, any_active(others))
             if carried is None:
                 self.materialized(eqn, [Value((view,))])
+                self._look_inside(eqn, operand, values)
                 continue
             for output, out_view in zip(outputs, carried, strict=True):
                 output.extend(out_view)
         active = any_active(values)
         return Step("carry"), [Value(tuple(output), active) for output in outputs]
+
+    def _look_inside(self, eqn: Any, operand: int, values: list[Value]) -> None:
+        """Learns roles from a function that takes the kernel as a whole.
+
+        It has a derivative of its own, so that the kernel is materialized for it; what
+        it does to the kernel tells the roles all the same.
+        """
+        body, bodies = own_body(eqn), self._bodies
+        if body is not None:
+            alone = [Value((), value.active) for value in values]
+            alone[operand] = values[operand]
+            self.program(body, alone)
+            self._bodies = bodies
 
     def _is_use(self, eqn: Any, operand: int, others: list[Value]) -> bool:
         """Whether an operation uses a kernel up, rather than pass it on."""

@@ -54,9 +54,7 @@ def key_words(
     return jax.random.key_data(keys), Dropout(rate, str(jax.random.key_impl(key)))
 
 
-def more_keys(
-    words: jax.Array, dropout: Dropout, sizes: tuple[int, ...]
-) -> jax.Array:
+def more_keys(words: jax.Array, dropout: Dropout, sizes: tuple[int, ...]) -> jax.Array:
     """Returns the state of another key for each index of axes that had one for all.
 
     Args:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ._axes import KernelAxes, Shape
 from ._choice import Contraction
+from ._compat import OWN_DERIVATIVE
 from ._config import LoraConfig
 from ._decide import OF_DORA, decide
 from ._discover import discover, settle
@@ -287,10 +288,19 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         f"{use.source}, which has no low-rank rule"
         for use in dict.fromkeys(uses)
     ]
+    of_own = any(use.primitive in OWN_DERIVATIVE for use in uses)
     of_dora = any(use.kind.endswith(OF_DORA) for use in uses)
     apart = ", leave DoRA off for them with a config of their own" if of_dora else ""
     return (
         "\n".join(lines)
         + f"\nLeave these paths out of `LoraConfig.target`{apart}, or pass "
         '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
+        + (_OF_OWN if of_own else "")
     )
+
+
+_OF_OWN = (
+    ", with exact gradients. A function with a derivative of its own takes whole "
+    "kernels, as its rule does; in a variant without one they stay factored (for "
+    "Diffrax: `adjoint=diffrax.DirectAdjoint()`)"
+)
