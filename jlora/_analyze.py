@@ -23,8 +23,10 @@ import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ._broadcast import varies_along
 from ._compat import is_literal, is_var, open_jaxpr, operation_name, source_line
 from ._gather import row_layout
+from ._mix import holds_features, use_before
 from ._recall import Call, Kinds, Recall
 from ._view import (
     Body,
@@ -60,8 +62,6 @@ class Analysis(abc.ABC):
         self.log = Log()
         self.loop_depth = 0
         self.trips = 1
-        # The equation that makes a variable, for those of the bodies that were seen.
-        self.made: dict[Any, Any] = {}
         # Where the pass stands, and how many bodies it has seen of an equation there.
         self.place: Place = ()
         self._bodies = 0
@@ -135,12 +135,13 @@ class Analysis(abc.ABC):
             values = [read(v) for v in eqn.invars]
             step = Step("plain" if alive else "dead")
             outputs = plain(len(eqn.outvars), any_active(values))
+            if (along := varies_along(eqn, values)) is not None:
+                outputs = [dataclasses.replace(outputs[0], along=along)]
             if alive and any(value.views for value in values):
                 self.place = (*around, i)
                 wanted = tuple(v in needed for v in eqn.outvars)
                 step, outputs = self._equation(eqn, values, wanted)
             steps.append(dataclasses.replace(step, eqns=(eqn,)))
-            self.made.update(dict.fromkeys(eqn.outvars, eqn))
             env.update(zip(eqn.outvars, outputs, strict=True))
         self.place = around
         outs = tuple(read(v) for v in jaxpr.outvars)
@@ -197,20 +198,31 @@ class Analysis(abc.ABC):
             last = view.passed[-1]
             self.log.lost[last.place] = last.kind
 
-    def end_mix(self, view: View) -> None:
-        """Notes that the last product of a view with frozen features was its use."""
-        mixes = [p for p in view.passed if p.kind == "mix" and p.features]
-        self.log.lost[mixes[-1].place] = "mix"
+    def reaches(self, eqn: Any, operand: int, view: View, active: bool) -> bool:
+        """Notes that a view has come to a product, and says whether that is its use.
+
+        Args:
+            eqn: the product.
+            operand: the operand that the view is of.
+            view: the view.
+            active: whether another operand depends on activations.
+        """
+        before = use_before(eqn, operand, view, active)
+        if before is not None:
+            self.log.lost[before.place] = before.kind
+            return False
+        self.meets(view, features=active or holds_features(eqn, operand))
+        return True
 
     def meets(self, view: View, *, features: bool = True) -> None:
-        """Notes that a view has come to a use.
+        """Notes that a view has come to its use.
 
         Args:
             view: the view.
             features: whether what it is multiplied by are features, active or frozen.
         """
         for passed in view.passed:
-            if passed.kind == "mix" or features:
+            if passed.kind != "order" or features:
                 self.log.met.add(passed.place)
             else:
                 self.log.lost[passed.place] = passed.kind
@@ -225,15 +237,12 @@ def _fill_lines(uses: list[Use], start: int, line: str) -> None:
 def ends_of(log: Log) -> frozenset[Place]:
     """Returns the places where kernels come to an end, as one run has shown.
 
-    Rows that are wanted for themselves and for a product too are looked up. What a
-    frozen product has mixed is passed on if one use takes it; the others are obstacles.
+    Rows that are wanted for themselves and for a product too are looked up. What else
+    was passed is passed on if one use takes it; the others are obstacles.
     """
+    ended = lambda place, kind: kind == "order" or place not in log.met
     lost = log.lost.items()
-    return frozenset(
-        place
-        for place, kind in lost
-        if kind == "order" or (kind == "mix" and place not in log.met)
-    )
+    return frozenset(at for at, kind in lost if kind != "index" and ended(at, kind))
 
 
 def indexed_axes(eqn: Any) -> list[int]:

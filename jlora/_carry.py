@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from . import _moves as moves
 from ._adapted import Adapted, Part, base_of
 from ._axes import Roles, Shape
+from ._collectives import all_gather, all_gather_axes, permute
 from ._compat import rebind
 from ._dtypes import summed_in
 from ._gather import gather_axes, gather_rows, rows_inside
@@ -27,6 +28,7 @@ from ._lazy_moves import carried
 from ._mix import mix, mix_axes, mix_supports
 from ._moves import AxisMap, identity, present, same_axes
 from ._sharding import factor_spec
+from ._sum import sum_, sum_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,8 @@ class CarryRule:
         run: `(eqn, operands) -> outputs` on plain and adapted values.
         operands: the operands that may be adapted; None means any one of them.
         together: whether several operands may be adapted at once.
+        frozen: whether the other operands must not depend on activations: what is
+            added to an activation, or multiplied by one, is used up.
         supports: `(eqn, operand, roles of the value) -> bool`: whether the value stays
             factored once the roles of the kernel are settled.
     """
@@ -48,12 +52,19 @@ class CarryRule:
     run: Callable[[Any, list[Any]], list[Any]]
     operands: tuple[int, ...] | None = (0,)
     together: bool = False
+    frozen: bool = False
     supports: Callable[[Any, int, Roles], bool] = lambda eqn, operand, roles: True
 
-    def takes(self, operands: Collection[int]) -> bool:
-        """Returns whether just these operands may be adapted."""
+    def takes(self, operands: Collection[int], active: bool) -> bool:
+        """Returns whether just these operands may be adapted.
+
+        Args:
+            operands: the operands.
+            active: whether another operand depends on activations.
+        """
         known = self.operands is None or set(operands) <= set(self.operands)
-        return known and (self.together or len(operands) == 1)
+        alone = self.together or len(operands) == 1
+        return known and alone and not (self.frozen and active)
 
 
 def _mover(move: Callable[[Any, jax.Array, Shape, list[Any]], jax.Array]) -> Callable:
@@ -78,8 +89,9 @@ def _unchanged(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.A
 
 
 def _scale_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
-    """The other operand must be a scalar, or a vector along some axes."""
-    if eqn.invars[operand].aval.shape != eqn.outvars[0].aval.shape:
+    """The other operand is a scalar, or a vector along some axes, new ones too."""
+    own, out = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
+    if any(m not in (n, 1) for m, n in zip(own, out, strict=True)):
         return None
     return same_axes(eqn, operand)
 
@@ -91,8 +103,10 @@ def _scale_varies_along(eqn: Any, operand: int) -> frozenset[int]:
 
 
 def _scale_supports(eqn: Any, operand: int, roles: Roles) -> bool:
-    """Whether the scale varies along axes that one factor has alone."""
-    along = {roles[i] for i in _scale_varies_along(eqn, operand)} - {"batch"}
+    """Whether the scale varies along axes that one factor has alone, or none has."""
+    shape = eqn.invars[operand].aval.shape
+    varies = [i for i in _scale_varies_along(eqn, operand) if shape[i] != 1]
+    along = {roles[i] for i in varies} - {"batch"}
     return len(along) <= 1 and None not in along
 
 
@@ -100,7 +114,8 @@ def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
     index = 0 if isinstance(operands[0], Adapted) else 1
     value, other = operands[index], operands[1 - index]
     (base,) = carried(eqn, [base_of(v) for v in operands])
-    varies = _scale_varies_along(eqn, index)
+    sizes = enumerate(zip(jnp.shape(other), value.base.shape, strict=False))
+    varies = [i for i, (n, own) in sizes if n != 1 != own]
     amount = other.astype(summed_in(other.dtype))
     amount = amount[..., None] if amount.ndim else amount
     divides = eqn.primitive.name == "div"
@@ -125,7 +140,7 @@ def _negate(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _convert_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         return None
     return same_axes(eqn, operand)
 
@@ -168,15 +183,8 @@ def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
     return [dataclasses.replace(rows, scale=scale)]
 
 
-def _all_gather_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
-    return same_axes(eqn, operand) if eqn.params.get("tiled") else None
-
-
-def _all_gather(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
-    """Gathers the factor that has the axis; the other is the same on every device."""
-    if not present(factor, eqn.params["all_gather_dimension"], shape):
-        return factor
-    return _rebound(eqn, factor, shape, others)
+def _power_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
+    return same_axes(eqn, operand) if eqn.params["y"] == 1 else None
 
 
 _plain = CarryRule(same_axes, _mover(_unchanged))
@@ -199,8 +207,14 @@ CARRY: dict[str, CarryRule] = {
     ),
     "mul": CarryRule(_scale_axes, _scale, operands=(0, 1), supports=_scale_supports),
     "div": CarryRule(_scale_axes, _scale, supports=_scale_supports),
-    "dot_general": CarryRule(mix_axes, mix, operands=(0, 1), supports=mix_supports),
+    "dot_general": CarryRule(
+        mix_axes, mix, operands=(0, 1), frozen=True, supports=mix_supports
+    ),
     "reduce_sum": CarryRule(mix_axes, mix, supports=mix_supports),
+    "add": CarryRule(sum_axes, sum_, operands=None, together=True, frozen=True),
+    "sub": CarryRule(sum_axes, sum_, operands=None, together=True, frozen=True),
+    "integer_pow": CarryRule(_power_axes, _mover(_unchanged)),
+    "tile": CarryRule(same_axes, _mover(moves.tile)),
     "neg": CarryRule(same_axes, _negate),
     "convert_element_type": CarryRule(_convert_axes, _mover(_unchanged)),
     "reduce_precision": _plain,
@@ -217,6 +231,7 @@ CARRY: dict[str, CarryRule] = {
     "stop_gradient": CarryRule(same_axes, _mover(_rebound)),
     "pvary": CarryRule(same_axes, _mover(_rebound)),
     "pcast": CarryRule(same_axes, _mover(_rebound)),
-    "all_gather": CarryRule(_all_gather_axes, _mover(_all_gather)),
-    "all_gather_invariant": CarryRule(_all_gather_axes, _mover(_all_gather)),
+    "all_gather": CarryRule(all_gather_axes, all_gather),
+    "all_gather_invariant": CarryRule(all_gather_axes, all_gather),
+    "ppermute": CarryRule(same_axes, permute),
 }

@@ -22,7 +22,6 @@ from ._errors import MaterializationError
 from ._lazy import called, dense
 from ._products import (
     contracted_first,
-    dot_dims,
     dot_roles,
     dropped_input,
     factor_matrix,
@@ -43,8 +42,6 @@ class ConsumeRule:
             equation says nothing about them.
         supports: `(eqn, operand, roles of the value) -> bool`.
         details: `eqn -> text` that the name of the use gets.
-        contracts_all: `(eqn, operand) -> bool`: whether all axes of an operand of two
-            or more are contracted, so that any roles will do.
     """
 
     kind: str
@@ -52,7 +49,6 @@ class ConsumeRule:
     roles: Callable[[Any, int], list[str] | None]
     supports: Callable[[Any, int, Roles], bool]
     details: Callable[[Any], str] = lambda eqn: ""
-    contracts_all: Callable[[Any, int], bool] = lambda eqn, operand: False
 
 
 # --- convolution ---
@@ -305,18 +301,12 @@ def _rows_of(part: Part, dtype: Any) -> jax.Array:
     return contract_rank(scaled, b, dtype=dtype, precision=lax.Precision.HIGHEST)
 
 
-def _contracts_all(eqn: Any, operand: int) -> bool:
-    ndim = eqn.invars[operand].aval.ndim
-    return ndim > 1 and len(dot_dims(eqn, operand)[0]) == ndim
-
-
 CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
         "dot_general",
         (0, 1),
         dot_roles,
         lambda eqn, operand, roles: True,
-        contracts_all=_contracts_all,
     ),
     "conv_general_dilated": ConsumeRule(
         "conv", (1,), _conv_roles, _conv_supports, _conv_details

@@ -19,7 +19,7 @@ from ._analyze import Analysis
 from ._compat import JIT, REMAT, scan_counts, staged
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
-from ._select import select, varies_along
+from ._select import select
 from ._sharding import factor_spec
 from ._view import Body, Program, Step, Value, any_active, plain
 
@@ -264,7 +264,10 @@ def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
 def _analyze_select(
     analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
 ) -> tuple[Step, list[Value]]:
-    along = varies_along(eqn.invars[0], analysis.made)
+    sizes = enumerate(eqn.invars[0].aval.shape)
+    along = frozenset(i for i, n in sizes if n != 1)
+    if values[0].along is not None:
+        along &= values[0].along
     views = [view for value in values[1:] for view in value.views]
     active = any_active(values)
     if not all(analysis.is_one_sided(view, along) for view in views):
@@ -273,12 +276,12 @@ def _analyze_select(
     # A scale of one kernel ends where another is chosen.
     chosen = [view.spread_along(along).chosen_along(along) for view in views]
     output = Value(tuple(dict.fromkeys(chosen)), active)
-    return Step("enter", along=tuple(sorted(along))), [output]
+    return Step("enter", predicate=tuple(sorted(along))), [output]
 
 
 def _run_select(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     with jax.named_scope("jlora"):
-        return select(eqn, step.along, values)
+        return select(eqn, step.predicate, values)
 
 
 # --- shard_map ---

@@ -8,13 +8,14 @@ from typing import Any
 
 from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes, Roles
+from ._broadcast import narrowed
 from ._carry import CARRY
 from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._dora_uses import fits, keeps_scale, spread
 from ._group import GroupDims
-from ._mix import holds_features, is_end, is_frozen_product, passed_mix
+from ._mix import is_frozen_product, passed_by
 from ._products import group_dims
 from ._recall import Recall
 from ._siblings import arrange
@@ -69,6 +70,7 @@ class Decision(Analysis):
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""
         nothing = plain(len(eqn.outvars), any_active(values))
+        eqn, along = narrowed(eqn, values)
         outputs = self._passed_on(eqn, values)
         if outputs is not None:
             return Step("carry"), outputs
@@ -85,7 +87,7 @@ class Decision(Analysis):
         if self._is_lookup(eqn, values):
             self._used(eqn, values, itertools.repeat("lookup"))
             return Step("lookup"), nothing
-        return Step("carry"), outputs
+        return Step("carry", along=along), outputs
 
     def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
         before = len(self.log.uses)
@@ -151,15 +153,12 @@ class Decision(Analysis):
     def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)
         operand = next(i for i, value in enumerate(values) if value.views)
-        features = any_active(values) or holds_features(eqn, operand)
-        consumes = CONSUME[name].roles if name in CONSUME else None
         views = itertools.chain(*(value.views for value in values))
         for view, kind in zip(views, kinds, strict=False):
-            roles = consumes and consumes(eqn, operand)
-            if roles and is_end(view, roles):
-                self.end_mix(view)
+            if name in CONSUME:
+                self.reaches(eqn, operand, view, any_active(values))
             else:
-                self.meets(view, features=features)
+                self.meets(view)
             self.log.uses.append(Use(view.path, kind, line, True, name))
 
     def _roles(self, view: View) -> list[str | None] | None:
@@ -202,7 +201,13 @@ class Decision(Analysis):
     def _carried(self, eqn: Any, values: list[Value]) -> list[Value] | None:
         rule = CARRY.get(eqn.primitive.name)
         where = [i for i, value in enumerate(values) if value.views]
-        if rule is None or not rule.takes(where):
+        others = [value for value in values if not value.views]
+        if (
+            eqn.primitive.name in ("add", "sub", "reduce_sum")
+            and self.place in self.ends
+        ):
+            return None
+        if rule is None or not rule.takes(where, any_active(others)):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         for operand in where:
@@ -227,7 +232,7 @@ class Decision(Analysis):
         self, eqn: Any, operand: int, view: View, values: Sequence[Value]
     ) -> View:
         """Returns a view with what it passes at an equation."""
-        if passed := passed_mix(eqn, operand, view, self.place):
+        if passed := passed_by(eqn, operand, view, self.place):
             return view.after(passed)
         others = [value for i, value in enumerate(values) if i != operand]
         if self._loses_side(eqn, view) and not any_active(others):

@@ -11,12 +11,13 @@ from typing import Any
 
 from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes
+from ._broadcast import narrowed
 from ._carry import CARRY
 from ._compat import own_body
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._gather import row_layout
-from ._mix import holds_features, is_end, is_frozen_product, passed_mix
+from ._mix import is_frozen_product, passed_by
 from ._recall import Recall
 from ._view import Log, Passed, Place, Step, Value, View, Vote, any_active
 
@@ -29,6 +30,7 @@ class Discovery(Analysis):
 
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Votes where a kernel is consumed, and follows it where it is carried."""
+        eqn, _ = narrowed(eqn, values)
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         pairs = [(i, view) for i, known in enumerate(values) for view in known.views]
         for operand, view in pairs:
@@ -73,15 +75,15 @@ class Discovery(Analysis):
         """Notes the roles that a use gives to the axes of a kernel."""
         rule = CONSUME[eqn.primitive.name]
         roles = rule.roles(eqn, operand)
-        weak = roles is None and rule.contracts_all(eqn, operand)
-        if weak:
-            roles = ["in"] * (len(view.origins) - 1) + ["out"]
         if roles is None:
             return False
-        if is_end(view, roles):
-            self.end_mix(view)
-            return True
         seen = _roles_of(view, roles)
+        # A product that contracts all axes fits any roles.
+        weak = len(roles) > 1 and set(roles) == {"in"} and not view.mixed
+        if weak:
+            seen[max(seen, default=0)] = "out"
+        if not {"in", "out"} <= set(seen.values()):
+            return False
         if any(
             seen.get(axis, "batch") != "batch"
             for passed in view.passed
@@ -91,22 +93,23 @@ class Discovery(Analysis):
             # A product that contracts looked-up rows is no product with the kernel.
             self._lose(view)
             return True
-        self.meets(view, features=active or holds_features(eqn, operand))
-        self.log.votes.append(Vote(view.path, rule.kind, seen, self.place, weak))
+        if self.reaches(eqn, operand, view, active):
+            vote = Vote(view.path, rule.kind, seen, self.place, weak)
+            self.log.votes.append(vote)
         return True
 
     def _carry(
         self, eqn: Any, operand: int, view: View, active: bool
     ) -> list[tuple[View, ...]] | None:
         rule = CARRY.get(eqn.primitive.name)
-        if rule is None or not rule.takes([operand]):
+        if rule is None or not rule.takes([operand], active):
             return None
         maps = rule.axes(eqn, operand)
         if maps is None:
             return None
-        passed = passed_mix(eqn, operand, view, self.place)
+        passed = passed_by(eqn, operand, view, self.place)
         if passed is not None:
-            if active or self.place in self.ends:
+            if self.place in self.ends:
                 return None
             view = view.after(passed)
         indexed = self._indexed(eqn, view, active)
@@ -163,7 +166,7 @@ def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:
     for origin, role in zip(view.origins, roles, strict=True):
         for axis in sorted(origin):
             seen.setdefault(axis, role)
-    own = {role for axis, role in seen.items() if axis not in view.mixed}
+    own = {role for axis, role in seen.items() if axis in view.untouched}
     if {"in", "out"} <= own:
         return {axis: role for axis, role in seen.items() if axis not in view.mixed}
     for side in ("in", "out"):

@@ -25,6 +25,7 @@ from jax import lax
 
 from ._adapted import Adapted, base_of
 from ._axes import KernelAxes
+from ._broadcast import cut
 from ._carry import CARRY
 from ._compat import (
     JIT,
@@ -42,6 +43,7 @@ from ._factors import LoraFactors
 from ._init import key_of
 from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
+from ._mix import MIXES
 from ._sharding import factor_spec
 from ._trace import Traced
 from ._view import Program, Step
@@ -192,6 +194,8 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
         return uses
     (eqn,) = step.eqns
     values, name = [read(v) for v in eqn.invars], eqn.primitive.name
+    if step.along is not None:
+        values = cut(values, step.along)
     if step.action == "enter":
         if name not in _ENTER:
             raise UnsupportedFeatureError(
@@ -202,6 +206,12 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
     if step.action == "consume":
         return _use(eqn, values, tally)
     if step.action in ("carry", "lookup"):
+        if name in MIXES:
+            raise UnsupportedFeatureError(
+                f"`lora.inputs` cannot count the inputs of a target that {name} at "
+                f"{source_line(eqn)} mixes with a frozen value; leave the target out "
+                "of the config that it is made with"
+            )
         outputs = CARRY[name].run(eqn, values)
         if step.action == "carry":
             return outputs

@@ -9,6 +9,7 @@ import jax
 
 from ._adapted import materialize
 from ._analyze import Analysis
+from ._broadcast import cut
 from ._carry import CARRY
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import EVALUATE, add_rows
@@ -85,6 +86,8 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
     (eqn,) = step.eqns
     values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name
+    if step.along is not None:
+        values = cut(values, step.along)
     if step.action == "plain":
         return _plain(eqn, values, derive)
     if step.action == "enter":

@@ -44,34 +44,48 @@ def holds_features(eqn: Any, operand: int) -> bool:
         return False
     _, _, contract, _ = dot_dims(eqn, operand)
     ndim = eqn.invars[1 - operand].aval.ndim
-    return set(contract) == set(range(ndim - len(contract), ndim))
+    last = set(range(ndim - len(contract), ndim))
+    return bool(contract) and set(contract) == last
 
 
-def passed_mix(eqn: Any, operand: int, view: View, place: Place) -> Passed | None:
-    """Returns what a view passes in a frozen product, None in other operations."""
-    if eqn.primitive.name not in MIXES:
-        return None
-    axes = view.origin_of(_Mix.of(eqn, operand).contract)
-    return Passed(place, axes, "mix", holds_features(eqn, operand))
+def passed_by(eqn: Any, operand: int, view: View, place: Place) -> Passed | None:
+    """Returns what a view passes in a frozen product or sum; None elsewhere."""
+    name = eqn.primitive.name
+    if name in MIXES:
+        how, features = _Mix.of(eqn, operand), holds_features(eqn, operand)
+        axes, tied = view.origin_of(how.contract), view.origin_of(how.batch)
+        return Passed(place, axes, "mix", features, tied)
+    if name in ("add", "sub"):
+        return Passed(place, frozenset(), "sum")
+    return None
 
 
-def is_end(view: View, roles: Roles) -> bool:
-    """Returns whether a frozen product was the use of a kernel, and not this product.
+def use_before(eqn: Any, operand: int, view: View, active: bool) -> Passed | None:
+    """Returns what a view has passed that was its use, if this product is not.
 
-    So it is where frozen features went into the kernel, and this product contracts
-    their outputs: the keys `k` in `(q @ w) @ k.T` with learned queries `q`.
+    A frozen product is where frozen features went into the kernel, and this product
+    contracts their outputs: the keys `k` in `(q @ w) @ k.T` with learned queries `q`. A
+    sum of frozen values is one of features where it goes into a frozen product.
     """
-    if not any(passed.kind == "mix" and passed.features for passed in view.passed):
-        return False
-    pairs = zip(view.origins, roles, strict=True)
-    own = {role for origin, role in pairs for axis in origin - view.mixed}
-    return own - {"batch"} == {"in"}
+    kinds = [passed.kind for passed in view.passed]
+    if "sum" in kinds:
+        first = kinds.index("sum")
+        if not active or "mix" in kinds[first:]:
+            return view.passed[first]
+    mixes = [p for p in view.passed if p.kind == "mix" and p.features]
+    if not mixes or eqn.primitive.name != "dot_general":
+        return None
+    contract, batch, _, _ = dot_dims(eqn, operand)
+    free = free_axes(len(view.origins), contract, batch)
+    own = lambda axes: any(view.origins[i] - view.mixed for i in axes)
+    of_features = any(view.origins[i] & view.mixed for i in free)
+    return mixes[-1] if own(contract) and of_features and not own(free) else None
 
 
 def mix_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
     """The axes that are kept; new axes come from those that are summed over."""
     how = _Mix.of(eqn, operand)
-    if not how.contract:
+    if not how.contract and (how.new or not how.batch):
         return None
     new = [frozenset(how.contract)] * how.new
     own = [frozenset([i]) for i in how.free]
@@ -80,9 +94,10 @@ def mix_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
 
 
 def mix_supports(eqn: Any, operand: int, roles: Roles) -> bool:
-    """Whether all that is summed over is on one side of the kernel."""
-    summed = {roles[i] for i in _Mix.of(eqn, operand).contract}
-    return not {"in", "out"} <= summed
+    """Whether all that is summed over, or scaled, is on one side of the kernel."""
+    how = _Mix.of(eqn, operand)
+    changed = {roles[i] for i in how.contract or how.batch}
+    return not {"in", "out"} <= changed
 
 
 # --- evaluation ---
@@ -218,7 +233,8 @@ def _mixed(how: _Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part
     both = [
         i for i in how.contract if part.a.shape[i] == part.b.shape[i] == shape[i] != 1
     ]
-    of_b = any(part.b.shape[i] != 1 for i in how.contract if i not in both)
+    alone = [i for i in how.contract or how.batch if i not in both]
+    of_b = any(part.b.shape[i] != 1 == part.a.shape[i] for i in alone)
     side, rest = ("b", "a") if of_b else ("a", "b")
     factor = complete(getattr(part, side), [*how.contract, *how.batch], shape)
     mixed = {

@@ -104,6 +104,14 @@ def reshape(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arra
     return factor.reshape(*sizes, factor.shape[-1])
 
 
+def tile(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Repeats a factor along the axes that it has."""
+    reps = enumerate(eqn.params["reps"])
+    return jnp.tile(
+        factor, [n if present(factor, i, shape) else 1 for i, n in reps] + [1]
+    )
+
+
 # --- pieces of a value ---
 
 

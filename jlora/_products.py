@@ -31,15 +31,14 @@ def dot_dims(eqn: Any, operand: int) -> tuple[tuple, tuple, tuple, tuple]:
     return contract[operand], batch[operand], contract[other], batch[other]
 
 
-def dot_roles(eqn: Any, operand: int) -> list[str] | None:
-    """Returns the role that a product gives each axis of an operand, if it does."""
+def dot_roles(eqn: Any, operand: int) -> list[str]:
+    """Returns the role that a product gives each axis of an operand."""
     contract, batch, _, _ = dot_dims(eqn, operand)
-    ndim = eqn.invars[operand].aval.ndim
-    roles = ["out"] * ndim
+    roles = ["out"] * eqn.invars[operand].aval.ndim
     for axes, role in ((contract, "in"), (batch, "batch")):
         for axis in axes:
             roles[axis] = role
-    return roles if "in" in roles and "out" in roles else None
+    return roles
 
 
 def group_dims(eqn: Any, operand: int, scaling: float = 1.0) -> GroupDims:

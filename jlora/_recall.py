@@ -107,7 +107,8 @@ class Renaming:
 
     def value(self, value: Value) -> Value:
         """Renames what is known of a value."""
-        return Value(tuple(map(self.view, value.views)), value.active)
+        views = tuple(map(self.view, value.views))
+        return dataclasses.replace(value, views=views)
 
     def log(self, log: Log) -> Log:
         """Renames what was seen."""

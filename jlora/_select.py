@@ -6,7 +6,7 @@ them, the choice is one between factors.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,33 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ._adapted import Adapted, Part, base_of
 from ._axes import Shape, free_axes
-from ._compat import explicit_mesh, is_literal
+from ._compat import explicit_mesh
 from ._dropout import more_keys
 from ._lazy import dense
 from ._lazy_moves import carried
 from ._sharding import spec_of
-
-# Operations that say nothing new along any axis.
-_ENTRYWISE = ("convert_element_type", "not", "copy", "stop_gradient", "clamp")
-
-
-def varies_along(atom: Any, made: Mapping[Any, Any]) -> frozenset[int]:
-    """Returns the axes of a value along which its entries may differ.
-
-    Args:
-        atom: the operand of an equation.
-        made: the equation that makes it, for each variable of its jaxpr.
-    """
-    own = frozenset(i for i, n in enumerate(atom.aval.shape) if n != 1)
-    eqn = None if is_literal(atom) else made.get(atom)
-    if eqn is None:
-        return own
-    if eqn.primitive.name == "broadcast_in_dim":
-        dims = eqn.params["broadcast_dimensions"]
-        return frozenset(int(dims[i]) for i in varies_along(eqn.invars[0], made)) & own
-    if eqn.primitive.name in _ENTRYWISE:
-        return frozenset().union(*(varies_along(v, made) for v in eqn.invars)) & own
-    return own
 
 
 def select(eqn: Any, along: Sequence[int], values: Sequence[Any]) -> list[Any]:
@@ -59,7 +37,8 @@ def select(eqn: Any, along: Sequence[int], values: Sequence[Any]) -> list[Any]:
         return [base]
     which = _narrow(predicate, along, base.ndim)
     if _are_alike(cases) and not _is_sided(cases[0], along):
-        parts = [_chosen_part(which, parts) for parts in zip(*map(_parts, cases))]
+        each = zip(*map(_parts, cases), strict=True)
+        parts = [_chosen_part(which, parts) for parts in each]
     else:
         parts = [
             _masked(which, number, part, along, base.shape)

@@ -28,21 +28,26 @@ class Passed:
     A row that is taken is a lookup if it is wanted for itself, and only a move if it
     goes on to a product. A product with a frozen matrix is a use of the kernel if that
     matrix holds features (learned queries, say), and a move if the result is what
-    multiplies the activations.
+    multiplies the activations. A sum with a frozen value is an offset of the kernel if
+    the activations are multiplied by it, and else one of features.
 
     Attributes:
         place: where it is.
         axes: the axes of the kernel that were indexed or summed over.
         kind: "index" for rows taken by an index that depends on activations, "order"
-            for rows taken by one that does not, "mix" for a frozen product or a sum.
+            for rows taken by one that does not, "mix" for a frozen product or a sum
+            over axes, "sum" for a sum with a frozen value.
+        tied: of a "mix", the axes of the kernel that go along with axes of the frozen
+            operand.
         features: of a "mix", whether the frozen operand is contracted along its last
             axes, as features are.
     """
 
     place: Place
     axes: frozenset[int]
-    kind: Literal["index", "order", "mix"]
+    kind: Literal["index", "order", "mix", "sum"]
     features: bool = False
+    tied: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +121,12 @@ class View:
         """The axes of the kernel that frozen operands were summed over with."""
         return frozenset().union(*(p.axes for p in self.passed if p.kind == "mix"))
 
+    @property
+    def untouched(self) -> frozenset[int]:
+        """The axes of the kernel that have met no axis of a frozen operand."""
+        tied = frozenset().union(*(p.tied for p in self.passed))
+        return frozenset(range(len(self.shape))) - self.mixed - tied
+
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
         found = []
@@ -138,10 +149,13 @@ class Value:
     Attributes:
         views: the kernels that it carries.
         active: whether it depends on an input that is no param.
+        along: the axes along which it may vary, of a value that was broadcast; None if
+            it was not.
     """
 
     views: Views = ()
     active: bool = False
+    along: frozenset[int] | None = None
 
 
 def any_active(values: Iterable[Value]) -> bool:
@@ -229,7 +243,9 @@ class Step:
         wanted: which of its outputs are used, if it has sub-jaxprs.
         kernels: which operand of each product is the kernel.
         form: how products are computed.
-        along: the axes along which a predicate varies.
+        along: of an equation with a value that was broadcast, the axes along which that
+            varies: the others are cut to size one.
+        predicate: of a choice, the axes along which its predicate varies.
     """
 
     action: Action
@@ -238,7 +254,8 @@ class Step:
     eqns: tuple[Any, ...] = ()
     kernels: tuple[int, ...] = ()
     form: Form = "separate"
-    along: tuple[int, ...] = ()
+    along: frozenset[int] | None = None
+    predicate: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
