@@ -57,6 +57,14 @@ def narrowed(eqn: Any, values: Sequence[Value]) -> tuple[Any, frozenset[int] | N
     return eqn.replace(invars=invars), along
 
 
+def grown(eqn: Any, operand: int) -> frozenset[int]:
+    """Returns the axes of size one that a scale makes longer: factors differ there."""
+    if eqn.primitive.name not in _SCALES:
+        return frozenset()
+    pairs = zip(eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape, strict=True)
+    return frozenset(i for i, (own, out) in enumerate(pairs) if own != out)
+
+
 def cut(values: Sequence[Any], along: frozenset[int]) -> list[Any]:
     """Returns operands with the scale among them cut to the axes `along`."""
 

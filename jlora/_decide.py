@@ -8,7 +8,7 @@ from typing import Any
 
 from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes, Roles
-from ._broadcast import narrowed
+from ._broadcast import grown, narrowed
 from ._carry import CARRY
 from ._choice import Contraction, choose
 from ._consume import CONSUME
@@ -222,7 +222,7 @@ class Decision(Analysis):
                 for output, axis_map in zip(outputs, maps, strict=True):
                     if axis_map is not None:
                         moved = view.moved(axis_map).spread_along(spread(eqn))
-                        output.append(moved)
+                        output.append(moved.chosen_along(grown(eqn, operand)))
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         active = any_active(values)
