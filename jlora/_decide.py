@@ -165,7 +165,7 @@ class Decision(Analysis):
         views = itertools.chain(*(value.views for value in values))
         for view, kind in zip(views, kinds, strict=False):
             if name in CONSUME:
-                self.reaches(eqn, operand, view, any_active(values))
+                self.reaches(eqn, operand, view, bool(any_active(values)))
             else:
                 self.meets(view)
             self.log.uses.append(Use(view.path, kind, line, True, name))
@@ -227,7 +227,7 @@ class Decision(Analysis):
             and self.place in self.ends
         ):
             return None
-        if rule is None or not rule.takes(where, any_active(others)):
+        if rule is None or not rule.takes(where, bool(any_active(others))):
             return None
         if _moved(eqn, values) and eqn.primitive.name in ("add", "sub"):
             return None
@@ -273,7 +273,7 @@ class Decision(Analysis):
         if not any(self._loses_side(eqn, view) for view in views):
             return False
         others = [value for value in values if not value.views]
-        return any_active(others) or self.place in self.ends
+        return bool(any_active(others)) or self.place in self.ends
 
     def _loses_side(self, eqn: Any, view: View) -> bool:
         """Whether single entries are taken along a whole side of a kernel."""

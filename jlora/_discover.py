@@ -39,10 +39,10 @@ class Discovery(Analysis):
             others = [known for i, known in enumerate(values) if i != operand]
             carried = None
             if self._is_use(eqn, operand, others):
-                if self._vote(eqn, operand, view, any_active(others)):
+                if self._vote(eqn, operand, view, bool(any_active(others))):
                     continue
             else:
-                carried = self._carry(eqn, operand, view, any_active(others))
+                carried = self._carry(eqn, operand, view, bool(any_active(others)))
             if carried is None:
                 self.materialized(eqn, [Value((view,))])
                 self._look_inside(eqn, operand, values)

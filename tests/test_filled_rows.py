@@ -110,7 +110,7 @@ LOOKUPS = {
         "eir,ero->eio",
     ),
     "scanned": Lookup(scanned, (2, 6, 5), "eir,ero->eio"),
-    "in_two_steps": Lookup(in_two_steps, (4, 3, 5), "ir,rjo->ijo"),
+    "in_two_steps": Lookup(in_two_steps, (4, 3, 5), "jr,rio->ijo"),
     "both_axes": Lookup(both_axes, (4, 3, 5), "ijr,ro->ijo"),
     "experts": Lookup(experts, (3, 4, 5), "eir,ero->eio"),
     "one_expert": Lookup(one_expert, (1, 4, 5), "eir,ero->eio"),
