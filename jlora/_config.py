@@ -40,8 +40,8 @@ class LoraConfig:
             dropped. Lookups have no dropout: their input is an index.
         init: the initialiser: "kaiming_uniform" or "gaussian" for `a` (`b` is zero);
             "zero_a" for `b` (`a` is zero); "orthogonal" for both, with `a·b = 0` and
-            an even rank. Their values are drawn as for this rank where a kernel gets a
-            smaller one. For those that look at kernels, gradients or inputs see
+            an even rank. Values are drawn as for `rank` where a kernel gets less of it.
+            For those that look at kernels, gradients or inputs see
             `jlora.pissa` and its relatives, which take a new adapter.
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used. DoRA's magnitudes are kept in float32 at least, so that
