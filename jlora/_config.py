@@ -27,7 +27,10 @@ class LoraConfig:
             convolution or ragged product and leaves tables that are looked up alone.
             `".*"` adapts every kernel, tables too.
         exclude: a regex, or several, for paths that are left out again.
-        rank: the number of columns of `a` and of rows of `b`.
+        rank: the number of columns of `a` and of rows of `b`. A kernel that maps from
+            or to fewer features, such as a classifier of two labels, gets as many as it
+            maps, of slices the smallest. The plan tells ("2 of 8"), and its scaling is
+            that of this rank all the same.
         alpha: the numerator of the scaling.
         rslora: scale by `alpha/√rank` instead of `alpha/rank`.
         dora: train the norm of each output of the kernel besides: the kernel is
@@ -37,7 +40,8 @@ class LoraConfig:
             dropped. Lookups have no dropout: their input is an index.
         init: the initialiser: "kaiming_uniform" or "gaussian" for `a` (`b` is zero);
             "zero_a" for `b` (`a` is zero); "orthogonal" for both, with `a·b = 0` and
-            an even rank. For those that look at kernels, gradients or inputs see
+            an even rank. Values are drawn as for `rank` where a kernel gets less of it.
+            For those that look at kernels, gradients or inputs see
             `jlora.pissa` and its relatives, which take a new adapter.
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used. DoRA's magnitudes are kept in float32 at least, so that
@@ -114,7 +118,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """`alpha/rank`, or `alpha/√rank` with `rslora`."""
+        """`alpha/rank`, or `alpha/√rank` with `rslora`; of the rank that is asked."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def to_dict(self) -> dict[str, Any]:

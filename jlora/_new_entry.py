@@ -15,7 +15,7 @@ from ._init import INITIALIZERS, Initializer, Wanted, key_of
 from ._placement import factor_shardings
 from ._quantized import arrays_of, dequantized
 from ._sharding import set_sharding
-from ._target import Target, entry_of
+from ._target import Target, capped_rank, entry_of
 
 
 def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
@@ -40,7 +40,8 @@ def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
     places: Any = (None, None)
     if kernel and config.slices is None:
         places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
-    wanted = Wanted(axes, target.shape, config.rank, config.dtype, places)
+    rank = capped_rank(config, axes, target.shape)
+    wanted = Wanted(axes, target.shape, rank, config.rank, config.dtype, places)
     make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
     if config.slices is not None:
         a, b = _each_slice(make, own_key, wanted, config.slices)

@@ -21,8 +21,8 @@ def configs_of(
         paths: all leaves of the params.
     """
     kinds: dict[tuple[Any, ...], list[str]] = {}
-    for path, entry in entries.items():
-        kinds.setdefault(_kind(entry), []).append(path)
+    for path, kind in _asked(entries).items():
+        kinds.setdefault(kind, []).append(path)
     configs = [_config(kind, own, said, paths) for kind, own in kinds.items()]
     return configs[0] if len(configs) == 1 else tuple(configs)
 
@@ -32,6 +32,30 @@ def _kind(entry: Any) -> tuple[Any, ...]:
         dora = entry.magnitude is not None
         return entry.rank, entry.scaling, str(entry.a.dtype), dora
     return (str(entry.dtype),)
+
+
+def _asked(entries: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Returns for each path the kind whose config gives its entry.
+
+    Factors whose rank is all that their kernel allows may have been asked for with a
+    larger one: the least that others of the same scaling have.
+    """
+    kinds = {path: _kind(entry) for path, entry in entries.items()}
+    capped = {path for path, entry in entries.items() if _may_be_capped(entry)}
+    free = {kind for path, kind in kinds.items() if path not in capped}
+    found = dict(kinds)
+    for path in capped:
+        rank, *rest = kinds[path]
+        alike = [k for k in free if [*k[1:]] == rest and k[0] >= rank]
+        others = [kinds[p] for p in capped if [*kinds[p][1:]] == rest]
+        found[path] = min(alike) if alike else max(others)
+    return found
+
+
+def _may_be_capped(entry: Any) -> bool:
+    if not isinstance(entry, LoraFactors):
+        return False
+    return entry.rank == min(entry.axes.fans(entry.kernel_shape))
 
 
 def _config(

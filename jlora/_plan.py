@@ -261,7 +261,7 @@ def _row(target: Target, trainable: int) -> tuple[str, ...]:
 
 
 def _rank(target: Target) -> str:
-    """Tells how many ranks or rows are trained, and what else the factors have."""
+    """Tells the rank, or what is trained instead, and what else the factors have."""
     config = target.config
     if target.axes is None:
         return "full"
@@ -270,7 +270,8 @@ def _rank(target: Target) -> str:
     told = [" dora"] if config.dora else []
     told += [f" × {len(config.slices)} slices"] if config.slices else []
     told += [f" dropout {config.dropout:g}"] if config.dropout else []
-    return f"{config.rank}" + ",".join(told)
+    asked = f" of {config.rank}" if target.rank != config.rank else ""
+    return f"{target.rank}{asked}" + ",".join(told)
 
 
 def _shape(target: Target) -> str:

@@ -22,7 +22,7 @@ from ._paths import FlatParams, is_quantized, matching, names
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
-from ._unfit import DOUBT, FROZEN, check, several
+from ._unfit import DOUBT, EMPTY, FROZEN, check, several
 from ._view import Flow, Log, Use, Value, View, Vote
 
 
@@ -37,8 +37,8 @@ def resolve(
         traced: the traced program, or None to rely on names and shapes alone.
 
     Raises:
-        TargetError: if a pattern matches no usable leaf, a config is shadowed by those
-            before it, or a rank is too large. All offenders are collected.
+        TargetError: if a pattern matches no usable leaf, or a config is shadowed by
+            those before it. All offenders are collected.
     """
     matches = [_match(config, params) for config in configs]
     wanted = set().union(*matches)
@@ -55,11 +55,7 @@ def resolve(
         # kernel is left for a later config that trains it whole.
         targets.extend(usable[:1])
         unusable.extend([] if usable else _first(tried))
-    narrow = [
-        _narrow(config, {path: kernels[path] for path in matched}, leaves)
-        for config, matched in zip(configs, matches, strict=True)
-    ]
-    check(configs, matches, targets, unusable, narrow, params.paths)
+    check(configs, matches, targets, unusable, params.paths)
     targets += _biases(configs, targets, params)
     trained = {target.path for target in targets}
     order = {path: i for i, path in enumerate(params.paths)}
@@ -84,7 +80,7 @@ def _biases(
             every = config.bias == "all" and params.collection(path) is None
             wanted = every or module in own
             wanted = wanted and name == "bias" and path not in left_out
-            if wanted and _is_floating(leaf):
+            if wanted and _is_floating(leaf) and not _is_empty(leaf):
                 shape = tuple(leaf.shape)
                 found.setdefault(path, Target(path, shape, leaf.dtype, None, config))
     return list(found.values())
@@ -154,7 +150,9 @@ def _discover(
     shapes = {
         path: tuple(leaves[path].shape)
         for path in wanted & set(traced.positions)
-        if _is_floating(leaves[path]) and leaves[path].shape
+        if _is_floating(leaves[path])
+        and leaves[path].shape
+        and not _is_empty(leaves[path])
     }
     votes, log = discover(traced.jaxpr, _known(traced, shapes))
     return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
@@ -164,10 +162,16 @@ def _is_floating(leaf: Any) -> bool:
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def _is_empty(leaf: Any) -> bool:
+    return 0 in leaf.shape
+
+
 def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     if not _is_floating(leaf):
         kind = leaf.dtype if is_array(leaf) else type(leaf).__name__
         return _Kernel(None, f"is {kind}, not floating")
+    if _is_empty(leaf):
+        return _Kernel(None, EMPTY)
     axes = settle(votes, leaf.shape)
     if axes is not None:
         return _Kernel(axes, looked_up=any(v.kind == "lookup" for v in votes))
@@ -218,6 +222,8 @@ def _guess(leaves: Mapping[str, Any], wanted: set[str]) -> dict[str, _Kernel]:
 def _named(path: str, leaf: Any) -> _Kernel:
     if not _is_floating(leaf):
         return _Kernel(None, "is not a floating array")
+    if _is_empty(leaf):
+        return _Kernel(None, EMPTY)
     *module, name = path.split("/")
     ndim = len(leaf.shape)
     if name == "kernel" and ndim == 2:
@@ -254,13 +260,12 @@ def _target(
     if config.full and is_quantized(leaf):
         return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {FROZEN}")
     if config.full:
-        if _is_floating(leaf):
+        if _is_floating(leaf) and not _is_empty(leaf):
             return Target(path, shape, leaf.dtype, None, config)
         return Unusable(path, shape, known.reason)
     if known.axes is None:
         opaque = known.is_opaque and config.target is not None
         return Unusable(path, shape, known.reason, is_opaque=opaque)
-    fans = known.axes.fans(shape)
     reason = _misfit(config, known.axes, shape)
     if reason:
         return Unusable(path, shape, reason)
@@ -268,32 +273,8 @@ def _target(
         return Unusable(
             path, shape, "is a table that is looked up; name it to adapt it"
         )
-    if _is_narrow(config, fans):
-        reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
-        return Unusable(path, shape, reason)
     qtype = qtype_of(leaf) if is_quantized(leaf) else None
     return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
-
-
-def _is_narrow(config: LoraConfig, fans: tuple[int, int]) -> bool:
-    """Whether a config for all kernels leaves one out, as its rank is too large."""
-    low = config.rows is None and not config.full
-    return config.target is None and low and config.rank > min(fans)
-
-
-def _narrow(
-    config: LoraConfig, kernels: Mapping[str, _Kernel], leaves: Mapping[str, Any]
-) -> dict[str, tuple[int, int]]:
-    """Returns the kernels that a config leaves out for its rank alone, with fans."""
-    found = {}
-    for path, known in kernels.items():
-        if known.axes is None or known.looked_up:
-            continue
-        shape = tuple(leaves[path].shape)
-        fans = known.axes.fans(shape)
-        if _is_narrow(config, fans) and not _misfit(config, known.axes, shape):
-            found[path] = fans
-    return found
 
 
 def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:

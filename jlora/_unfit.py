@@ -9,6 +9,7 @@ from ._paths import matching, nearest
 from ._target import Target, Unusable
 
 FROZEN = "its values are frozen and cannot be trained whole"
+EMPTY = "is empty"
 DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
@@ -24,7 +25,6 @@ def check(
     matches: Sequence[set[str]],
     targets: Sequence[Target],
     unusable: Sequence[Unusable],
-    narrow: Sequence[Mapping[str, tuple[int, int]]],
     paths: Sequence[str],
 ) -> None:
     """Raises one error that lists everything that does not fit.
@@ -34,8 +34,6 @@ def check(
         matches: the paths that each matches.
         targets: the leaves that will be trained.
         unusable: the leaves that were matched in vain.
-        narrow: for each config the kernels that its rank alone keeps it from, with
-            the sizes of their inputs and outputs.
         paths: all paths of the params.
 
     Raises:
@@ -43,12 +41,9 @@ def check(
     """
     problems = [
         problem
-        for config, matched, small in zip(configs, matches, narrow, strict=True)
-        for problem in _config_problems(
-            config, matched, small, targets, unusable, paths
-        )
+        for config, matched in zip(configs, matches, strict=True)
+        for problem in _config_problems(config, matched, targets, unusable, paths)
     ]
-    problems += [p for target in targets if (p := _rank_problem(target))]
     frozen = [u for u in unusable if u.reason.endswith(FROZEN)]
     problems += [
         f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out "
@@ -81,7 +76,6 @@ def left_out(unusable: Sequence[Unusable]) -> str | None:
 def _config_problems(
     config: LoraConfig,
     matched: set[str],
-    narrow: Mapping[str, tuple[int, int]],
     targets: Sequence[Target],
     unusable: Sequence[Unusable],
     paths: Sequence[str],
@@ -103,7 +97,7 @@ def _config_problems(
         for one, said in _failing("exclude", pattern, finds):
             problems.append(_dead(said, one, paths))
     if not problems and not any(t.config is config for t in targets):
-        problems.append(_nothing(config, matched, usable, narrow))
+        problems.append(_nothing(config, matched, usable))
     return problems
 
 
@@ -146,19 +140,7 @@ def _why(path: str, found: Unusable | None) -> str:
     return f"{path!r} {found.shape} {found.reason}"
 
 
-def _nothing(
-    config: LoraConfig,
-    matched: set[str],
-    usable: set[str],
-    narrow: Mapping[str, tuple[int, int]],
-) -> str:
-    if narrow:
-        path, (fan_in, fan_out) = max(narrow.items(), key=lambda item: min(item[1]))
-        return (
-            f"`LoraConfig.rank` {config.rank} is larger than any kernel allows that is "
-            f"left to {config}: the largest is {path!r}, which maps {fan_in} to "
-            f"{fan_out}. Give a rank of at most {min(fan_in, fan_out)}"
-        )
+def _nothing(config: LoraConfig, matched: set[str], usable: set[str]) -> str:
     if matched & usable:
         return (
             f"{config} decides for no leaf: an earlier config takes each of "
@@ -166,18 +148,3 @@ def _nothing(
             "that can use a leaf decides; put the narrower one first"
         )
     return f"{config} matches no kernel that the function uses in a product"
-
-
-def _rank_problem(target: Target) -> str | None:
-    if target.axes is None or not target.is_low_rank:
-        return None
-    fan_in, fan_out = target.axes.fans(target.shape)
-    if target.config.slices is not None:
-        fan_out = min(stop - first for first, stop in target.config.slices)
-    if target.config.rank <= min(fan_in, fan_out):
-        return None
-    return (
-        f"`LoraConfig.rank` {target.config.rank} is larger than {target.path!r} "
-        f"{target.shape} allows: it maps {fan_in} to {fan_out}. Give it a config with "
-        f"a rank of at most {min(fan_in, fan_out)}, or train it whole with `full=True`"
-    )

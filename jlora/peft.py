@@ -128,12 +128,12 @@ def read_files(
     values = parse_json(text, str(config_file))
     config = parse_config(values, str(config_file), ignore)
     tensors, metadata = _read_tensors(weights_file, max_bytes)
-    check_seal(metadata, tensors, config, str(folder))
+    scalings = check_seal(metadata, tensors, config, str(folder))
     if not allow_nonfinite:
         _check_finite(tensors, str(weights_file))
     modules, whole = sort_keys(tensors, str(weights_file))
     turned = values.get("fan_in_fan_out") is True
-    return AdapterFiles(config, modules, whole, str(weights_file), turned)
+    return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
 
 
 def save(
@@ -204,8 +204,9 @@ def save(
     tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
     plain = [m.binding.steps for m in modules if not m.is_parameter]
     turned = any("fan_in_fan_out" in steps for steps in plain)
+    scalings = {m.name: m.scaling for m in modules if not m.is_brought}
     files = {
-        WEIGHTS: _file_bytes(tensors, {m.name: m.scaling for m in modules}),
+        WEIGHTS: _file_bytes(tensors, scalings),
         CONFIG: config_json(
             said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
         ),
