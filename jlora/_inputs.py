@@ -42,7 +42,7 @@ from ._factors import LoraFactors
 from ._init import key_of
 from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
-from ._sharding import factor_spec
+from ._sharding import factor_spec, on_set_mesh
 from ._trace import Traced
 
 # What is gathered for the probes of one value, in their shapes; () for a plain value.
@@ -149,7 +149,7 @@ def _collect(
 
         inputs = list(map(_with_probes, values, probes))
         outputs = list(map(base_of, _walk(program, inputs, tally)))
-        return sum(terms, jnp.float32(0)), outputs
+        return sum(map(on_set_mesh, terms), jnp.float32(0)), outputs
 
     total, pull, outputs = jax.vjp(level, probes, has_aux=True)
     (gathered,) = pull(vary(jnp.float32(1), manual_axes(total)))
