@@ -737,7 +737,8 @@ def peft(place: Place) -> Any:
     params, adapter = place.params(), place.adapter(lora)
     with tempfile.TemporaryDirectory() as folder:
         jlora.peft.save(f"{folder}/one", params, adapter, lora.configs)
-        return jlora.peft.load(f"{folder}/one", params)[1]
+        plan = lora.plan(params, place.ids())
+        return jlora.peft.load(f"{folder}/one", plan)[1]
 
 
 @feature
