@@ -20,6 +20,7 @@ from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
 from ._linear import keeping
 from ._sharding import factor_spec
+from ._symbolic import scan_length
 
 # Runs a program on values: `(program, values) -> outputs`.
 Run = Callable[[Program, Sequence[Any]], list[Any]]
@@ -136,7 +137,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
         body,
         [materialize(v) for v in carry],
         [x.scanned for x in xs],
-        length=params["length"],
+        length=scan_length(params["length"]),
         reverse=params["reverse"],
         unroll=params["unroll"],
     )

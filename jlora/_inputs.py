@@ -43,6 +43,7 @@ from ._init import key_of
 from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
 from ._sharding import factor_spec, on_set_mesh
+from ._symbolic import scan_length
 from ._trace import Traced
 
 # What is gathered for the probes of one value, in their shapes; () for a plain value.
@@ -258,7 +259,7 @@ def _scan(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
         body,
         (list(map(base_of, carry)), _nothing(consts)),
         [x.scanned for x in xs],
-        length=params["length"],
+        length=scan_length(params["length"]),
         reverse=params["reverse"],
         unroll=params["unroll"],
     )

@@ -181,7 +181,7 @@ def _tiled(
     """Combines a value with one number per tile."""
     split, ones = [], []
     for n, t in zip(value.shape, tiles.shape, strict=True):
-        apart = 1 < t < n
+        apart = t not in (1, n)  # of symbolic sizes it can be told what is equal
         split += [t, n // t] if apart else [n]
         ones += [t, 1] if apart else [t]
     if len(split) == value.ndim:
