@@ -92,9 +92,7 @@ def _on_any_mesh(call: _Call, outputs: "_Outputs") -> list[jax.Array]:
             raise error from other
 
 
-def _mapped(
-    call: _Call, outputs: "_Outputs", examples: Examples
-) -> list[jax.Array]:
+def _mapped(call: _Call, outputs: "_Outputs", examples: Examples) -> list[jax.Array]:
     """Returns the outputs of all examples, along axis 0 of each array."""
     count, arguments = count_of(call.stacked), call.arguments
     base = FlatParams.of(call.params).by_path()

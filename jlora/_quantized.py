@@ -188,7 +188,9 @@ def _tiled(
         return combine(value, tiles)
     sharding = explicit_sharding(value)
     laid = lambda x, sizes: _reshaped(x, sizes, _as_tiles(sharding, value, sizes))
-    return _reshaped(combine(laid(value, split), laid(tiles, ones)), value.shape, sharding)
+    return _reshaped(
+        combine(laid(value, split), laid(tiles, ones)), value.shape, sharding
+    )
 
 
 def _reshaped(value: jax.Array, sizes: Sequence[int], sharding: Any) -> jax.Array:

@@ -14,17 +14,14 @@ from surface import FEATURES, Place
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-KINDS = (AxisType.Auto, AxisType.Explicit)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 PLACES = [
-    Place(kind, kernels, rows, follow)
-    for kind in KINDS
-    for kernels, rows, follow in (
-        ("whole", False, True),
-        ("in", True, True),
-        ("out", True, True),
-        ("both", True, True),
-        ("both", False, False),
-    )
+    Place(AUTO, "in", batch=True),
+    Place(AUTO, "both", batch=False, follow=False),
+    Place(EXPLICIT, "in", batch=True),
+    Place(EXPLICIT, "out", batch=True),
+    Place(EXPLICIT, "both", batch=True),
+    Place(EXPLICIT, "both", batch=False, follow=False),
 ]
 
 

@@ -1,4 +1,4 @@
-"""NNX models whose variables are references or hijax types: refused, with the way out."""
+"""NNX models of references or hijax types: refused, with the way out."""
 
 import jax
 import jax.numpy as jnp

@@ -20,22 +20,23 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _decompose _dtypes _errors _memory _mosaic _paths _patterns
-_factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
-_config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
-_torch_layout _trace
-_choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
-_stackable
-_adapted _branch _linear _merge _moving _norms _record _spectrum _stack
-_algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
-_allocation _analyze _combine _consume _quantized_moves _siblings
-_adalora _dora_uses _lazy_moves _linear_use _target
-_control_flow _measure _moves _new_entry
+_axes _compat _decompose _dtypes _errors _mosaic _paths _patterns _symbolic
+_factors _files _flops _fuse _init _memory _peft_config _rules _sharding
+_untrusted
+_config _entries _families _group _layout _mixed_mesh _peft_keys _peft_stack
+_quantized _seal _torch_layout
+_choice _dora _dropout _forms _lazy _peft_configs _placement _trace
+_adapted _branch _fingerprint _linear _match _matrices _stackable
+_gather _merge _mixed _moving _norms _products _record _spectrum _stack
+_algebra _analyze _compare _consume _dora_uses _moving_init _quantized_moves
+_recording _restoring _siblings _triplets
+_allocation _combine _lazy_moves _linear_use _target
+_adalora _control_flow _measure _moves _new_entry _unfit
 _carry _plan
-_base _decide _discover _interpret _unfit
+_base _decide _discover _interpret
 _inputs _peft_write _targets _torch_params
-_data_init _peft_lora_bias _peft_whole _quantize _transform
-_peft_read _peft_vllm
+_data_init _peft_lora_bias _peft_vllm _peft_whole _quantize _transform
+_peft_read
 _peft_alone
 """.split()
 

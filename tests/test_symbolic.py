@@ -37,7 +37,9 @@ def tied(params: Any, x: jax.Array) -> jax.Array:
 
 def conv(params: Any, x: jax.Array) -> jax.Array:
     dims = ("NWC", "WIO", "NWC")
-    return lax.conv_general_dilated(x, params["k"], (1,), "SAME", dimension_numbers=dims)
+    return lax.conv_general_dilated(
+        x, params["k"], (1,), "SAME", dimension_numbers=dims
+    )
 
 
 def ragged(params: Any, x: jax.Array) -> jax.Array:
