@@ -21,6 +21,7 @@ from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
 from ._select import select
 from ._sharding import factor_spec
+from ._symbolic import scan_length
 from ._view import Body, Program, Step, Value, any_active, plain
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -138,7 +139,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
         body,
         [materialize(v) for v in carry],
         [x.scanned for x in xs],
-        length=params["length"],
+        length=scan_length(params["length"]),
         reverse=params["reverse"],
         unroll=params["unroll"],
     )

@@ -119,7 +119,8 @@ def _counted(ones: jax.Array, rows: Any, summed: Sequence[int]) -> jax.Array:
     back; where it was padded it is zero.
     """
     here = (ones != 0) & ~jnp.isnan(ones)
-    times = jnp.maximum(here.sum(tuple(summed), keepdims=True), 1)
+    found = here.sum(tuple(summed), keepdims=True, dtype=ones.dtype)
+    times = jnp.maximum(found, 1)
     scale = jnp.where(here, lax.stop_gradient(ones), 1)
     return jnp.where(here, rows / (times * scale), 0)
 

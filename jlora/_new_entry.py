@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ._axes import KernelAxes
 from ._dora import kernel_norm
 from ._dtypes import widest
+from ._entries import taken_rows
 from ._errors import TargetError
 from ._init import INITIALIZERS, Initializer, Wanted, key_of
 from ._placement import factor_shardings
@@ -32,8 +33,7 @@ def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
     if axes is None:
         return leaf.astype(config.dtype)
     if config.rows is not None:
-        taken = jnp.take(leaf, jnp.array(config.rows), axis=axes.in_[0])
-        values = jnp.moveaxis(taken, axes.in_[0], 0).astype(config.dtype)
+        values = taken_rows(leaf, axes, config.rows).astype(config.dtype)
         return entry_of(target, {"values": values})
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
     kernel = set_sharding(arrays_of(leaf)[0])

@@ -80,9 +80,7 @@ class Plan:
         gradients = f"gradients {human(own)} instead of {human(full)}"
         if self.flops is None:
             return gradients
-        return (
-            f"a step: {self.flops.ratio:.3f} of full fine-tuning's FLOPs, {gradients}"
-        )
+        return f"a step: {self.flops}, {gradients}"
 
     def memory(
         self,

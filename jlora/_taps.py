@@ -22,7 +22,7 @@ class Reach(NamedTuple):
     step: int
     stride: int
     dilation: int
-    count: int
+    entries: int
 
 
 def dilated(size: int, dilation: int) -> int:

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from ._config import LoraConfig
+from ._errors import UnsupportedFeatureError
 from ._factors import Adapter
 from ._merge import merge
 from ._paths import FlatParams
@@ -157,9 +158,12 @@ def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
 
     Raises:
         TypeError: if `model` is no NNX module.
+        UnsupportedFeatureError: if it has variables that are references or hijax
+            types; all are named.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"`model` must be an NNX module, got {type(model).__name__}")
+    _check_variables(model)
     own = nnx.clone(model)
     nnx.pop(own, nnx.Intermediate)
     graphdef, params, rest = nnx.split(own, nnx.Param, ...)
@@ -179,6 +183,27 @@ def merge_into(model: nnx.Module, adapter: Adapter) -> nnx.Module:
     """
     graphdef, params, rest = split(model)
     return nnx.merge(graphdef, merge(params, adapter), rest)
+
+
+def _check_variables(model: nnx.Module) -> None:
+    """Raises with variables that are no arrays: what is traced could not hold them."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    found = []
+    for path, variable in flat:
+        kinds = [k for k in ("hijax", "ref") if getattr(variable, k, False)]
+        if kinds:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.append(f"{name!r} ({', '.join(kinds)})")
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UnsupportedFeatureError(
+            f"{', '.join(found[:5])}{more} of {type(model).__name__} are variables of "
+            "arrays in references or of hijax types, which `jlora.nnx` cannot adapt. "
+            "Give it `nnx.with_vars(model, hijax=False, ref=False)`, or make the model "
+            "under `nnx.var_defaults(hijax=False, ref=False)`"
+        )
 
 
 def _method_of(model: nnx.Module, method: Method) -> Callable[..., Any]:

@@ -20,26 +20,24 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _frames _compat _decompose _elementwise _dtypes _errors _memory _mosaic _paths
-_patterns
-_alternatives _factors _files _flops _fuse _init _peft_config _quantized _rules
-_sharding _untrusted
-_config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
-_torch_layout _trace
-_choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
-_stackable
-_adapted _branch _linear _merge _moving _norms _record _spectrum _stack
-_algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
-_allocation _combine _consume _quantized_moves _siblings
-_adalora _dora_uses _lazy_moves _linear_use _target
-_select
-_control_flow _measure _moves _new_entry
-_carry _plan
-_base _decide _discover _interpret _unfit
-_inputs _peft_write _targets _torch_params
-_data_init _peft_lora_bias _peft_whole _quantize _transform
-_peft_read _peft_vllm
-_peft_alone
+_axes _decompose _dtypes _errors _frames _mosaic _paths _patterns _symbolic _taps
+_alternatives _compat _factors _files _fuse _init _memory _peft_config _rules _untrusted
+_config _elementwise _families _flops _peft_keys _peft_stack _seal _sharding
+_torch_layout
+_entries _group _layout _mixed_mesh _peft_configs _quantized
+_channels _choice _conv _dora _dropout _forms _lazy _placement _ragged _trace _view
+_adapted _branch _fingerprint _linear _match _matrices _recall _stackable _target
+_broadcast _emit _gather _measure _merge _mixed _moving _new_entry _norms _products
+_record _spectrum _stack _unfit
+_algebra _compare _consume _dora_uses _moving_init _plan _quantized_moves _recording
+_restoring _siblings _triplets
+_allocation _base _combine _lazy_moves
+_adalora _mix _moves _peft_write _select _torch_params
+_analyze _collectives _peft_lora_bias _peft_vllm _peft_whole _sum
+_carry _control_flow _linear_use _peft_read
+_decide _discover _interpret _peft_alone
+_inputs _targets
+_data_init _quantize _transform
 """.split()
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}
