@@ -25,6 +25,7 @@ from typing import Any
 
 from ._broadcast import varies_along
 from ._compat import is_literal, is_var, open_jaxpr, operation_name, source_line
+from ._frames import Unsure
 from ._gather import row_layout
 from ._mix import holds_features, use_before
 from ._recall import Call, Kinds, Recall
@@ -40,8 +41,6 @@ from ._view import (
     any_active,
     plain,
 )
-
-_UNKNOWN = "unknown line"
 
 
 class Analysis(abc.ABC):
@@ -177,15 +176,26 @@ class Analysis(abc.ABC):
         self.trips = before
 
     def line_of(self, eqn: Any) -> str:
-        """Returns the model's line of an equation, if it is known."""
-        return source_line(eqn) or _UNKNOWN
+        """Returns the model's line of an equation, or the best that is known."""
+        return source_line(eqn)
 
-    def materialized(self, eqn: Any, values: Iterable[Value], where: str = "") -> None:
-        """Notes that the operands with views must be formed at an equation."""
-        name, told = eqn.primitive.name, f"{operation_name(eqn)}{where}"
+    def materialized(
+        self, eqn: Any, values: Iterable[Value], where: str = "", *, used: bool = False
+    ) -> None:
+        """Notes that the operands with views must be formed at an equation.
+
+        Args:
+            eqn: the equation.
+            values: its operands.
+            where: what the name of the operation gets.
+            used: whether it is a use of the kernels, if one that cannot be factored.
+        """
+        name, kind = eqn.primitive.name, f"{operation_name(eqn)}{where}"
         for view in itertools.chain(*(value.views for value in values)):
-            self._lose(view)
-            use = Use(view.path, told, self.line_of(eqn), False, name)
+            if not used:
+                self._lose(view)
+            use = Use(view.path, kind, self.line_of(eqn), False, name)
+            use = dataclasses.replace(use, is_matrix=view.is_matrix)
             self.log.obstacles.append(use)
 
     def _lose(self, view: View) -> None:
@@ -230,7 +240,7 @@ class Analysis(abc.ABC):
 
 def _fill_lines(uses: list[Use], start: int, line: str) -> None:
     for i, use in enumerate(uses[start:], start):
-        if use.source == _UNKNOWN:
+        if isinstance(use.source, Unsure) and not isinstance(line, Unsure):
             uses[i] = dataclasses.replace(use, source=line)
 
 

@@ -5,6 +5,7 @@ it shares with the other operand are batch axes, the rest are output axes; axes 
 scan or an index has taken away are batch axes. `settle` counts the votes.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from ._carry import CARRY
 from ._compat import own_body
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
+from ._elementwise import ELEMENTWISE, keeps_axes
 from ._gather import row_layout
-from ._mix import is_frozen_product, passed_by
+from ._mix import MIXES, is_frozen_product, passed_by
 from ._recall import Recall
 from ._view import Log, Passed, Place, Step, Value, View, Vote, any_active
 
@@ -37,18 +39,40 @@ class Discovery(Analysis):
             others = [known for i, known in enumerate(values) if i != operand]
             carried = None
             if self._is_use(eqn, operand, others):
-                if self._vote(eqn, operand, view, any_active(others)):
+                if self._vote(eqn, operand, view, bool(any_active(others))):
                     continue
             else:
-                carried = self._carry(eqn, operand, view, any_active(others))
+                carried = self._carry(eqn, operand, view, bool(any_active(others)))
             if carried is None:
                 self.materialized(eqn, [Value((view,))])
                 self._look_inside(eqn, operand, values)
-                continue
+                carried = self._formed(eqn, operand, view, any_active(others))
             for output, out_view in zip(outputs, carried, strict=True):
                 output.extend(out_view)
         active = any_active(values)
         return Step("carry"), [Value(tuple(output), active) for output in outputs]
+
+    def _formed(
+        self, eqn: Any, operand: int, view: View, active: bool
+    ) -> list[tuple[View, ...]]:
+        """Follows a kernel past an obstacle that keeps its axes, to learn their roles.
+
+        A later product says what they are. Beside an activation it is no kernel any
+        more that goes on, but features.
+        """
+        if active or not keeps_axes(eqn, operand):
+            return [() for _ in eqn.outvars]
+        formed = dataclasses.replace(view, passed=(), formed=True)
+        return [(formed,) for _ in eqn.outvars]
+
+    @staticmethod
+    def _is_beside_kernels(eqn: Any, active: bool) -> bool:
+        """Whether what was formed of a kernel goes on as something else.
+
+        A gate or an offset of features is no kernel, nor is a sum of frozen products.
+        """
+        name = eqn.primitive.name
+        return name in MIXES or (active and name in ELEMENTWISE)
 
     def _look_inside(self, eqn: Any, operand: int, values: list[Value]) -> None:
         """Learns roles from a function that takes the kernel as a whole.
@@ -84,6 +108,8 @@ class Discovery(Analysis):
             seen[max(seen, default=0)] = "out"
         if not {"in", "out"} <= set(seen.values()):
             return False
+        if view.formed and not active:
+            return True  # what is formed of params alone may be anything
         if any(
             seen.get(axis, "batch") != "batch"
             for passed in view.passed
@@ -94,7 +120,7 @@ class Discovery(Analysis):
             self._lose(view)
             return True
         if self.reaches(eqn, operand, view, active):
-            vote = Vote(view.path, rule.kind, seen, self.place, weak)
+            vote = Vote(view.path, rule.kind, seen, self.place, weak, view.formed)
             self.log.votes.append(vote)
         return True
 
@@ -107,17 +133,22 @@ class Discovery(Analysis):
         maps = rule.axes(eqn, operand)
         if maps is None:
             return None
+        if view.formed and self._is_beside_kernels(eqn, active):
+            return [() for _ in maps]
         passed = passed_by(eqn, operand, view, self.place)
-        if passed is not None:
+        if passed is not None and not view.formed:
             if self.place in self.ends:
                 return None
             view = view.after(passed)
         indexed = self._indexed(eqn, view, active)
         if indexed is None:
             return [() for _ in maps]
-        return [
-            () if axis_map is None else (indexed.moved(axis_map),) for axis_map in maps
-        ]
+        return self._moved(indexed, maps)
+
+    def _moved(
+        self, view: View, maps: Sequence[Sequence[frozenset[int]] | None]
+    ) -> list[tuple[View, ...]]:
+        return [() if axes is None else (view.moved(axes),) for axes in maps]
 
     def _indexed(self, eqn: Any, view: View, active: bool) -> View | None:
         """Marks a view that passes an indexing operation, and votes for a lookup.
@@ -137,7 +168,7 @@ class Discovery(Analysis):
             if not active and evidence:
                 return None
             return view.after(Passed(self.place, axes, "index"))
-        if not evidence:
+        if not evidence or view.formed:
             return view
         return view.after(Passed(self.place, axes, "order"))
 
@@ -148,7 +179,8 @@ class Discovery(Analysis):
             along = view.origin_of(layout.batching)
             roles.update(dict.fromkeys(along, "batch"))
         self.meets(view)
-        self.log.votes.append(Vote(view.path, "lookup", roles, self.place))
+        vote = Vote(view.path, "lookup", roles, self.place, formed=view.formed)
+        self.log.votes.append(vote)
 
 
 def _takes_many(eqn: Any) -> bool:
@@ -194,7 +226,12 @@ def discover(
         # A lookup whose rows a product consumed was none: it carried the kernel there.
         if vote.kind != "lookup" or vote.place not in log.met:
             votes[vote.path].append(vote)
-    return votes, log
+    return {path: _firm(found) for path, found in votes.items()}, log
+
+
+def _firm(votes: list[Vote]) -> list[Vote]:
+    """Returns the votes of a kernel itself, or else those of what is formed of it."""
+    return [vote for vote in votes if not vote.formed] or votes
 
 
 def settle(votes: Sequence[Vote], shape: Sequence[int]) -> KernelAxes | None:

@@ -26,7 +26,7 @@ from jax import lax
 from ._adapted import Adapted, base_of
 from ._axes import KernelAxes
 from ._broadcast import cut
-from ._carry import CARRY
+from ._carry import CARRY, take_rows
 from ._compat import (
     JIT,
     REMAT,
@@ -212,7 +212,9 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
                 f"{source_line(eqn)} mixes with a frozen value; leave the target out "
                 "of the config that it is made with"
             )
-        outputs = CARRY[name].run(eqn, values)
+        # A probe is not to be zero, row by row, where all rows share it.
+        move = (lambda *args: [take_rows(*args)]) if name == "gather" else None
+        outputs = (move or CARRY[name].run)(eqn, values)
         if step.action == "carry":
             return outputs
         for term in lookup_terms(eqn, values[0], outputs):

@@ -61,6 +61,9 @@ class View:
         passed: the operations on its way whose meaning is not settled yet.
         spread: the axes of the value along which a scale of the kernel varies, as DoRA
             has one, whatever their origins: it was padded, or joined with others.
+        formed: whether it has passed an operation without a rule, at which the kernel
+            is formed; only its roles are still to be learnt.
+        scaled: whether it has a scale that the adapter moves, which is kept beside.
         chosen: the axes of the value that come from no axis of the kernel, and along
             which the factors differ: other ones were chosen for each entry.
     """
@@ -70,6 +73,8 @@ class View:
     origins: tuple[frozenset[int], ...]
     passed: tuple[Passed, ...] = ()
     spread: frozenset[int] = frozenset()
+    formed: bool = False
+    scaled: bool = False
     chosen: frozenset[int] = frozenset()
 
     @classmethod
@@ -102,6 +107,10 @@ class View:
         """Returns the view of a value along whose `axes` a scale varies besides."""
         return dataclasses.replace(self, spread=self.spread | axes)
 
+    def scaled_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value with a scale beside that varies along `axes`."""
+        return dataclasses.replace(self.spread_along(axes), scaled=True)
+
     def chosen_along(self, axes: frozenset[int]) -> "View":
         """Returns the view of a value whose factors were chosen along `axes`."""
         has_none = lambda i: all(self.shape[axis] == 1 for axis in self.origins[i])
@@ -127,6 +136,12 @@ class View:
         tied = frozenset().union(*(p.tied for p in self.passed))
         return frozenset(range(len(self.shape))) - self.mixed - tied
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether two of its axes or more come from the kernel."""
+        longer = lambda origin: any(self.shape[i] != 1 for i in origin)
+        return sum(map(longer, self.origins)) > 1
+
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
         found = []
@@ -143,27 +158,46 @@ Views = tuple[View, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Flow:
+    """What a value depends on; true if it depends on an activation.
+
+    Attributes:
+        active: whether it depends on an input that is no param.
+        adapter: whether it depends on what the adapter holds.
+    """
+
+    active: bool = False
+    adapter: bool = False
+
+    def __bool__(self) -> bool:
+        """Returns whether the value depends on an activation."""
+        return self.active
+
+
+@dataclasses.dataclass(frozen=True)
 class Value:
     """What is known of a value of the program.
 
     Attributes:
         views: the kernels that it carries.
-        active: whether it depends on an input that is no param.
+        active: whether it depends on an input that is no param, or on the adapter.
         along: the axes along which it may vary, of a value that was broadcast; None if
             it was not.
     """
 
     views: Views = ()
-    active: bool = False
+    active: Flow = Flow()
     along: frozenset[int] | None = None
 
 
-def any_active(values: Iterable[Value]) -> bool:
-    """Returns whether any of the values depends on an activation."""
-    return any(value.active for value in values)
+def any_active(values: Iterable[Value]) -> Flow:
+    """Returns whether any of the values depends on an activation, or the adapter."""
+    known = [(value.active, bool(value.views)) for value in values]
+    moves = any(flow.adapter or adapted for flow, adapted in known)
+    return Flow(any(flow.active for flow, _ in known), moves)
 
 
-def plain(count: int, active: bool) -> list[Value]:
+def plain(count: int, active: Flow) -> list[Value]:
     """Returns values that carry no kernel."""
     return [Value((), active)] * count
 
@@ -181,6 +215,8 @@ class Use:
         form: how a product is computed, see `_forms`; None for other operations.
         siblings: the number of products in its group, itself included.
         factor_flops: what its factors add to a step, for each unit of rank.
+        is_matrix: of what has no rule, whether two axes of the kernel or more come
+            there: a stack of norm scales or biases comes slice by slice.
     """
 
     path: str
@@ -191,6 +227,7 @@ class Use:
     form: Form | None = None
     siblings: int = 1
     factor_flops: int = 0
+    is_matrix: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +241,7 @@ class Vote:
             (or of size 1).
         place: where it is.
         weak: whether the use says little: it contracts all axes.
+        formed: whether the kernel was formed before it.
     """
 
     path: str
@@ -211,6 +249,7 @@ class Vote:
     roles: Mapping[int, str]
     place: Place
     weak: bool = False
+    formed: bool = False
 
 
 @dataclasses.dataclass
@@ -245,6 +284,7 @@ class Step:
         form: how products are computed.
         along: of an equation with a value that was broadcast, the axes along which that
             varies: the others are cut to size one.
+        beside: whether the scale of an equation is kept beside the kernel.
         predicate: of a choice, the axes along which its predicate varies.
     """
 
@@ -255,6 +295,7 @@ class Step:
     kernels: tuple[int, ...] = ()
     form: Form = "separate"
     along: frozenset[int] | None = None
+    beside: bool = False
     predicate: tuple[int, ...] = ()
 
 
