@@ -23,7 +23,8 @@ from ._axes import Roles, Shape
 from ._collectives import all_gather, all_gather_axes, permute
 from ._compat import rebind
 from ._dtypes import summed_in
-from ._gather import gather_axes, gather_rows, rows_inside
+from ._gather import found_rows, gather_axes, gather_rows, lacks_rows, select
+from ._lazy import dense
 from ._lazy_moves import carried
 from ._mix import mix, mix_axes, mix_supports
 from ._moves import AxisMap, identity, present, same_axes
@@ -88,7 +89,7 @@ def _unchanged(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.A
 # --- arithmetic that is linear in the value ---
 
 
-def _scale_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
+def _axes_scaled(eqn: Any, operand: int) -> list[AxisMap] | None:
     """The other operand is a scalar, or a vector along some axes, new ones too."""
     own, out = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
     if any(m not in (n, 1) for m, n in zip(own, out, strict=True)):
@@ -96,7 +97,7 @@ def _scale_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
     return same_axes(eqn, operand)
 
 
-def _scale_varies_along(eqn: Any, operand: int) -> frozenset[int]:
+def scale_axes(eqn: Any, operand: int) -> frozenset[int]:
     """Returns the axes along which the other factor of a `mul` or `div` varies."""
     shape = eqn.invars[1 - operand].aval.shape
     return frozenset(i for i, n in enumerate(shape) if n != 1)
@@ -105,7 +106,7 @@ def _scale_varies_along(eqn: Any, operand: int) -> frozenset[int]:
 def _scale_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     """Whether the scale varies along axes that one factor has alone, or none has."""
     shape = eqn.invars[operand].aval.shape
-    varies = [i for i in _scale_varies_along(eqn, operand) if shape[i] != 1]
+    varies = [i for i in scale_axes(eqn, operand) if shape[i] != 1]
     along = {roles[i] for i in varies} - {"batch"}
     return len(along) <= 1 and None not in along
 
@@ -120,13 +121,35 @@ def _scale(eqn: Any, operands: list[Any]) -> list[Any]:
     amount = amount[..., None] if amount.ndim else amount
     divides = eqn.primitive.name == "div"
 
+    def times(factor: jax.Array) -> jax.Array:
+        return factor / amount if divides else factor * amount
+
     def scaled(part: Part) -> Part:
-        side = "a" if all(present(part.a, i, base.shape) for i in varies) else "b"
-        factor = getattr(part, side)
-        factor = factor / amount if divides else factor * amount
-        return dataclasses.replace(part, **{side: factor})
+        has = lambda array: all(present(array, i, value.base.shape) for i in varies)
+        if has(part.a):
+            return dataclasses.replace(part, a=times(part.a))
+        placed = [i for i, place in enumerate(part.places) if has(place)]
+        if has(part.b) or not placed:
+            return dataclasses.replace(part, b=times(part.b))
+        places = list(part.places)
+        places[placed[0]] = times(places[placed[0]])
+        return dataclasses.replace(part, places=tuple(places))
 
     return [Adapted(base, tuple(map(scaled, value.parts)), value.scale)]
+
+
+def scale_beside(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Keeps a scale apart from the kernel: `(base + Δ)·scale`, as DoRA's is kept."""
+    index = 0 if isinstance(operands[0], Adapted) else 1
+    value, other = operands[index], operands[1 - index]
+    amount = other.astype(summed_in(other.dtype))
+    amount = amount.reshape(*(amount.shape or (1,) * value.base.ndim), 1)
+    amount = 1 / amount if eqn.primitive.name == "div" else amount
+    scale = amount if value.scale is None else value.scale * amount
+    base, shape = value.base, tuple(eqn.outvars[0].aval.shape)
+    if base.shape != shape:  # the scale has axes along which the kernel has size one
+        base = jnp.broadcast_to(dense(base), shape)
+    return [dataclasses.replace(value, base=base, scale=scale)]
 
 
 def _negate(eqn: Any, operands: list[Any]) -> list[Any]:
@@ -140,7 +163,12 @@ def _negate(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _convert_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+    """Casts to floats, and to complex: the real part of a complex sum is no sum."""
+    new, old = eqn.params["new_dtype"], eqn.invars[0].aval.dtype
+    is_complex = lambda dtype: jnp.issubdtype(dtype, jnp.complexfloating)
+    if not jnp.issubdtype(new, jnp.inexact) or (
+        is_complex(old) and not is_complex(new)
+    ):
         return None
     return same_axes(eqn, operand)
 
@@ -173,14 +201,29 @@ def _reshard(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arr
     return rebind(eqn.replace(params=params), [factor])[0]
 
 
-def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
-    """Takes rows; those that are filled in have no factors and no scale."""
+def take_rows(eqn: Any, operands: list[Any]) -> Adapted:
+    """Takes rows by a gather; those that are filled in have no scale."""
     value, others = operands[0], operands[1:]
     (rows,) = _mover(gather_rows)(eqn, operands)
     if rows.scale is None:
-        return [rows]
-    scale = rows_inside(eqn, rows.scale, value.base.shape, others)
-    return [dataclasses.replace(rows, scale=scale)]
+        return rows
+    found = found_rows(eqn, value.base.shape, *others)
+    return dataclasses.replace(rows, scale=select(found, rows.scale, 1))
+
+
+def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Takes rows; a factor that all rows share is zero for those that are filled in.
+
+    So its gradient leaves them out, as that of a factor with rows of its own does.
+    """
+    value, others = operands[0], operands[1:]
+    rows, found = take_rows(eqn, operands), found_rows(eqn, value.base.shape, *others)
+    parts = []
+    for old, part in zip(value.parts, rows.parts, strict=True):
+        shared = [name for name in "ab" if lacks_rows(eqn, getattr(old, name))]
+        new = {name: select(found, getattr(part, name), 0) for name in shared}
+        parts.append(dataclasses.replace(part, **new))
+    return [dataclasses.replace(rows, parts=tuple(parts))]
 
 
 def _power_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
@@ -205,8 +248,8 @@ CARRY: dict[str, CarryRule] = {
     "concatenate": CarryRule(
         same_axes, moves.concatenate, operands=None, together=True
     ),
-    "mul": CarryRule(_scale_axes, _scale, operands=(0, 1), supports=_scale_supports),
-    "div": CarryRule(_scale_axes, _scale, supports=_scale_supports),
+    "mul": CarryRule(_axes_scaled, _scale, operands=(0, 1), supports=_scale_supports),
+    "div": CarryRule(_axes_scaled, _scale, supports=_scale_supports),
     "dot_general": CarryRule(
         mix_axes, mix, operands=(0, 1), frozen=True, supports=mix_supports
     ),

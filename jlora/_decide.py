@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes, Roles
-from ._broadcast import narrowed
-from ._carry import CARRY
+from ._broadcast import grown, narrowed
+from ._carry import CARRY, scale_axes
 from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
@@ -62,27 +62,37 @@ class Decision(Analysis):
         """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
         return self.axes[path], path in self.dora
 
+    def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
+        """Whether axes of a view are batch axes, or on one side of its kernel."""
+        roles = self._roles(view)
+        return roles is not None and len({roles[i] for i in axes} & {"in", "out"}) < 2
+
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""
         nothing = plain(len(eqn.outvars), any_active(values))
         eqn, along = narrowed(eqn, values)
+        if not self._scale_follows(eqn, values):
+            where = _moved(eqn, values) or OF_DORA
+            self.materialized(eqn, values, where, used=True)
+            return Step("materialize"), nothing
         outputs = self._passed_on(eqn, values)
         if outputs is not None:
             return Step("carry"), outputs
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
-            self.materialized(eqn, values, OF_DORA)
+            where = _moved(eqn, values) or OF_DORA
+            self.materialized(eqn, values, where, used=True)
             return Step("materialize"), nothing
         if kinds:
             return self._use(eqn, values, kinds), nothing
         outputs = self._carried(eqn, values)
         if outputs is None:
-            self.materialized(eqn, values)
+            self.materialized(eqn, values, _moved(eqn, values))
             return Step("materialize"), nothing
         if self._is_lookup(eqn, values):
             self._used(eqn, values, itertools.repeat("lookup"))
             return Step("lookup"), nothing
-        return Step("carry", along=along), outputs
+        return Step("carry", along=along, beside=_is_beside(eqn, values)), outputs
 
     def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
         before = len(self.log.uses)
@@ -99,6 +109,10 @@ class Decision(Analysis):
         others = [value for value in values if not value.views]
         if not is_frozen_product(eqn, others) or self.place in self.ends:
             return None
+        if any_active(others).adapter:
+            # A product with what the adapter moves is a use, in the next run: its
+            # gradient needs the kernel as it is.
+            self.log.lost[self.place] = "order"
         return self._carried(eqn, values)
 
     def arranged(self, steps: list[Step]) -> list[Step]:
@@ -182,15 +196,26 @@ class Decision(Analysis):
                 return False
         return True
 
+    def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether a scale, where there is one, stays one in a frozen product."""
+        others = [value for value in values if not value.views]
+        if any_active(others) or self.place in self.ends:
+            return True
+        return all(
+            keeps_scale(eqn, operand, self._scale_varies(eqn, operand, value))
+            for operand, value in enumerate(values)
+        )
+
     def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
-        """Returns the axes of an operand along which a scale of DoRA varies."""
-        scaled = [view for view in value.views if view.path in self.dora]
+        """Returns the axes of an operand along which a scale of it varies."""
+        scaled = [v for v in value.views if v.path in self.dora or v.scaled]
         varies = set().union(*map(self._varies, scaled))
         return {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
 
     def _varies(self, view: View) -> set[int]:
-        """Returns the axes of a value along which DoRA's scale of a kernel varies."""
-        roles = enumerate(self._roles(view) or [])
+        """Returns the axes of a value along which the scale of a kernel varies."""
+        of_dora = view.path in self.dora
+        roles = enumerate((of_dora and self._roles(view)) or [])
         return {i for i, role in roles if role in ("batch", "out")} | view.spread
 
     def _carried(self, eqn: Any, values: list[Value]) -> list[Value] | None:
@@ -204,11 +229,12 @@ class Decision(Analysis):
             return None
         if rule is None or not rule.takes(where, any_active(others)):
             return None
+        if _moved(eqn, values) and eqn.primitive.name in ("add", "sub"):
+            return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         for operand in where:
             maps = rule.axes(eqn, operand)
-            scale_varies = self._scale_varies(eqn, operand, values[operand])
-            if maps is None or not keeps_scale(eqn, operand, scale_varies):
+            if maps is None:
                 return None
             for view in values[operand].views:
                 if not rule.supports(eqn, operand, self._roles(view) or []):
@@ -217,7 +243,9 @@ class Decision(Analysis):
                 for output, axis_map in zip(outputs, maps, strict=True):
                     if axis_map is not None:
                         moved = view.moved(axis_map).spread_along(spread(eqn))
-                        output.append(moved)
+                        if _is_beside(eqn, values):
+                            moved = moved.scaled_along(scale_axes(eqn, operand))
+                        output.append(moved.chosen_along(grown(eqn, operand)))
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         active = any_active(values)
@@ -258,8 +286,34 @@ class Decision(Analysis):
         return bool(taken & {"in", "out"}) and not {"in", "out"} <= rest
 
 
-# What the name of a use gets where DoRA alone keeps it from staying factored.
+# What the name of a use gets where DoRA alone keeps it from staying factored, or what
+# else the adapter moves.
 OF_DORA = " over a part of DoRA's outputs"
+OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
+OF_SUM = " with a value that the adapter moves"
+
+
+def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
+    """Whether an equation scales a kernel by what the adapter moves.
+
+    Multiplied into the kernel, such a scale would have the gradient of a whole kernel
+    as its own. Beside it, as DoRA's is, it is applied to the inputs or the outputs.
+    """
+    others = [value for value in values if not value.views]
+    return eqn.primitive.name in ("mul", "div") and any_active(others).adapter
+
+
+def _moved(eqn: Any, values: Sequence[Value]) -> str:
+    """Names what the adapter moves beside a kernel, where that keeps it from passing.
+
+    A kernel with a scale beside it is no sum with another value; and a value that is
+    added to a kernel would have the gradient of a whole kernel.
+    """
+    others = [value for value in values if not value.views]
+    if any(view.scaled for value in values for view in value.views):
+        return OF_SCALE
+    added = eqn.primitive.name in ("add", "sub") and any_active(others).adapter
+    return OF_SUM if added else ""
 
 
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:

@@ -26,7 +26,7 @@ from jax import lax
 from ._adapted import Adapted, base_of
 from ._axes import KernelAxes
 from ._broadcast import cut
-from ._carry import CARRY
+from ._carry import CARRY, take_rows
 from ._compat import (
     JIT,
     REMAT,
@@ -37,6 +37,7 @@ from ._compat import (
     vary,
 )
 from ._control_flow import Rows, specs_like
+from ._emit import is_mapped, switch
 from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._init import key_of
@@ -211,7 +212,9 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
                 f"{source_line(eqn)} mixes with a frozen value; leave the target out "
                 "of the config that it is made with"
             )
-        outputs = CARRY[name].run(eqn, values)
+        # A probe is not to be zero, row by row, where all rows share it.
+        move = (lambda *args: [take_rows(*args)]) if name == "gather" else None
+        outputs = (move or CARRY[name].run)(eqn, values)
         if step.action == "carry":
             return outputs
         for term in lookup_terms(eqn, values[0], outputs):
@@ -289,6 +292,12 @@ def _along_rows(value: Any, found: Gathered) -> Gathered:
 def _while(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
     """What the condition uses is not counted: it has no way out."""
     params, (cond, body) = eqn.params, step.programs
+    if is_mapped(eqn):
+        raise UnsupportedFeatureError(
+            f"`lora.inputs` cannot tell which examples still run in the while loop at "
+            f"{source_line(eqn)}, whose condition `jax.vmap` made one for each example "
+            "of. Map over `lora.inputs` in place of the loop, and add up what it gives"
+        )
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     quiet = _quiet(values)
     cond_consts, consts = quiet[:n_cond], quiet[n_cond : n_cond + n_body]
@@ -311,7 +320,7 @@ def _while(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
 def _cond(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
     index, *operands = values
     branches = [lambda *args, p=p: _collect(p, args) for p in step.programs]
-    outputs, found = lax.switch(index, branches, *_quiet(operands))
+    outputs, found = switch(eqn, index, branches, _quiet(operands))
     _tally_all(tally, operands, found)
     return outputs
 
@@ -343,7 +352,7 @@ def _shard_map(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any
 
 
 _ENTER: dict[str, Callable[[Any, Any, list[Any], Tally], list[Any]]] = {
-    **dict.fromkeys((*JIT, *REMAT, "closed_call", "core_call"), _inline),
+    **dict.fromkeys((*JIT, *REMAT, "closed_call", "core_call", "composite"), _inline),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

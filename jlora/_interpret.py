@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
-from ._adapted import materialize
+from ._adapted import base_of, materialize
 from ._analyze import Analysis
 from ._broadcast import cut
-from ._carry import CARRY
+from ._carry import CARRY, scale_beside, take_rows
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import EVALUATE, add_rows
 from ._control_flow import CONTROL_FLOW
+from ._gather import found_rows
 from ._lazy import called, dense, is_lazy
 from ._lazy_moves import carried, stays_small
 from ._products import run_products
@@ -98,11 +99,20 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
         if not (name in CARRY and CARRY[name].together):
             # What stands beside the adapted operand.
             values = list(map(dense, values))
+        if step.beside:
+            return scale_beside(eqn, values)
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":
-            return list(map(add_rows, CARRY[name].run(eqn, values)))
+            return _lookup(eqn, values)
         return rebind(eqn, [materialize(value) for value in values])
+
+
+def _lookup(eqn: Any, values: list[Any]) -> list[jax.Array]:
+    if eqn.primitive.name != "gather":
+        return list(map(add_rows, CARRY[eqn.primitive.name].run(eqn, values)))
+    found = found_rows(eqn, base_of(values[0]).shape, *values[1:])
+    return [add_rows(take_rows(eqn, values), found)]
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, base_of, complete
+from ._adapted import Adapted, Part, base_of, complete, whole
 from ._axes import Roles, Shape, free_axes
 from ._dtypes import summed_in
 from ._group import dot
@@ -230,6 +230,9 @@ def _mixed(how: _Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part
     `Σ_e m_e (a_e·b_e)` is `[m_1 a_1, m_2 a_2, …]·[b_1; b_2; …]`: batch axes that are
     summed over make the rank larger.
     """
+    changed = [*how.contract, *how.batch]
+    if any(place.shape[i] != 1 for place in part.places for i in changed):
+        part = whole(part)
     both = [
         i for i in how.contract if part.a.shape[i] == part.b.shape[i] == shape[i] != 1
     ]
@@ -242,4 +245,5 @@ def _mixed(how: _Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part
         rest: how.follow(getattr(part, rest), both),
     }
     key = None if part.key is None else how.follow(part.key, ())
-    return dataclasses.replace(part, key=key, **mixed)
+    places = tuple(how.follow(place, ()) for place in part.places)
+    return dataclasses.replace(part, key=key, places=places, **mixed)

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, complete
+from ._adapted import Adapted, Part, complete, times_place, whole
 from ._axes import free_axes
 from ._branch import Arrays, Static, add_branch
 from ._compat import source_line
 from ._dropout import drop
+from ._dtypes import product_dtype, summands_in, workable
 from ._errors import MaterializationError
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
 from ._lazy import called
@@ -225,8 +226,14 @@ def _as_matrices(
         a_list.append(factor_matrix(first, [*batch, *contract], shape))
         b = factor_matrix(second, [*batch, *free], shape)
         b_list.append(b if common is not None else part.scaling * b)
-    a, b = concatenate(a_list), concatenate(b_list)
+    a, b = concatenate(_alike(a_list)), concatenate(_alike(b_list))
     return a, b, 1.0 if common is None else common
+
+
+def _alike(factors: list[jax.Array]) -> list[jax.Array]:
+    """Returns factors in one dtype: joined kernels may have configs of their own."""
+    dtype = jnp.result_type(*(factor.dtype for factor in factors))
+    return [factor.astype(dtype) for factor in factors]
 
 
 def contracted_first(
@@ -236,8 +243,27 @@ def contracted_first(
     for first, second in ((part.a, part.b), (part.b, part.a)):
         lacks_free = all(first.shape[i] == 1 for i in free)
         if lacks_free and all(second.shape[i] == 1 for i in contract):
-            return first, second
+            return _placed_in(part, first, second, contract, free)
     return None
+
+
+def _placed_in(
+    part: Part,
+    first: jax.Array,
+    second: jax.Array,
+    contract: Sequence[int],
+    free: Sequence[int],
+) -> tuple[jax.Array, jax.Array] | None:
+    """Multiplies each place into the factor of its side; None if one is of both."""
+    for place in part.places:
+        along = {i for i, n in enumerate(place.shape) if n != 1}
+        if not along & {*contract}:
+            second = times_place(second, place)
+        elif along & {*free}:
+            return None
+        else:
+            first = times_place(first, place)
+    return first, second
 
 
 def factor_matrix(
@@ -264,8 +290,9 @@ def _apart(
         one = Adapted(value.base, (part,))
         matrices = _as_matrices(one, contract, batch)
         if matrices is None:
-            dropped = dropped_input(part, x, words, x_batch)
-            y = y + _any_part(eqn, operand, dropped, part, y)
+            computed = product_dtype(x.dtype, kernel.dtype, y.dtype)
+            dropped = dropped_input(part, workable(x, computed), words, x_batch)
+            y = _any_part(eqn, operand, dropped, part, y)
             continue
         a, b, scaling = matrices
         static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
@@ -300,7 +327,8 @@ def dropped_input(
 def _any_part(
     eqn: Any, index: int, x: jax.Array, part: Part, y: jax.Array
 ) -> jax.Array:
-    """A product that contracts part of each group: two einsums, left to autodiff."""
+    """Adds a product over part of each group: two einsums, left to autodiff."""
+    part = whole(part)
     contract, batch, x_contract, x_batch = dot_dims(eqn, index)
     letters = iter(string.ascii_lowercase)
     w_labels = [next(letters) for _ in range(part.a.ndim - 1)]
@@ -314,7 +342,9 @@ def _any_part(
         c for side in labels for c in side if c not in summed and c not in lhs_batch
     ]
     out_labels = [*lhs_batch, *free]
-    return _einsum_part(part, x, w_labels, x_labels, out_labels, y)
+    total = y.astype(summands_in(y.dtype, x.dtype))
+    total = total + _einsum_part(part, x, w_labels, x_labels, out_labels, total)
+    return total.astype(y.dtype)
 
 
 def _einsum_part(

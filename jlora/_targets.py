@@ -11,9 +11,10 @@ from ._alternatives import alternatives
 from ._axes import KernelAxes, Shape
 from ._carry import CARRY
 from ._choice import Contraction
+from ._compat import OWN_DERIVATIVE
 from ._config import LoraConfig
 from ._consume import CONSUME
-from ._decide import OF_DORA, decide
+from ._decide import OF_DORA, OF_SCALE, OF_SUM, decide
 from ._discover import discover, settle
 from ._elementwise import ELEMENTWISE
 from ._errors import MaterializationError
@@ -22,7 +23,7 @@ from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
 from ._unfit import DOUBT, FROZEN, check, several
-from ._view import Log, Use, Value, View, Vote
+from ._view import Flow, Log, Use, Value, View, Vote
 
 
 def resolve(
@@ -323,7 +324,8 @@ def with_uses(
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
     dora = {t.path for t in targets if t.config.dora}
-    _, log = program_of(traced, axes, materialize, contraction, dora)
+    whole = {t.path for t in targets if t.axes is None}
+    _, log = program_of(traced, axes, materialize, contraction, dora, whole)
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -337,27 +339,38 @@ def program_of(
     materialize: str,
     contraction: Contraction,
     dora: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
+
+    Args:
+        traced: the traced call.
+        axes: the roles of the axes of the adapted kernels, by path.
+        materialize: as `jlora.lora` takes it.
+        contraction: likewise.
+        dora: the paths of the kernels that have DoRA's scale.
+        whole: the paths of the leaves that are trained whole.
 
     Raises:
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
             or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
     shapes = {p: tuple(traced.inputs[traced.positions[p]].shape) for p in axes}
-    inputs = _known(traced, shapes)
+    inputs = _known(traced, shapes, whole)
     program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
     if log.obstacles and materialize == "error":
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
 
 
-def _known(traced: Traced, kernels: Mapping[str, Shape]) -> list[Value]:
+def _known(
+    traced: Traced, kernels: Mapping[str, Shape], whole: Collection[str] = ()
+) -> list[Value]:
     """Returns what is known of the inputs of a program, given the shapes of kernels."""
-    inputs = [Value(active=True)] * len(traced.inputs)
+    inputs = [Value(active=Flow(active=True))] * len(traced.inputs)
     for path, place in traced.positions.items():
         view = (View.whole(path, kernels[path]),) if path in kernels else ()
-        inputs[place] = Value(view)
+        inputs[place] = Value(view, Flow(adapter=path in whole))
     return inputs
 
 
@@ -367,10 +380,22 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         f"{use.source}, which has no low-rank rule"
         for use in dict.fromkeys(uses)
     ]
-    of_dora = any(use.kind.endswith(OF_DORA) for use in uses)
-    apart = ", leave DoRA off for them with a config of their own" if of_dora else ""
+    of_own = any(use.primitive in OWN_DERIVATIVE for use in uses)
+    has = lambda text: any(use.kind.endswith(text) for use in uses)
+    apart = ", leave DoRA off for them with a config of their own"
+    apart = apart if has(OF_DORA) else ""
+    moved = has(OF_SCALE) or has(OF_SUM)
+    apart += ", do not train what is beside them there" if moved else ""
     return (
         "\n".join(lines)
         + f"\nLeave these paths out of `LoraConfig.target`{apart}, or pass "
         '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
+        + (_OF_OWN if of_own else "")
     )
+
+
+_OF_OWN = (
+    ", with exact gradients. A function with a derivative of its own takes whole "
+    "kernels, as its rule does; in a variant without one they stay factored (for "
+    "Diffrax: `adjoint=diffrax.DirectAdjoint()`)"
+)

@@ -63,6 +63,9 @@ class View:
             has one, whatever their origins: it was padded, or joined with others.
         formed: whether it has passed an operation without a rule, at which the kernel
             is formed; only its roles are still to be learnt.
+        scaled: whether it has a scale that the adapter moves, which is kept beside.
+        chosen: the axes of the value that come from no axis of the kernel, and along
+            which the factors differ: other ones were chosen for each entry.
     """
 
     path: str
@@ -71,6 +74,8 @@ class View:
     passed: tuple[Passed, ...] = ()
     spread: frozenset[int] = frozenset()
     formed: bool = False
+    scaled: bool = False
+    chosen: frozenset[int] = frozenset()
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -83,17 +88,34 @@ class View:
         origins = tuple(
             frozenset().union(*(self.origins[i] for i in axes)) for axes in axis_map
         )
-        spread = frozenset(j for j, axes in enumerate(axis_map) if axes & self.spread)
-        return dataclasses.replace(self, origins=origins, spread=spread)
+        from_any = lambda old: frozenset(
+            j for j, axes in enumerate(axis_map) if axes & old
+        )
+        return dataclasses.replace(
+            self,
+            origins=origins,
+            spread=from_any(self.spread),
+            chosen=from_any(self.chosen),
+        )
 
     def without_leading(self) -> "View":
         """Returns the view of one slice along the first axis, as a scan makes it."""
-        spread = frozenset(i - 1 for i in self.spread if i)
-        return dataclasses.replace(self, origins=self.origins[1:], spread=spread)
+        axes = range(1, len(self.origins))
+        return self.moved([frozenset([i]) for i in axes])
 
     def spread_along(self, axes: frozenset[int]) -> "View":
         """Returns the view of a value along whose `axes` a scale varies besides."""
         return dataclasses.replace(self, spread=self.spread | axes)
+
+    def scaled_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value with a scale beside that varies along `axes`."""
+        return dataclasses.replace(self.spread_along(axes), scaled=True)
+
+    def chosen_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value whose factors were chosen along `axes`."""
+        has_none = lambda i: all(self.shape[axis] == 1 for axis in self.origins[i])
+        chosen = self.chosen | frozenset(filter(has_none, axes))
+        return dataclasses.replace(self, chosen=chosen)
 
     def after(self, passed: Passed) -> "View":
         """Returns the view with one more operation passed."""
@@ -123,8 +145,9 @@ class View:
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
         found = []
-        for origin in self.origins:
+        for place, origin in enumerate(self.origins):
             roles = {axes.role(i) for i in origin if self.shape[i] != 1}
+            roles |= {"batch"} if place in self.chosen else set()
             if len(roles) > 1:
                 return None
             found.append(roles.pop() if roles else None)
@@ -135,27 +158,46 @@ Views = tuple[View, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Flow:
+    """What a value depends on; true if it depends on an activation.
+
+    Attributes:
+        active: whether it depends on an input that is no param.
+        adapter: whether it depends on what the adapter holds.
+    """
+
+    active: bool = False
+    adapter: bool = False
+
+    def __bool__(self) -> bool:
+        """Returns whether the value depends on an activation."""
+        return self.active
+
+
+@dataclasses.dataclass(frozen=True)
 class Value:
     """What is known of a value of the program.
 
     Attributes:
         views: the kernels that it carries.
-        active: whether it depends on an input that is no param.
+        active: whether it depends on an input that is no param, or on the adapter.
         along: the axes along which it may vary, of a value that was broadcast; None if
             it was not.
     """
 
     views: Views = ()
-    active: bool = False
+    active: Flow = Flow()
     along: frozenset[int] | None = None
 
 
-def any_active(values: Iterable[Value]) -> bool:
-    """Returns whether any of the values depends on an activation."""
-    return any(value.active for value in values)
+def any_active(values: Iterable[Value]) -> Flow:
+    """Returns whether any of the values depends on an activation, or the adapter."""
+    known = [(value.active, bool(value.views)) for value in values]
+    moves = any(flow.adapter or adapted for flow, adapted in known)
+    return Flow(any(flow.active for flow, _ in known), moves)
 
 
-def plain(count: int, active: bool) -> list[Value]:
+def plain(count: int, active: Flow) -> list[Value]:
     """Returns values that carry no kernel."""
     return [Value((), active)] * count
 
@@ -242,6 +284,8 @@ class Step:
         form: how products are computed.
         along: of an equation with a value that was broadcast, the axes along which that
             varies: the others are cut to size one.
+        beside: whether the scale of an equation is kept beside the kernel.
+        predicate: of a choice, the axes along which its predicate varies.
     """
 
     action: Action
@@ -251,6 +295,8 @@ class Step:
     kernels: tuple[int, ...] = ()
     form: Form = "separate"
     along: frozenset[int] | None = None
+    beside: bool = False
+    predicate: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

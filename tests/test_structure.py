@@ -30,8 +30,9 @@ _choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _place
 _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
-_allocation _analyze _combine _consume _quantized_moves _siblings
+_allocation _combine _consume _quantized_moves _siblings
 _adalora _dora_uses _lazy_moves _linear_use _target
+_select
 _control_flow _measure _moves _new_entry
 _carry _plan
 _base _decide _discover _interpret _unfit

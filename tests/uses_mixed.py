@@ -72,7 +72,14 @@ MIXED = [
         normal(3, 7),
         w=(5, 7),
     ),
-    _with("mixed_out", lambda w, m, x: x @ (w @ m), normal(4, 5), w=(5, 7), m=(7, 6)),
+    _with(
+        "mixed_out",
+        lambda w, m, x: x @ (w @ m),
+        normal(4, 5),
+        w=(5, 7),
+        m=(7, 6),
+        dora=False,
+    ),
     _with("mixed_in", lambda w, m, x: x @ (m @ w), normal(4, 6), w=(5, 7), m=(6, 5)),
     _with(
         "mixed_and_ordered",
@@ -80,6 +87,7 @@ MIXED = [
         normal(4, 5),
         w=(5, 7),
         m=(7, 6),
+        dora=False,
     ),
     _with(
         "mixed_and_transposed",
@@ -89,13 +97,21 @@ MIXED = [
         m=(7, 6),
         delta="ir,ro->oi",
     ),
-    _with("mixed_away", lambda w, m, x: x @ (w @ m), normal(4, 5), w=(5, 7), m=(7,)),
+    _with(
+        "mixed_away",
+        lambda w, m, x: x @ (w @ m),
+        normal(4, 5),
+        w=(5, 7),
+        m=(7,),
+        dora=False,
+    ),
     _with(
         "mixed_in_jit",
         lambda w, m, x: x @ jax.jit(jnp.matmul)(w, m),
         normal(4, 5),
         w=(5, 7),
         m=(7, 6),
+        dora=False,
     ),
     _with(
         "mixed_heads",
@@ -104,6 +120,7 @@ MIXED = [
         w=(5, 3, 7),
         m=(3, 7, 6),
         delta="ir,rhe->ihe",
+        dora=False,
     ),
     _with(
         "basis_of_kernels",
@@ -112,6 +129,7 @@ MIXED = [
         w=(3, 5, 7),
         m=(6, 3),
         delta="bir,bro->bio",
+        dora=False,
     ),
     _with(
         "basis_of_experts",
@@ -120,6 +138,7 @@ MIXED = [
         w=(3, 5, 7),
         m=(6, 3),
         delta="bir,bro->bio",
+        dora=False,
     ),
     _with(
         "weighted_sum_of_kernels",
@@ -129,6 +148,7 @@ MIXED = [
         m=(3,),
         delta="bir,bro->bio",
         formed=True,
+        dora=False,
     ),
     _with(
         "learned_queries",
@@ -157,11 +177,18 @@ MIXED = [
         lambda w, x: jnp.einsum("bi,io->b", x, w),
         normal(4, 5),
         w=(5, 7),
+        dora=False,
     ),
     use(
-        "sum_over_all", lambda w, x: jnp.einsum("bi,io->", x, w), normal(4, 5), w=(5, 7)
+        "sum_over_all",
+        lambda w, x: jnp.einsum("bi,io->", x, w),
+        normal(4, 5),
+        w=(5, 7),
+        dora=False,
     ),
-    use("mean_over_out", lambda w, x: x @ w.mean(1), normal(4, 5), w=(5, 7)),
+    use(
+        "mean_over_out", lambda w, x: x @ w.mean(1), normal(4, 5), w=(5, 7), dora=False
+    ),
     use(
         "contracted_whole",
         lambda w, x: jnp.einsum("io,io->", jnp.outer(x[0, :5], x[1]), w),
@@ -169,13 +196,28 @@ MIXED = [
         w=(5, 7),
         formed=True,
     ),
-    _with("added", lambda w, m, x: x @ (w + m), normal(4, 5), w=(5, 7), m=(5, 7)),
-    _with("taken_off", lambda w, m, x: x @ (m - w), normal(4, 5), w=(5, 7), m=(5, 7)),
+    _with(
+        "added",
+        lambda w, m, x: x @ (w + m),
+        normal(4, 5),
+        w=(5, 7),
+        m=(5, 7),
+        dora=False,
+    ),
+    _with(
+        "taken_off",
+        lambda w, m, x: x @ (m - w),
+        normal(4, 5),
+        w=(5, 7),
+        m=(5, 7),
+        dora=False,
+    ),
     Use(
         name="sum_of_two",
         fn=lambda p, x: x @ (p["w"] - p["v"]),
         kernels={"w": Kernel((5, 7)), "v": Kernel((5, 7))},
         inputs=(normal(4, 5),),
+        dora=False,
     ),
     use("first_power", lambda w, x: x @ w**1, normal(4, 5), w=(5, 7)),
     use("tiled_out", lambda w, x: x @ jnp.tile(w, (1, 2)), normal(4, 5), w=(5, 7)),
