@@ -38,8 +38,10 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 def own_body(eqn: JaxprEqn) -> Any:
     """Returns the jaxpr of a function with a derivative of its own, else None."""
     name, body = eqn.primitive.name, eqn.params.get("call_jaxpr")
-    is_own = name in OWN_DERIVATIVE and body is not None
-    return body if is_own and len(body.in_avals) == len(eqn.invars) else None
+    if name not in OWN_DERIVATIVE or body is None:
+        return None
+    inputs = open_jaxpr(body)[0].invars
+    return body if len(inputs) == len(eqn.invars) else None
 
 
 def operation_name(eqn: JaxprEqn) -> str:

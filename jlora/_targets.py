@@ -183,8 +183,12 @@ def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     opaque = [use for use in reached if use.is_matrix and not _is_known(use.primitive)]
     first = [*opaque, *reached][0]
     where = f"reaches {first.kind} at {first.source}"
-    reason = f"{where}, which has no low-rank rule"
-    return _Kernel(None, reason, is_opaque=bool(opaque))
+    # A norm scale beside the input of a product has no output axis there.
+    why = "gives it no roles of a kernel" if first.primitive in CONSUME else _NO_RULE
+    return _Kernel(None, f"{where}, which {why}", is_opaque=bool(opaque))
+
+
+_NO_RULE = "has no low-rank rule"
 
 
 def _disagreement(votes: Sequence[Vote]) -> str:

@@ -103,7 +103,8 @@ def test_bias_alone_is_no_target():
 
 def test_norm_scale_alone_is_no_target():
     message = refusal(LoraConfig("query_norm"))
-    assert_in_order(message, "'encoder/query_norm/scale'", "(5,)", "mul")
+    told = "'encoder/query_norm/scale'", "(5,)", "dot_general", "gives it no roles"
+    assert_in_order(message, *told)
     assert "full=True" in message
 
 

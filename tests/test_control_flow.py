@@ -170,9 +170,12 @@ def test_mapped_while_over_keys_and_forward_mode(params, x, getkey):
 
 
 def test_mapped_while_on_an_explicit_mesh(params, x, getkey):
-    one = until(lambda p, x: jnp.tanh(x @ p["square"]))
-    limits = jnp.arange(8) % 5
-    fn = lambda p, x: jax.vmap(one, (None, 0, 0))(p, x, limits)[1]
+    def one(p, x, limit):  # JAX needs a start that is mapped, on such a mesh
+        body = lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["square"]))
+        return lax.while_loop(lambda c: c[0] < limit, body, (0 * limit, x))[1]
+
+    limits = lambda x: jnp.abs(3 * x[:, 0]).astype(int)
+    fn = lambda p, x: jax.vmap(one, (None, 0, 0))(p, x, limits(x))
     mesh = jax.make_mesh((4,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:4])
     x = jax.random.normal(getkey(), (8, 5))
     lora, adapter = adapted(fn, "square", params, x, getkey())

@@ -56,7 +56,7 @@ CHOSEN = [
 # One index, in a loop, into a stack of biases looks the same: no evidence of a table.
 ONE_ROW = ("lookup_one_token", "lookup_in_scan")
 LOOPS = ("scan", "scan_everything", "while", "scan_of_checkpoint")
-# JAX turns a cond with a batched predicate into a choice between copies of the kernel.
+# JAX turns a cond with a batched predicate into a choice between kernels.
 BRANCHES = ("cond_both_branches", "cond_one_branch", "switch", "experts_switch")
 VMAPS = ("vmap", "jit_of_vmap_of_cond")
 # A derivative inside of the function makes these kernels residuals of a loop or branch.
@@ -65,8 +65,7 @@ RESIDUALS = ("experts_switch", "scan_second_axis", "scan_groups", "index_fori")
 
 def refused(use: Use, wrapper: Wrapper) -> type[Exception] | None:
     """The error for a pair in which the kernel can't stay factored, inside."""
-    batched = wrapper.name in VMAPS and use.name in (*BRANCHES, "scale_from_input")
-    if batched or (wrapper.name in LOOPS and use.name in ONE_ROW):
+    if wrapper.name in LOOPS and use.name in ONE_ROW:
         return jlora.TargetError
     if wrapper.name == "value_and_grad" and (
         (use in CONVS and use.name != "conv_1x1")
@@ -119,6 +118,17 @@ def test_inside(use: Use, wrapper: Wrapper, getkey):
     fn = wrapper.wrap(use.model, 1)
     case = make_case(use, getkey, fn=fn)
     check(case, case.lora.apply, reference(use, fn), wrapper.reverse)
+
+
+@pytest.mark.parametrize("wrapper", VMAPS)
+@pytest.mark.parametrize("name", [*BRANCHES, "scale_from_input"])
+def test_branches_under_vmap(name: str, wrapper: str, getkey):
+    """Factors are chosen, or scaled, for each example."""
+    (wrap,) = [w.wrap for w in WRAPPERS if w.name == wrapper]
+    use = BY_NAME[name]
+    fn = wrap(use.model, 1)
+    case = make_case(use, getkey, fn=fn)
+    check_gradients(case, case.lora.apply, reference(use, fn), jaxpr=False)
 
 
 @pytest.mark.parametrize(
