@@ -15,7 +15,8 @@ from programs.tally import Tally, alike
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 CHUNK = 25
-# Of all 5,000 programs about a fifth is refused; these are bounds for any 25.
+# Three programs in ten are refused, and one in twenty-five is none to JAX itself; these
+# are bounds for any 25.
 MOST_REFUSED, MOST_UNFIT = 17, 6
 
 
@@ -35,7 +36,8 @@ def test_programs(first: int, record_property: Callable[[str, object], None]) ->
         if outcome.kind == "failed":
             failures.append((program, outcome))
     record_property("programs", tally.plain())
-    jax.clear_caches()
+    if first % (8 * CHUNK) == 0:
+        jax.clear_caches()
     assert not failures, "\n\n".join(map(shown, *zip(*failures[:3], strict=True)))
     assert tally.kinds["refused"] <= MOST_REFUSED, tally.plain()
     assert tally.kinds["unfit"] <= MOST_UNFIT, tally.plain()
