@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import jax
 import pytest
-from programs.check import Outcome, check
-from programs.generate import Program, draw, shrink, text
+from programs.check import Outcome, Run, check, evaluated, numbers
+from programs.compare import difference, largest
+from programs.generate import Program, draw, shrink, text, write
 from programs.tally import Tally, alike
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -51,6 +52,18 @@ def shown(program: Program, outcome: Outcome) -> str:
 
 
 # the generator
+
+
+@pytest.mark.parametrize("seed", range(1, 13))
+def test_numpy_gives_what_xla_gives(seed: int) -> None:
+    program = draw(seed)
+    written = write(program)
+    run = Run(program, written, numbers(program, written))
+    run.plain()
+    args = run.arguments()
+    numpy, xla = evaluated(run.merged, *args), run.merged.lower().compile()(*args)
+    for x, y in zip(jax.tree.leaves(numpy), jax.tree.leaves(xla), strict=True):
+        assert not difference("output", x, y, largest(y), 1e-4)
 
 
 def test_a_program_is_its_fields() -> None:
