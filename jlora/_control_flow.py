@@ -269,8 +269,10 @@ def _analyze_select(
     along = frozenset(i for i, n in sizes if n != 1)
     if values[0].along is not None:
         along &= values[0].along
-    views = [view for value in values[1:] for view in value.views]
     active = any_active(values)
+    views = [view for value in values[1:] for view in value.views]
+    # What was formed of a kernel is none any more where features are chosen beside it.
+    views = [view for view in views if not (view.formed and active)]
     if not all(analysis.is_one_sided(view, along) for view in views):
         analysis.materialized(eqn, values)
         return Step("materialize"), plain(1, active)
