@@ -2,23 +2,24 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from ._analyze import Log, Use, View
-from ._axes import KernelAxes, Shape
+from ._axes import KernelAxes, Shape, with_batch
 from ._choice import Contraction
 from ._config import LoraConfig
+from ._conflicts import conflicts
 from ._decide import OF_DORA, decide
 from ._discover import Vote, discover, settle
-from ._errors import MaterializationError
+from ._errors import AdapterError, MaterializationError, TargetError
 from ._paths import FlatParams, is_quantized, matching
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
-from ._unfit import DOUBT, FROZEN, check, several
+from ._unfit import DOUBT, FROZEN, NO_BATCH, check, several
 
 
 def resolve(
@@ -182,8 +183,12 @@ def _target(
         return Unusable(path, shape, known.reason)
     if known.axes is None:
         return Unusable(path, shape, known.reason)
-    fans = known.axes.fans(shape)
-    reason = _misfit(config, known.axes, shape)
+    axes = with_batch(known.axes, config.batch_axes)
+    if axes is None:
+        reason = _no_batch(known.axes, config.batch_axes)
+        return Unusable(path, shape, f"{reason}{NO_BATCH}")
+    fans = axes.fans(shape)
+    reason = _misfit(config, axes, shape)
     if reason:
         return Unusable(path, shape, reason)
     if config.target is None and known.looked_up:
@@ -194,7 +199,20 @@ def _target(
         reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
         return Unusable(path, shape, reason)
     qtype = qtype_of(leaf) if is_quantized(leaf) else None
-    return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
+    return Target(path, shape, leaf.dtype, axes, config, qtype=qtype)
+
+
+def _no_batch(axes: KernelAxes, batch: Sequence[int]) -> str:
+    """Says why axes that a config names are no batch axes of a kernel."""
+    outside = [i for i in batch if not -axes.ndim <= i < axes.ndim]
+    if outside:
+        return f"has {axes.ndim} axes, and `batch` names {outside}"
+    asked = {i % axes.ndim for i in batch}
+    contracted = set(axes.in_) <= asked
+    own, does = (axes.in_, "contracts") if contracted else (axes.out, "keeps")
+    told = f"axis {own[0]}" if len(own) == 1 else f"the axes {own}"
+    side = "input" if contracted else "output"
+    return f"has no {side} axis but {told}, which the program {does}: `batch` names it"
 
 
 def _is_narrow(config: LoraConfig, fans: tuple[int, int]) -> bool:
@@ -242,7 +260,9 @@ def with_uses(
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
     dora = {t.path for t in targets if t.config.dora}
-    _, log = program_of(traced, axes, materialize, contraction, dora)
+    _, log = program_of(
+        traced, axes, materialize, contraction, dora, misfit=_other_batch
+    )
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -256,10 +276,17 @@ def program_of(
     materialize: str,
     contraction: Contraction,
     dora: Collection[str] = (),
+    *,
+    misfit: Callable[[list[str]], Exception] | None = None,
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
+    `misfit` makes the error for kernels that could be evaluated with other roles, which
+    is about the adapter unless it is told.
+
     Raises:
+        AdapterError: if the roles in the adapter are not those of the program, and keep
+            it from being evaluated.
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
             or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
@@ -271,8 +298,28 @@ def program_of(
         views[place] = View.whole(path, shapes[path])
     program, log = decide(traced.jaxpr, views, axes, contraction, dora)
     if log.obstacles and materialize == "error":
+        told = conflicts(traced.jaxpr, views, axes, log.obstacles, contraction)
+        if told:
+            raise (misfit or _other_roles)(told)
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
+
+
+def _other_roles(told: list[str]) -> AdapterError:
+    return AdapterError(
+        "the roles in the adapter differ from those of the program:\n"
+        + "\n".join(told)
+        + "\nMake the adapter with `init` of this program, or pass "
+        '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
+    )
+
+
+def _other_batch(told: list[str]) -> TargetError:
+    return TargetError(
+        "`LoraConfig.batch` names axes that this program does not let have factors of "
+        "their own:\n" + "\n".join(told) + "\nLeave `batch` out for these kernels, or "
+        'pass `materialize="allow"` to `jlora.lora` to form W + s·a·b there'
+    )
 
 
 def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> str:

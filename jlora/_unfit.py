@@ -8,6 +8,7 @@ from ._paths import matching, nearest
 from ._target import Target, Unusable
 
 FROZEN = "its values are frozen and cannot be trained whole"
+NO_BATCH = ", and so it cannot have factors of its own there"
 DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
@@ -54,6 +55,12 @@ def check(
         "with `exclude`, or adapt it"
         for u in frozen
     ]
+    problems += [
+        f"{u.path!r} {u.shape} {u.reason}. Give `LoraConfig(batch=...)` for the kernels "
+        "alone that have such an axis besides"
+        for u in unusable
+        if u.reason.endswith(NO_BATCH)
+    ]
     doubtful = [u.path for u in unusable if u.reason == DOUBT]
     if doubtful:
         problems.append(
@@ -80,7 +87,7 @@ def _config_problems(
         hits = matching(pattern, paths)
         if not hits:
             problems.append(_dead("target", pattern, paths))
-        elif not usable & set(hits):
+        elif not usable & set(hits) and not _told_apart(hits, reasons):
             told = [_why(path, reasons.get(path)) for path in hits[:5]]
             more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
             problems.append(
@@ -91,9 +98,17 @@ def _config_problems(
     for pattern in several(config.exclude):
         if not matching(pattern, paths):
             problems.append(_dead("exclude", pattern, paths))
-    if not problems and not any(t.config is config for t in targets):
+    apart = any(_told_apart([path], reasons) for path in matched)
+    if not (problems or apart or any(t.config is config for t in targets)):
         problems.append(_nothing(config, matched, usable, narrow))
     return problems
+
+
+def _told_apart(hits: Sequence[str], reasons: Mapping[str, Unusable]) -> bool:
+    """Whether all that a pattern matches is told by lines of its own."""
+    return all(
+        hit in reasons and reasons[hit].reason.endswith(NO_BATCH) for hit in hits
+    )
 
 
 def _dead(field: str, pattern: str, paths: Sequence[str]) -> str:
