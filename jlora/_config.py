@@ -217,9 +217,7 @@ def _axes(value: Any) -> tuple[int, ...] | None:
         return None
     axes = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in axes):
-        raise TypeError(
-            f"`LoraConfig.batch` takes an axis of the kernels, or several, got {value!r}"
-        )
+        raise TypeError(f"`LoraConfig.batch` takes an axis, or several, got {value!r}")
     if not axes or len(set(axes)) < len(axes):
         raise ValueError(
             f"`LoraConfig.batch` takes axes of the kernels, each once, got {value!r}; "

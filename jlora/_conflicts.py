@@ -61,7 +61,7 @@ def conflicts(
 
 def _line(view: View, given: KernelAxes, told: KernelAxes, use: Use) -> str:
     return (
-        f"{view.path!r} {view.shape}: factors with the roles {told_roles(given)}, where "
-        f"the program has {told_roles(told)}, cannot be evaluated in {use.kind} at "
-        f"{use.source}"
+        f"{view.path!r} {view.shape}: factors with the roles {told_roles(given)}, "
+        f"where the program has {told_roles(told)}, cannot be evaluated in {use.kind} "
+        f"at {use.source}"
     )

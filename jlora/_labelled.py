@@ -74,7 +74,8 @@ class Labels:
         # The factor that shares most axes with x goes first, so that h is small.
         turned = len({*of_b} & {*x}) > len({*of_a} & {*x})
         first, second = (of_b, of_a) if turned else (of_a, of_b)
-        return cls(*map("".join, (x, first, second, out)), turned)
+        spell = "".join
+        return cls(spell(x), spell(first), spell(second), spell(out), turned)
 
     @property
     def h(self) -> str:

@@ -56,8 +56,8 @@ def check(
         for u in frozen
     ]
     problems += [
-        f"{u.path!r} {u.shape} {u.reason}. Give `LoraConfig(batch=...)` for the kernels "
-        "alone that have such an axis besides"
+        f"{u.path!r} {u.shape} {u.reason}. Give `LoraConfig(batch=...)` for the "
+        "kernels alone that have such an axis besides"
         for u in unusable
         if u.reason.endswith(NO_BATCH)
     ]

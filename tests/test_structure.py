@@ -24,7 +24,7 @@ _axes _compat _decompose _dtypes _errors _memory _mosaic _paths _patterns
 _factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
 _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
-_choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
+_choice _dora _dropout _fingerprint _forms _match _matrices _placement
 _stackable
 _adapted _branch _labelled _linear _merge _moving _norms _record _spectrum _stack
 _algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
@@ -33,7 +33,7 @@ _adalora _dora_uses _lazy_moves _linear_use _target
 _control_flow _measure _moves _new_entry
 _carry _plan
 _base _decide _discover _interpret _unfit
-_conflicts _inputs _peft_write _targets _torch_params
+_conflicts _inputs _peft_configs _peft_write _targets _torch_params
 _data_init _peft_lora_bias _peft_whole _quantize _transform
 _peft_read _peft_vllm
 _peft_alone
