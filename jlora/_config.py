@@ -70,6 +70,8 @@ class LoraConfig:
         >>> config = LoraConfig("attention/(query|value)", rank=8, alpha=16.0)
         >>> config.scaling
         2.0
+        >>> LoraConfig("experts/up", batch=0).batch_axes
+        (0,)
 
     References:
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,

@@ -5,7 +5,7 @@ that the program tells. Most of such uses are evaluated all the same; of the oth
 error says that it is the roles that differ, for the operation does have a rule.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ._analyze import Use, View
@@ -31,6 +31,7 @@ def conflicts(
     axes: Mapping[str, KernelAxes],
     obstacles: Sequence[Use],
     contraction: Contraction,
+    dora: Collection[str] = (),
 ) -> list[str]:
     """Returns a line for each kernel that the roles of the program would evaluate.
 
@@ -40,6 +41,7 @@ def conflicts(
         axes: the roles that it was to be evaluated with.
         obstacles: what had to be materialized for it.
         contraction: as `jlora.lora` takes it.
+        dora: the paths of the kernels that have DoRA's scale.
     """
     first = {use.path: use for use in reversed(obstacles)}
     own = [view if view and view.path in first else None for view in views]
@@ -53,7 +55,7 @@ def conflicts(
         if told is None or told == given:
             continue
         alone = [v if v is view else None for v in views]
-        _, log = decide(jaxpr, alone, {path: told}, contraction)
+        _, log = decide(jaxpr, alone, {path: told}, contraction, dora)
         if not log.obstacles:
             lines.append(_line(view, given, told, first[path]))
     return lines

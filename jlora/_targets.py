@@ -209,10 +209,12 @@ def _no_batch(axes: KernelAxes, batch: Sequence[int]) -> str:
         return f"has {axes.ndim} axes, and `batch` names {outside}"
     asked = {i % axes.ndim for i in batch}
     contracted = set(axes.in_) <= asked
-    own, does = (axes.in_, "contracts") if contracted else (axes.out, "keeps")
+    own, does = (axes.out, "which the program keeps")
+    if contracted:
+        own, does = (axes.in_, "along which the program contracts or looks up")
     told = f"axis {own[0]}" if len(own) == 1 else f"the axes {own}"
     side = "input" if contracted else "output"
-    return f"has no {side} axis but {told}, which the program {does}: `batch` names it"
+    return f"has no {side} axis but {told}, {does}: `batch` names it"
 
 
 def _is_narrow(config: LoraConfig, fans: tuple[int, int]) -> bool:
@@ -298,7 +300,7 @@ def program_of(
         views[place] = View.whole(path, shapes[path])
     program, log = decide(traced.jaxpr, views, axes, contraction, dora)
     if log.obstacles and materialize == "error":
-        told = conflicts(traced.jaxpr, views, axes, log.obstacles, contraction)
+        told = conflicts(traced.jaxpr, views, axes, log.obstacles, contraction, dora)
         if told:
             raise (misfit or _other_roles)(told)
         raise MaterializationError(_obstacles(log.obstacles, shapes))
