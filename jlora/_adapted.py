@@ -1,6 +1,7 @@
 """An adapted value of the traced program: the frozen value beside its factors."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ class Part:
     # The state of a dropout key for each index of the batch axes, laid out likewise.
     key: jax.Array | None = None
     dropout: Dropout | None = dataclasses.field(default=None, metadata={"static": True})
+    # Where it stands among others along axes that neither factor has: ones there and
+    # zeros elsewhere, of rank one. Which factor they multiply is for the use to say.
+    places: tuple[jax.Array, ...] = ()
 
     def each(self, move: Callable[[jax.Array], jax.Array]) -> "Part":
         """Returns the part with all arrays moved in the same way."""
@@ -92,9 +96,24 @@ class Adapted:
         return dataclasses.replace(self, base=base)
 
 
+def times_place(factor: jax.Array, place: jax.Array) -> jax.Array:
+    """Returns a factor that is zero where its part does not stand."""
+    if factor.dtype != place.dtype:
+        dtype = summed_in(factor.dtype, place.dtype)
+        factor, place = factor.astype(dtype), place.astype(dtype)
+    return factor * place
+
+
+def whole(part: Part) -> Part:
+    """Returns the part with its places multiplied into `a`."""
+    a = functools.reduce(times_place, part.places, part.a)
+    return dataclasses.replace(part, a=a, places=())
+
+
 def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:
     """Returns the delta of one part in float32, broadcast to `shape`."""
-    wide = summed_in(part.a.dtype)
+    part = whole(part)
+    wide = summed_in(part.a.dtype, part.a.dtype, part.b.dtype)
     a, b = part.a.astype(wide), part.b.astype(wide)
     product = contract_rank(a, b, dtype=wide, precision=jax.lax.Precision.HIGHEST)
     return jnp.broadcast_to(part.scaling * product, shape)
@@ -107,7 +126,7 @@ def materialize(value: Any) -> jax.Array:
     base = dense(value.base)
     total = base.astype(summed_in(base.dtype))
     for part in value.parts:
-        total = total + part_delta(part, base.shape)
+        total = total + part_delta(part, base.shape).astype(total.dtype)
     if value.scale is not None:
         total = total * value.scale[..., 0]
     return total.astype(base.dtype)

@@ -1,152 +1,46 @@
 """The abstract pass: everything that can be decided before a number flows.
 
-A `View` says that a value of the program carries (part of) a kernel, and which axes of
-the kernel each of its axes comes from. The pass follows views from the params through
-every equation, control flow included, and gives each equation one action. It runs
-twice:
+The pass follows views (see `_view.py`) from the params through every equation, control
+flow included, and gives each equation one action. It runs twice:
 
 * `_discover.py` learns the roles of a kernel's axes from the operations that consume
   it;
 * `_decide.py`, with the roles settled (by the discovery, or by the factors of an
   adapter), decides how each equation is evaluated. `_interpret.py` follows that
   decision and `_plan.py` prints it: there is one source of truth.
+
+What an operation means can depend on what comes after it (see `Passed`). So a pass is
+run anew, with the places at which kernels come to an end, until nothing changes; most
+programs need one run. Jaxprs that are called again with views of the same kind are
+looked up in a memory, so that the work is linear in the size of the program as JAX
+keeps it.
 """
 
 import abc
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from ._axes import KernelAxes
+from ._broadcast import varies_along
 from ._compat import is_literal, is_var, open_jaxpr, source_line
+from ._frames import Unsure
 from ._gather import row_layout
-from ._group import Form
-
-Action = Literal[
-    "plain", "dead", "carry", "consume", "product", "lookup", "enter", "materialize"
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A value that carries a kernel.
-
-    Attributes:
-        path: the kernel.
-        shape: the kernel's shape.
-        origins: for each axis of the value, the axes of the kernel it comes from.
-        taken: the lookups (by number) that the value has passed, each with the kernel
-            axis that was indexed; they turn out to be carries if a product follows.
-        spread: the axes of the value along which a scale of the kernel varies, as DoRA
-            has one, whatever their origins: it was padded, or joined with others.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    origins: tuple[frozenset[int], ...]
-    taken: tuple[tuple[int, int], ...] = ()
-    spread: frozenset[int] = frozenset()
-
-    @classmethod
-    def whole(cls, path: str, shape: Sequence[int]) -> "View":
-        """Returns the view of a whole kernel."""
-        axes = tuple(frozenset([i]) for i in range(len(shape)))
-        return cls(path, tuple(shape), axes)
-
-    def moved(self, axis_map: Sequence[frozenset[int]]) -> "View":
-        """Returns the view of a value whose axes come from this one's by `axis_map`."""
-        origins = tuple(
-            frozenset().union(*(self.origins[i] for i in axes)) for axes in axis_map
-        )
-        spread = frozenset(j for j, axes in enumerate(axis_map) if axes & self.spread)
-        return dataclasses.replace(self, origins=origins, spread=spread)
-
-    def without_leading(self) -> "View":
-        """Returns the view of one slice along the first axis, as a scan makes it."""
-        spread = frozenset(i - 1 for i in self.spread if i)
-        return dataclasses.replace(self, origins=self.origins[1:], spread=spread)
-
-    def spread_along(self, axes: frozenset[int]) -> "View":
-        """Returns the view of a value along whose `axes` a scale varies besides."""
-        return dataclasses.replace(self, spread=self.spread | axes)
-
-    def roles(self, axes: KernelAxes) -> list[str | None] | None:
-        """Returns the role of each axis, or None where roles are mixed in one axis."""
-        found = []
-        for origin in self.origins:
-            roles = {axes.role(i) for i in origin if self.shape[i] != 1}
-            if len(roles) > 1:
-                return None
-            found.append(roles.pop() if roles else None)
-        return found
-
-
-Views = tuple[View, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One place where a kernel is consumed, or has to be materialized.
-
-    Attributes:
-        path: the kernel.
-        kind: what consumes it, as the plan prints it.
-        source: the line of the model.
-        factored: whether the factors stay apart.
-        primitive: the name of the operation.
-        form: how a product is computed, see `_forms`; None for other operations.
-        siblings: the number of products in its group, itself included.
-        factor_flops: what its factors add to a step, for each unit of rank.
-    """
-
-    path: str
-    kind: str
-    source: str
-    factored: bool
-    primitive: str
-    form: Form | None = None
-    siblings: int = 1
-    factor_flops: int = 0
-
-
-@dataclasses.dataclass
-class Log:
-    """What the pass has seen: uses that stay factored, and those that cannot."""
-
-    uses: list[Use] = dataclasses.field(default_factory=list)
-    obstacles: list[Use] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """The action for one equation, or for a group of products.
-
-    Attributes:
-        action: what to do with it.
-        eqns: the equations.
-        programs: the programs of its sub-jaxprs, if any.
-        wanted: which of its outputs are used, if it has sub-jaxprs.
-        kernels: which operand of each product is the kernel.
-        form: how products are computed.
-    """
-
-    action: Action
-    programs: tuple["Program", ...] = ()
-    wanted: tuple[bool, ...] = ()
-    eqns: tuple[Any, ...] = ()
-    kernels: tuple[int, ...] = ()
-    form: Form = "separate"
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jaxpr with the steps that evaluate it and the views of its outputs."""
-
-    jaxpr: Any
-    consts: tuple[Any, ...]
-    steps: tuple[Step, ...]
-    out_views: tuple[Views, ...]
+from ._mix import holds_features, use_before
+from ._recall import Call, Kinds, Recall
+from ._view import (
+    Body,
+    Log,
+    Place,
+    Program,
+    Step,
+    Use,
+    Value,
+    View,
+    any_active,
+    plain,
+)
 
 
 class Analysis(abc.ABC):
@@ -154,71 +48,204 @@ class Analysis(abc.ABC):
 
     Args:
         control_flow: the rules of `_control_flow.py`, by primitive name.
+        recall: what was found out of jaxprs, in this run and those before it.
+        ends: the places where kernels come to an end, of operations that could have
+            passed them on.
     """
 
-    def __init__(self, control_flow: Mapping[str, Any]) -> None:
+    def __init__(
+        self, control_flow: Mapping[str, Any], recall: Recall, ends: frozenset[Place]
+    ) -> None:
         self.control_flow = control_flow
+        self.recall, self.ends = recall, ends
         self.log = Log()
         self.loop_depth = 0
         self.trips = 1
-        self._lines: list[str] = []
+        # Where the pass stands, and how many bodies it has seen of an equation there.
+        self.place: Place = ()
+        self._bodies = 0
 
     @abc.abstractmethod
-    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Returns the action for an equation without sub-jaxprs, and its outputs."""
 
-    def whole(self, jaxpr: Any, views: Sequence[View | None]) -> Program:
-        """Analyzes the function itself, given the kernels among its inputs."""
-        program = self.program(jaxpr, [() if v is None else (v,) for v in views])
-        for view in itertools.chain(*program.out_views):
+    def kind_of(self, path: str) -> Hashable:
+        """Returns what, besides its views, decides what is done with a kernel."""
+        return None
+
+    def whole(self, jaxpr: Any, inputs: Sequence[Value]) -> Program:
+        """Analyzes the function itself, given what is known of its inputs."""
+        body = self.program(jaxpr, inputs)
+        for view in itertools.chain(*(value.views for value in body.outputs)):
+            self._lose(view)
             use = Use(view.path, "output", "the function's result", False, "output")
             self.log.obstacles.append(use)
-        return program
+        return body.program
 
-    def program(self, jaxpr: Any, in_views: Sequence[Views]) -> Program:
-        """Analyzes a jaxpr, given the views of its inputs."""
+    def program(self, jaxpr: Any, inputs: Sequence[Value]) -> Body:
+        """Analyzes a jaxpr, given what is known of its inputs."""
+        around, self.place = self.place, (*self.place, self._bodies)
+        self._bodies += 1
+        kinds = Kinds(self.kind_of, self.loop_depth > 0)
+        call = Call.of(jaxpr, inputs, self.place, self.ends, kinds)
+        found = self.recall.get(call)
+        if found is None:
+            found = self._apart(jaxpr, inputs)
+            self.recall.put(call, jaxpr, *found)
+        self.place = around
+        body, log = found
+        self._add(log)
+        return body
+
+    def _apart(self, jaxpr: Any, inputs: Sequence[Value]) -> tuple[Body, Log]:
+        """Analyzes a jaxpr with a log of its own, as if it ran once."""
+        log, trips = self.log, self.trips
+        self.log, self.trips = Log(), 1
+        body = self._program(jaxpr, inputs)
+        found = body, self.log
+        self.log, self.trips = log, trips
+        return found
+
+    def _add(self, log: Log) -> None:
+        """Adds what was seen in a sub-program, for each time that it runs."""
+        self.log.uses += [
+            dataclasses.replace(use, factor_flops=self.trips * use.factor_flops)
+            for use in log.uses
+        ]
+        self.log.obstacles += log.obstacles
+        self.log.votes += log.votes
+        self.log.met |= log.met
+        self.log.lost.update(log.lost)
+
+    def _program(self, jaxpr: Any, inputs: Sequence[Value]) -> Body:
         jaxpr, consts = open_jaxpr(jaxpr)
-        env: dict[Any, Views] = dict(zip(jaxpr.invars, in_views, strict=True))
-        read = lambda v: () if is_literal(v) else env.get(v, ())
-        steps = []
+        env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        read = lambda v: Value() if is_literal(v) else env.get(v, Value())
+        steps, around = [], self.place
         live, needed = _liveness(jaxpr)
-        for eqn, alive in zip(jaxpr.eqns, live, strict=True):
-            views = [read(v) for v in eqn.invars]
-            step, outputs = Step("plain" if alive else "dead"), [()] * len(eqn.outvars)
-            if alive and any(views):
+        for i, (eqn, alive) in enumerate(zip(jaxpr.eqns, live, strict=True)):
+            values = [read(v) for v in eqn.invars]
+            step = Step("plain" if alive else "dead")
+            outputs = plain(len(eqn.outvars), any_active(values))
+            if (along := varies_along(eqn, values)) is not None:
+                outputs = [dataclasses.replace(outputs[0], along=along)]
+            if alive and any(value.views for value in values):
+                self.place = (*around, i)
                 wanted = tuple(v in needed for v in eqn.outvars)
-                step, outputs = self._equation(eqn, views, wanted)
+                step, outputs = self._equation(eqn, values, wanted)
             steps.append(dataclasses.replace(step, eqns=(eqn,)))
             env.update(zip(eqn.outvars, outputs, strict=True))
+        self.place = around
         outs = tuple(read(v) for v in jaxpr.outvars)
-        return Program(jaxpr, tuple(consts), tuple(self.arranged(steps)), outs)
+        return Body(Program(jaxpr, tuple(consts), tuple(self.arranged(steps))), outs)
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Returns the steps in the order of evaluation."""
         return steps
 
     def _equation(
-        self, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
-    ) -> tuple[Step, list[Views]]:
+        self, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+    ) -> tuple[Step, list[Value]]:
         rule = self.control_flow.get(eqn.primitive.name)
         if rule is None:
-            return self.first_order(eqn, views)
-        self._lines.append(self.line_of(eqn))
-        result = rule.analyze(self, eqn, views, wanted)
-        self._lines.pop()
+            return self.first_order(eqn, values)
+        first, hurdles = len(self.log.uses), len(self.log.obstacles)
+        bodies, self._bodies = self._bodies, 0
+        result = rule.analyze(self, eqn, values, wanted)
+        self._bodies = bodies
+        # A library's own jit has the line of its caller.
+        line = self.line_of(eqn)
+        _fill_lines(self.log.uses, first, line)
+        _fill_lines(self.log.obstacles, hurdles, line)
         return result
 
-    def line_of(self, eqn: Any) -> str:
-        """Returns the model's line; a library's own jit has that of its caller."""
-        outer = self._lines[-1] if self._lines else "unknown line"
-        return source_line(eqn) or outer
+    @contextlib.contextmanager
+    def loop(self, length: int = 1) -> Iterator[None]:
+        """Surrounds the analysis of a body that runs `length` times, if it is known."""
+        before, self.trips = self.trips, self.trips * length
+        self.loop_depth += 1
+        yield
+        self.loop_depth -= 1
+        self.trips = before
 
-    def materialized(self, eqn: Any, views: Sequence[Views], where: str = "") -> None:
-        """Notes that the operands with views must be formed at an equation."""
+    def line_of(self, eqn: Any) -> str:
+        """Returns the model's line of an equation, or the best that is known."""
+        return source_line(eqn)
+
+    def materialized(
+        self, eqn: Any, values: Iterable[Value], where: str = "", *, used: bool = False
+    ) -> None:
+        """Notes that the operands with views must be formed at an equation.
+
+        Args:
+            eqn: the equation.
+            values: its operands.
+            where: what the name of the operation gets.
+            used: whether it is a use of the kernels, if one that cannot be factored.
+        """
         name = eqn.primitive.name
-        for view in itertools.chain(*views):
+        for view in itertools.chain(*(value.views for value in values)):
+            if not used:
+                self._lose(view)
             use = Use(view.path, f"{name}{where}", self.line_of(eqn), False, name)
+            use = dataclasses.replace(use, is_matrix=view.is_matrix)
             self.log.obstacles.append(use)
+
+    def _lose(self, view: View) -> None:
+        """Notes that a view has come to no use.
+
+        The last of what it has passed may have been its use; what comes before that
+        is seen when that is.
+        """
+        if view.passed:
+            last = view.passed[-1]
+            self.log.lost[last.place] = last.kind
+
+    def reaches(self, eqn: Any, operand: int, view: View, active: bool) -> bool:
+        """Notes that a view has come to a product, and says whether that is its use.
+
+        Args:
+            eqn: the product.
+            operand: the operand that the view is of.
+            view: the view.
+            active: whether another operand depends on activations.
+        """
+        before = use_before(eqn, operand, view, active)
+        if before is not None:
+            self.log.lost[before.place] = before.kind
+            return False
+        self.meets(view, features=active or holds_features(eqn, operand))
+        return True
+
+    def meets(self, view: View, *, features: bool = True) -> None:
+        """Notes that a view has come to its use.
+
+        Args:
+            view: the view.
+            features: whether what it is multiplied by are features, active or frozen.
+        """
+        for passed in view.passed:
+            if passed.kind != "order" or features:
+                self.log.met.add(passed.place)
+            else:
+                self.log.lost[passed.place] = passed.kind
+
+
+def _fill_lines(uses: list[Use], start: int, line: str) -> None:
+    for i, use in enumerate(uses[start:], start):
+        if isinstance(use.source, Unsure) and not isinstance(line, Unsure):
+            uses[i] = dataclasses.replace(use, source=line)
+
+
+def ends_of(log: Log) -> frozenset[Place]:
+    """Returns the places where kernels come to an end, as one run has shown.
+
+    Rows that are wanted for themselves and for a product too are looked up. What else
+    was passed is passed on if one use takes it; the others are obstacles.
+    """
+    ended = lambda place, kind: kind == "order" or place not in log.met
+    lost = log.lost.items()
+    return frozenset(at for at, kind in lost if kind != "index" and ended(at, kind))
 
 
 def indexed_axes(eqn: Any) -> list[int]:

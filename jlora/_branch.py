@@ -9,11 +9,13 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ._compat import manual_axes, vary
 from ._dropout import Dropout, drop
+from ._dtypes import workable
 from ._forms import expand, shrink, side_by_side
-from ._group import GroupDims, Layout, Operands, as_type_of
+from ._group import GroupDims, Layout, Operands, as_type_of, compute_dtype
 
 
 class Static(NamedTuple):
@@ -33,7 +35,7 @@ class Static(NamedTuple):
 class Arrays(NamedTuple):
     """The arrays of a branch; `words` is the state of its keys, if it has dropout."""
 
-    x: jax.Array
+    x: Any  # an array; of an integer there is no gradient
     a: jax.Array
     b: jax.Array
     words: jax.Array | None
@@ -57,7 +59,9 @@ def _dropped(static: Static, arrays: Arrays, value: jax.Array) -> jax.Array:
 
 
 def _operands(static: Static, arrays: Arrays) -> Operands:
-    x = _dropped(static, arrays, arrays.x)
+    # Widened first: dropout divides by what it keeps.
+    dtype = compute_dtype(static.dims, arrays.x, (static.kernel,))
+    x = _dropped(static, arrays, workable(arrays.x, dtype))
     return Operands(x, (static.kernel,), (arrays.a,), (arrays.b,))
 
 
@@ -80,13 +84,15 @@ def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, An
     """As in `_linear`, with the masked input: `dx` is masked as the input was."""
     dims, operands = static.dims, _operands(static, arrays)
     one, x, b = dims.kernels[0], operands.x, arrays.b
-    a, h = side_by_side(operands), shrink(dims, operands)
+    a, h = side_by_side(dims, operands), shrink(dims, operands)
     layout = Layout.of(dims, one, x, static.kernel)
     g = one.scaling * layout.shrink_cotangent(dy, b.astype(h.dtype), h.dtype)
     da = as_type_of(layout.grad_a(x, g, arrays.a.dtype), arrays.a)
     db = layout.grad_b(one.scaling * h, dy, b)
+    if not jnp.issubdtype(arrays.x.dtype, jnp.inexact):
+        return Arrays(None, da, db, None), dy
     dx = _dropped(static, arrays, layout.grad_x_of_delta(g, a, x))
-    return Arrays(dx, da, db, None), dy
+    return Arrays(as_type_of(dx, arrays.x), da, db, None), dy
 
 
 _branch.defvjp(_forward, _backward)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ._group import Form, GroupDims
+from ._group import Form, GroupDims, compute_dtype
 from ._mosaic import fills, fits, is_written_for_this_jax, on_hopper
 from ._sharding import is_whole
 
@@ -74,9 +74,9 @@ def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
         return False
     first = tuple(range(n))
     plain = all(not k.first and k.contract == first for k in dims.kernels)
-    return plain and all(
-        w.dtype == x.dtype and jnp.issubdtype(w.dtype, jnp.inexact) for w in kernels
-    )
+    # Appended values have the dtype of what they are appended to.
+    same = all(w.dtype == x.dtype for w in kernels)
+    return plain and same and compute_dtype(dims, x, kernels) == x.dtype
 
 
 def _has_kernel(dims: GroupDims, x: Any) -> bool:

@@ -5,7 +5,6 @@ Supported: jax 0.10.2 (the newest for Python 3.11) to 0.12. What is used here an
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +12,7 @@ import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Var
 
-# Frames of these packages are never "the model's line".
-_LIBRARIES = tuple(
-    f"{os.sep}{name}{os.sep}"
-    for name in ("jax", "jaxlib", "flax", "equinox", "jlora", "contextlib", "functools")
-)
+from ._frames import Owner, Unsure, place
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
@@ -73,15 +68,19 @@ def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def source_line(eqn: JaxprEqn) -> str | None:
-    """Returns `file.py:line` of the model's line that made an equation, if known."""
+def source_line(eqn: JaxprEqn) -> str:
+    """Returns `file.py:line` of the model's line that made an equation.
+
+    Where no line is the model's it is `Unsure`: the innermost one of a library above
+    JAX, the best that is known.
+    """
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback is not None else []
-    for frame in frames:
-        name = frame.file_name
-        if not name.startswith("<") and not any(lib in name for lib in _LIBRARIES):
-            return f"{os.path.basename(name)}:{frame.line_num}"
-    return None
+    found = place((frame.file_name, frame.line_num) for frame in frames)
+    if found is None:
+        return Unsure("unknown line")
+    owner, line = found
+    return line if owner is Owner.MODEL else Unsure(line)
 
 
 def explicit_mesh(*arrays: Any) -> Any:

@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, base_of, complete, part_delta
+from ._adapted import Adapted, Part, base_of, complete, part_delta, whole
 from ._axes import Roles, contract_rank, free_axes
-from ._compat import rebind, source_line
-from ._dtypes import widest
+from ._channels import Mixing, mix_channels
+from ._compat import explicit_mesh, source_line
+from ._conv import Window, convolve
+from ._dtypes import is_workable, product_dtype, summed_in
 from ._errors import MaterializationError
+from ._gather import select
 from ._lazy import called, dense
 from ._products import (
     contracted_first,
@@ -28,7 +31,8 @@ from ._products import (
     part_words,
     times,
 )
-from ._sharding import explicit_sharding
+from ._ragged import Rows, rows_product
+from ._sharding import explicit_sharding, spec_of, without_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,8 @@ def _conv(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     for part in value.parts:
         convolve = _conv_depthwise if is_depthwise(eqn) else _conv_part
         dropped = dropped_input(part, x, part_words(part, ()), ())
-        y = y + convolve(eqn, dropped, value.base, part).astype(y.dtype)
+        delta = convolve(eqn, dropped, value.base, part, y, derive)
+        y = y + delta.astype(y.dtype)
     return [_conv_scaled(eqn, y, value)]
 
 
@@ -115,44 +120,61 @@ def _conv_scaled(eqn: Any, y: jax.Array, value: Adapted) -> jax.Array:
     return times(y, complete(value.scale, [out_axis], value.base.shape).reshape(sizes))
 
 
-def _conv_depthwise(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
+def _conv_depthwise(
+    eqn: Any, x: jax.Array, w: Any, part: Part, y: jax.Array, derive: str
+) -> jax.Array:
     """One depthwise convolution with the delta, which is a few values per channel."""
-    return rebind(eqn, [x, part_delta(part, w.shape).astype(w.dtype)])[0]
+    out, in_, *space = eqn.params["dimension_numbers"].rhs_spec
+    kernel = jnp.transpose(part_delta(part, w.shape), [*space, in_, out])
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    window = Window.of(
+        eqn,
+        shared=False,
+        computed=computed,
+        result=_wide_enough(y.dtype, computed),
+        sharding=explicit_sharding(y),
+    )
+    return convolve(window, x, kernel, derive)
 
 
-def _conv_part(eqn: Any, x: jax.Array, w: jax.Array, part: Part) -> jax.Array:
+def _wide_enough(result: Any, computed: Any) -> Any:
+    """The dtype of a branch: that of the result, unless it is one of eight bits."""
+    return result if is_workable(result) else computed
+
+
+def _conv_part(
+    eqn: Any, x: jax.Array, w: Any, part: Part, y: jax.Array, derive: str
+) -> jax.Array:
     """A convolution to rank channels, then a product over the channels."""
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    out_axis = dims.rhs_spec[0]
-    others = free_axes(w.ndim, [out_axis])
-    first, second = part.a, part.b
-    if any(second.shape[i] != 1 for i in others) or first.shape[out_axis] != 1:
-        first, second = second, first
-    first = factor_matrix(first, others, w.shape).astype(w.dtype)
-    second = factor_matrix(second, [out_axis], w.shape)
-    repeats = [1] * w.ndim
-    repeats[out_axis] = groups
-    kernel = jnp.tile(jnp.moveaxis(first, -1, out_axis), repeats)
+    out, in_, *space = dims.rhs_spec
+    pair = contracted_first(part, [*space, in_], [out])
+    if pair is None:
+        raise MaterializationError(_split_join(eqn, w, "is convolved"))
+    first = factor_matrix(pair[0], [*space, in_], w.shape)
+    second = factor_matrix(pair[1], [out], w.shape)
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    sharding, channels = explicit_sharding(y), dims.out_spec[1]
+    settings = {
+        "shared": True,
+        "computed": computed,
+        "result": computed,
+        "sharding": without_axes(sharding, spec_of(y), [channels]),
+    }
+    h = convolve(Window.of(eqn, **settings), x, first, derive)
+    result, precision = _wide_enough(y.dtype, computed), eqn.params["precision"]
+    mixing = Mixing(channels, groups, precision, result, sharding)
     # The scaling is folded into the rank-sized value.
-    h = part.scaling * rebind(eqn, [x, kernel])[0]
-    return _mix_channels(h, second.astype(h.dtype), dims.out_spec[1], groups)
+    return mix_channels(mixing, part.scaling * h, second, derive)
 
 
-def _mix_channels(
-    h: jax.Array, b: jax.Array, channel_axis: int, groups: int
-) -> jax.Array:
-    """Returns `h·b` over the rank channels of each group; `b: (out, r)`."""
-    h = jnp.moveaxis(h, channel_axis, -1)
-    out, rank = b.shape
-    if groups == 1:
-        y = lax.dot_general(h, b, (((h.ndim - 1,), (1,)), ((), ())))
-        return jnp.moveaxis(y, -1, channel_axis)
-    h = h.reshape(*h.shape[:-1], groups, rank)
-    b = b.reshape(groups, out // groups, rank)
-    last, group_axis = h.ndim - 1, h.ndim - 2
-    y = lax.dot_general(h, b, (((last,), (2,)), ((group_axis,), (0,))))
-    y = jnp.moveaxis(y, 0, -2)
-    return jnp.moveaxis(y.reshape(*y.shape[:-2], out), -1, channel_axis)
+def _split_join(eqn: Any, w: Any, use: str) -> str:
+    """Says that an axis of joined kernels lies on both sides of a use."""
+    return (
+        f"a kernel of shape {w.shape} that was joined from several {use} at "
+        f"{source_line(eqn)}, where the axis along which they were joined is split "
+        "into an input and an output axis; join them along one of these"
+    )
 
 
 # --- ragged_dot_general ---
@@ -200,11 +222,27 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _ragged_dot(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _ragged_scaled(eqn, x, value, sizes)
-    (y,) = called(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
+    y = _ragged_base(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
     for part in value.parts:
         dropped = dropped_input(part, x, part_words(part, ()), ())
-        y = y + _ragged_part(eqn, dropped, value.base, sizes, part).astype(y.dtype)
+        delta = _ragged_part(eqn, dropped, value.base, sizes, part, y, derive)
+        y = y + delta.astype(y.dtype)
     return [y if after is None else times(y, after)]
+
+
+def _ragged_base(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
+    """The base product; on Explicit meshes with derivatives, which JAX's has not."""
+    x, w, sizes, *_ = operands
+    if derive != "custom" or explicit_mesh(x, w) is None:
+        return called(eqn, operands, derive)[0]
+    dims, precision = _ragged_dims(eqn), eqn.params["precision"]
+    (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
+    shared, (ragged,) = [*dims.rhs_group_dimensions, *batch], dims.lhs_ragged_dimensions
+    order = (*shared, *contract, *free_axes(w.ndim, contract, shared))
+    dtype, result = jnp.result_type(x, w), eqn.outvars[0].aval.dtype
+    sharding = eqn.params["out_sharding"]
+    rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
+    return rows_product(rows, x, jnp.transpose(w, order), sizes, derive)
 
 
 def _ragged_scaled(
@@ -231,7 +269,13 @@ def _ragged_scaled(
 
 
 def _ragged_part(
-    eqn: Any, x: jax.Array, w: jax.Array, sizes: jax.Array, part: Part
+    eqn: Any,
+    x: jax.Array,
+    w: Any,
+    sizes: jax.Array,
+    part: Part,
+    y: jax.Array,
+    derive: str,
 ) -> jax.Array:
     """Returns `s·(x·a)·b`, each group of rows with the factors of its own expert."""
     dims = _ragged_dims(eqn)
@@ -240,72 +284,62 @@ def _ragged_part(
     shared = [group, *batch]
     free = free_axes(w.ndim, contract, shared)
     pair = contracted_first(part, contract, free)
-    if pair is None:  # `_ragged_supports` has let only such parts pass
-        raise AssertionError("ragged product of a part that is not split by its axes")
-    first = factor_matrix(pair[0], [*shared, *contract], w.shape).astype(w.dtype)
-    second = factor_matrix(pair[1], [*shared, *free], w.shape).astype(w.dtype)
+    if pair is None:
+        raise MaterializationError(_split_join(eqn, w, "enters a ragged product"))
+    first = factor_matrix(pair[0], [*shared, *contract], w.shape)
+    second = factor_matrix(pair[1], [*shared, *free], w.shape)
+    second = jnp.moveaxis(second, -1, len(shared))
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    own = Rows(x_contract, x_batch, ragged, eqn.params["precision"], computed, computed)
+    h = part.scaling * rows_product(own, x, first, sizes, derive)
     n = len(batch)
-    behind = tuple(range(1 + n, first.ndim - 1))
-    batches = tuple(range(1, 1 + n))
-    h = _grouped(eqn, x, first, sizes, (x_contract, behind), (x_batch, batches), ragged)
-    rows = n + free_axes(x.ndim, x_contract, x_batch).index(ragged)
-    last = ((h.ndim - 1,), (second.ndim - 1,))
-    h = part.scaling * h
-    return _grouped(
-        eqn, h.astype(w.dtype), second, sizes, last, (tuple(range(n)), batches), rows
+    then = own._replace(
+        contract=(h.ndim - 1,),
+        batch=tuple(range(n)),
+        ragged=n + own.free(x).index(ragged),
+        result=_wide_enough(y.dtype, computed),
+        sharding=explicit_sharding(y),
     )
-
-
-def _grouped(
-    eqn: Any,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    sizes: jax.Array,
-    contract: tuple,
-    batch: tuple,
-    ragged: int,
-) -> jax.Array:
-    dims = lax.RaggedDotDimensionNumbers((contract, batch), [ragged], [0])
-    return lax.ragged_dot_general(
-        lhs,
-        rhs,
-        sizes,
-        dims,
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-        group_offset=eqn.params["group_offset"],
-    )
+    return rows_product(then, h, second, sizes, derive)
 
 
 # --- lookups ---
 
 
-def add_rows(value: Adapted) -> jax.Array:
+def add_rows(value: Adapted, found: jax.Array | None = None) -> jax.Array:
     """Returns looked-up rows with their deltas `s·a[ids]·b` added, rounded once.
 
     In float32 at least: where a delta takes most of a row away, as that of a row that
     is trained whole does, a rounded sum would leave the rounding of the old row.
+
+    Args:
+        value: the rows, with the factors of each.
+        found: which of them are no filling, see `_gather.found_rows`.
     """
     rows = dense(value.base)
-    total, sharding = rows.astype(widest(rows)), explicit_sharding(rows)
+    total, sharding = rows.astype(summed_in(rows.dtype)), explicit_sharding(rows)
     for part in value.parts:
         change = _rows_of(part, total.dtype)
         change = jnp.broadcast_to(change, rows.shape)
         if sharding is not None:
             change = jax.sharding.reshard(change, sharding)
-        total = total + change
+        total = total + select(found, change, 0)
     total = total if value.scale is None else times(total, value.scale[..., 0])
     return total.astype(rows.dtype)
 
 
 def _rows_of(part: Part, dtype: Any) -> jax.Array:
+    part = whole(part)
     scaled, b = part.scaling * part.a.astype(dtype), part.b.astype(dtype)
     return contract_rank(scaled, b, dtype=dtype, precision=lax.Precision.HIGHEST)
 
 
 CONSUME: dict[str, ConsumeRule] = {
     "dot_general": ConsumeRule(
-        "dot_general", (0, 1), dot_roles, lambda eqn, operand, roles: True
+        "dot_general",
+        (0, 1),
+        dot_roles,
+        lambda eqn, operand, roles: True,
     ),
     "conv_general_dilated": ConsumeRule(
         "conv", (1,), _conv_roles, _conv_supports, _conv_details

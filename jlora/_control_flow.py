@@ -14,12 +14,13 @@ import jax
 from jax import lax
 
 from ._adapted import Adapted, base_of, materialize
-from ._analyze import Analysis, Program, Step, Views
+from ._analyze import Analysis
 from ._compat import JIT, REMAT, scan_counts
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
 from ._linear import keeping
 from ._sharding import factor_spec
+from ._view import Body, Program, Step, Value, any_active, plain
 
 # Runs a program on values: `(program, values) -> outputs`.
 Run = Callable[[Program, Sequence[Any]], list[Any]]
@@ -30,16 +31,16 @@ class ControlFlowRule:
     """How one higher-order primitive is analyzed and emitted again."""
 
     analyze: Callable[
-        [Analysis, Any, list[Views], tuple[bool, ...]], tuple[Step, list[Views]]
+        [Analysis, Any, list[Value], tuple[bool, ...]], tuple[Step, list[Value]]
     ]
     run: Callable[[Any, Step, list[Any], Run], Sequence[Any]]
 
 
 def _note_outputs(
-    analysis: Analysis, eqn: Any, program: Program, wanted: Sequence[bool]
+    analysis: Analysis, eqn: Any, body: Body, wanted: Sequence[bool]
 ) -> None:
     """Outputs that carry a kernel and are used are materialized in the sub-program."""
-    pairs = zip(program.out_views, wanted, strict=True)
+    pairs = zip(body.outputs, wanted, strict=True)
     analysis.materialized(eqn, [v for v, used in pairs if used], " output")
 
 
@@ -49,31 +50,44 @@ def _formed(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     return [materialize(v) if used else dense(base_of(v)) for v, used in pairs]
 
 
-def _no_views(eqn: Any) -> list[Views]:
-    return [()] * len(eqn.outvars)
-
-
 # --- jit, remat, closed calls: the body once, outputs may stay factored ---
 
 
 def _analyze_call(
-    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
-) -> tuple[Step, list[Views]]:
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
     params = eqn.params
     body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-    program = analysis.program(body, views)
-    return Step("enter", (program,), wanted), list(program.out_views)
+    inner = analysis.program(body, values)
+    return Step("enter", (inner.program,), wanted), list(inner.outputs)
 
 
 def _run_jit(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     params, (program,) = eqn.params, step.programs
+    shardings = params["in_shardings"], params["out_shardings"]
 
-    def body(*args: Any) -> list[Any]:
-        inputs = list(map(_constrain, args, params["in_shardings"]))
-        return list(map(_constrain, run(program, inputs), params["out_shardings"]))
+    def make() -> Callable[..., Any]:
+        def body(*args: Any) -> list[Any]:
+            inputs = list(map(_constrain, args, shardings[0]))
+            return list(map(_constrain, run(program, inputs), shardings[1]))
 
-    body.__name__ = body.__qualname__ = params["name"]
-    return jax.jit(body, inline=params["inline"])(*values)
+        body.__name__ = body.__qualname__ = params["name"]
+        return jax.jit(body, inline=params["inline"])
+
+    key = ("jit", run, *shardings, params["name"], params["inline"])
+    return _kept(program, key, make)(*values)
+
+
+def _kept(
+    program: Program, key: Any, make: Callable[[], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Returns a function that is made once for all calls of a program.
+
+    JAX knows a function by its identity: it then traces it once, and compiles it once.
+    """
+    if key not in program.kept:
+        program.kept[key] = make()
+    return program.kept[key]
 
 
 def _constrain(value: Any, sharding: Any) -> Any:
@@ -89,9 +103,14 @@ def _constrain(value: Any, sharding: Any) -> Any:
 
 def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
     (program,) = step.programs
-    body = lambda *args: run(program, args)
-    prevent_cse, policy = eqn.params["prevent_cse"], keeping(eqn.params["policy"])
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(*values)
+    prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
+
+    def make() -> Callable[..., Any]:
+        body = lambda *args: run(program, args)
+        kept = keeping(policy)
+        return jax.checkpoint(body, prevent_cse=prevent_cse, policy=kept)
+
+    return _kept(program, ("remat", run, prevent_cse, policy), make)(*values)
 
 
 def _run_inline(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -102,23 +121,23 @@ def _run_inline(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[A
 
 
 def _analyze_scan(
-    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
-) -> tuple[Step, list[Views]]:
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
     n_consts, n_carry = scan_counts(eqn.params)
-    consts, carry = views[:n_consts], views[n_consts : n_consts + n_carry]
-    xs = views[n_consts + n_carry :]
+    consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
+    xs, active = values[n_consts + n_carry :], any_active(values)
     analysis.materialized(eqn, carry, " carry")
-    rows = [tuple(view.without_leading() for view in whole) for whole in xs]
-    before = analysis.trips
-    analysis.loop_depth += 1
-    analysis.trips *= eqn.params["length"]
-    program = analysis.program(eqn.params["jaxpr"], [*consts, *[()] * n_carry, *rows])
-    analysis.loop_depth -= 1
-    analysis.trips = before
+    rows = [
+        Value(tuple(view.without_leading() for view in whole.views), whole.active)
+        for whole in xs
+    ]
+    with analysis.loop(eqn.params["length"]):
+        inputs = [*consts, *plain(n_carry, active), *rows]
+        body = analysis.program(eqn.params["jaxpr"], inputs)
     # The carry is looked at by the next step, whether its last value is used or not.
     wanted = (*[True] * n_carry, *wanted[n_carry:])
-    _note_outputs(analysis, eqn, program, wanted)
-    return Step("enter", (program,), wanted), _no_views(eqn)
+    _note_outputs(analysis, eqn, body, wanted)
+    return Step("enter", (body.program,), wanted), plain(len(eqn.outvars), active)
 
 
 def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -205,21 +224,20 @@ class Rows:
 
 
 def _analyze_while(
-    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
-) -> tuple[Step, list[Views]]:
-    params = eqn.params
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
+    params, active = eqn.params, any_active(values)
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    cond_consts, body_consts = views[:n_cond], views[n_cond : n_cond + n_body]
-    carry = views[n_cond + n_body :]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    carry = values[n_cond + n_body :]
     analysis.materialized(eqn, carry, " carry")
-    none: list[Views] = [()] * len(carry)
-    analysis.loop_depth += 1
-    cond = analysis.program(params["cond_jaxpr"], [*cond_consts, *none])
-    body = analysis.program(params["body_jaxpr"], [*body_consts, *none])
-    analysis.loop_depth -= 1
+    none = plain(len(carry), active)
+    with analysis.loop():
+        cond = analysis.program(params["cond_jaxpr"], [*cond_consts, *none])
+        body = analysis.program(params["body_jaxpr"], [*body_consts, *none])
     # Every output of the body is looked at by its next round.
-    _note_outputs(analysis, eqn, body, [True] * len(body.out_views))
-    return Step("enter", (cond, body)), none
+    _note_outputs(analysis, eqn, body, [True] * len(body.outputs))
+    return Step("enter", (cond.program, body.program)), none
 
 
 def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -234,14 +252,15 @@ def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[An
 
 
 def _analyze_cond(
-    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
-) -> tuple[Step, list[Views]]:
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
     programs = []
     for branch in eqn.params["branches"]:
-        program = analysis.program(branch, views[1:])
-        _note_outputs(analysis, eqn, program, wanted)
-        programs.append(program)
-    return Step("enter", tuple(programs), wanted), _no_views(eqn)
+        body = analysis.program(branch, values[1:])
+        _note_outputs(analysis, eqn, body, wanted)
+        programs.append(body.program)
+    outputs = plain(len(eqn.outvars), any_active(values))
+    return Step("enter", tuple(programs), wanted), outputs
 
 
 def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -259,11 +278,12 @@ def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
 
 
 def _analyze_shard_map(
-    analysis: Analysis, eqn: Any, views: list[Views], wanted: tuple[bool, ...]
-) -> tuple[Step, list[Views]]:
-    program = analysis.program(eqn.params["jaxpr"], views)
-    _note_outputs(analysis, eqn, program, wanted)
-    return Step("enter", (program,), wanted), _no_views(eqn)
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
+    body = analysis.program(eqn.params["jaxpr"], values)
+    _note_outputs(analysis, eqn, body, wanted)
+    outputs = plain(len(eqn.outvars), any_active(values))
+    return Step("enter", (body.program,), wanted), outputs
 
 
 def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:

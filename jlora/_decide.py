@@ -3,20 +3,35 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
-from ._analyze import Analysis, Log, Program, Step, Use, View, Views, indexed_axes
+from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes, Roles
-from ._carry import CARRY
+from ._broadcast import narrowed
+from ._carry import CARRY, scale_axes
 from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
-from ._dora_uses import fits, spread
+from ._dora_uses import fits, keeps_scale, spread
 from ._group import GroupDims
 from ._labelled import Labels, cuts_across
+from ._mix import is_frozen_product, passed_by
 from ._products import group_dims
+from ._recall import Recall
 from ._siblings import arrange
+from ._view import (
+    Log,
+    Passed,
+    Place,
+    Program,
+    Step,
+    Use,
+    Value,
+    View,
+    any_active,
+    plain,
+)
 
 
 class Decision(Analysis):
@@ -26,15 +41,19 @@ class Decision(Analysis):
         axes: the settled roles by path.
         contraction: as `jlora.lora` takes it.
         dora: the paths of the kernels that have DoRA's scale.
+        recall: what was found out of jaxprs before.
+        ends: the places where kernels come to an end.
     """
 
     def __init__(
         self,
         axes: Mapping[str, KernelAxes],
         contraction: Contraction,
-        dora: Collection[str] = (),
+        dora: Collection[str],
+        recall: Recall,
+        ends: frozenset[Place],
     ) -> None:
-        super().__init__(CONTROL_FLOW)
+        super().__init__(CONTROL_FLOW, recall, ends)
         self.axes, self.dora = axes, dora
         self.contraction: Contraction = contraction
         # Of each product: the operand that is a kernel, and its entries in the log.
@@ -42,31 +61,58 @@ class Decision(Analysis):
         # Of those that cut across the roles: what each entry takes for each rank.
         self._across: dict[int, list[int]] = {}
 
-    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def kind_of(self, path: str) -> Hashable:
+        """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
+        return self.axes[path], path in self.dora
+
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""
-        nothing: list[Views] = [()] * len(eqn.outvars)
-        kinds = self._consumed(eqn, views)
-        if kinds and not self._scale_fits(eqn, views):
-            self.materialized(eqn, views, OF_DORA)
+        nothing = plain(len(eqn.outvars), any_active(values))
+        eqn, along = narrowed(eqn, values)
+        if not self._scale_follows(eqn, values):
+            where = _moved(eqn, values) or OF_DORA
+            self.materialized(eqn, values, where, used=True)
+            return Step("materialize"), nothing
+        outputs = self._passed_on(eqn, values)
+        if outputs is not None:
+            return Step("carry"), outputs
+        kinds = self._consumed(eqn, values)
+        if kinds and not self._scale_fits(eqn, values):
+            where = _moved(eqn, values) or OF_DORA
+            self.materialized(eqn, values, where, used=True)
             return Step("materialize"), nothing
         if kinds:
-            before = len(self.log.uses)
-            self._used(eqn, views, kinds)
-            if eqn.primitive.name != "dot_general":
-                return Step("consume"), nothing
-            operand = next(i for i, group in enumerate(views) if group)
-            logged = range(before, len(self.log.uses))
-            self._products[id(eqn)] = (operand, logged)
-            self._note_across(eqn, operand, views[operand])
-            return Step("product"), nothing
-        outputs = self._carried(eqn, views)
+            return self._use(eqn, values, kinds), nothing
+        outputs = self._carried(eqn, values)
         if outputs is None:
-            self.materialized(eqn, views)
+            self.materialized(eqn, values, _moved(eqn, values))
             return Step("materialize"), nothing
-        if self._is_lookup(eqn, views):
-            self._used(eqn, views, itertools.repeat("lookup"))
+        if self._is_lookup(eqn, values):
+            self._used(eqn, values, itertools.repeat("lookup"))
             return Step("lookup"), nothing
-        return Step("carry"), outputs
+        return Step("carry", along=along, beside=_is_beside(eqn, values)), outputs
+
+    def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
+        before = len(self.log.uses)
+        self._used(eqn, values, kinds)
+        if eqn.primitive.name != "dot_general":
+            return Step("consume")
+        operand = next(i for i, value in enumerate(values) if value.views)
+        logged = range(before, len(self.log.uses))
+        self._products[id(eqn)] = (operand, logged)
+        self._note_across(eqn, operand, values[operand].views)
+        return Step("product")
+
+    def _passed_on(self, eqn: Any, values: list[Value]) -> list[Value] | None:
+        """Returns the outputs of a frozen product that is not the use of its kernel."""
+        others = [value for value in values if not value.views]
+        if not is_frozen_product(eqn, others) or self.place in self.ends:
+            return None
+        if any_active(others).adapter:
+            # A product with what the adapter moves is a use, in the next run: its
+            # gradient needs the kernel as it is.
+            self.log.lost[self.place] = "order"
+        return self._carried(eqn, values)
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
@@ -88,7 +134,7 @@ class Decision(Analysis):
             for i in unit[:1]
         ]
 
-    def _note_across(self, eqn: Any, operand: int, views: Views) -> None:
+    def _note_across(self, eqn: Any, operand: int, views: Sequence[View]) -> None:
         """Notes a product that no two matrices say: it is computed by itself."""
         sides = []
         for view in views:
@@ -139,23 +185,29 @@ class Decision(Analysis):
             )
         return Step("product", eqns=(eqn,), kernels=(operand,))
 
-    def _used(self, eqn: Any, views: Sequence[Views], kinds: Any) -> None:
+    def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)
-        for view, kind in zip(itertools.chain(*views), kinds, strict=False):
+        operand = next(i for i, value in enumerate(values) if value.views)
+        views = itertools.chain(*(value.views for value in values))
+        for view, kind in zip(views, kinds, strict=False):
+            if name in CONSUME:
+                self.reaches(eqn, operand, view, any_active(values))
+            else:
+                self.meets(view)
             self.log.uses.append(Use(view.path, kind, line, True, name))
 
     def _roles(self, view: View) -> list[str | None] | None:
         return view.roles(self.axes[view.path])
 
-    def _consumed(self, eqn: Any, views: list[Views]) -> list[str]:
+    def _consumed(self, eqn: Any, values: list[Value]) -> list[str]:
         """Returns the kind of use of each view, or nothing if it is no use."""
         rule = CONSUME.get(eqn.primitive.name)
-        where = [i for i, group in enumerate(views) if group]
+        where = [i for i, value in enumerate(values) if value.views]
         if rule is None or len(where) != 1 or where[0] not in rule.operands:
             return []
         (operand,) = where
         kinds = []
-        for view in views[operand]:
+        for view in values[operand].views:
             roles = self._roles(view)
             if roles is None or not rule.supports(eqn, operand, roles):
                 return []
@@ -163,58 +215,131 @@ class Decision(Analysis):
             kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
         return kinds
 
-    def _scale_fits(self, eqn: Any, views: list[Views]) -> bool:
+    def _scale_fits(self, eqn: Any, values: list[Value]) -> bool:
         """Whether DoRA's scale, where there is one, can be applied beside a use."""
-        for operand, group in enumerate(views):
-            scaled = [view for view in group if view.path in self.dora]
-            varies = set().union(*map(self._varies, scaled))
-            varies = {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
-            if scaled and not fits(eqn, operand, varies):
+        for operand, value in enumerate(values):
+            if not fits(eqn, operand, self._scale_varies(eqn, operand, value)):
                 return False
         return True
 
+    def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether a scale, where there is one, stays one in a frozen product."""
+        others = [value for value in values if not value.views]
+        if any_active(others) or self.place in self.ends:
+            return True
+        return all(
+            keeps_scale(eqn, operand, self._scale_varies(eqn, operand, value))
+            for operand, value in enumerate(values)
+        )
+
+    def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
+        """Returns the axes of an operand along which a scale of it varies."""
+        scaled = [v for v in value.views if v.path in self.dora or v.scaled]
+        varies = set().union(*map(self._varies, scaled))
+        return {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
+
     def _varies(self, view: View) -> set[int]:
-        """Returns the axes of a value along which DoRA's scale of a kernel varies."""
-        roles = enumerate(self._roles(view) or [])
+        """Returns the axes of a value along which the scale of a kernel varies."""
+        of_dora = view.path in self.dora
+        roles = enumerate((of_dora and self._roles(view)) or [])
         return {i for i, role in roles if role in ("batch", "out")} | view.spread
 
-    def _carried(self, eqn: Any, views: list[Views]) -> list[Views] | None:
+    def _carried(self, eqn: Any, values: list[Value]) -> list[Value] | None:
         rule = CARRY.get(eqn.primitive.name)
-        where = [i for i, group in enumerate(views) if group]
-        if rule is None or not rule.takes(where):
+        where = [i for i, value in enumerate(values) if value.views]
+        others = [value for value in values if not value.views]
+        if (
+            eqn.primitive.name in ("add", "sub", "reduce_sum")
+            and self.place in self.ends
+        ):
+            return None
+        if rule is None or not rule.takes(where, any_active(others)):
+            return None
+        if _moved(eqn, values) and eqn.primitive.name in ("add", "sub"):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         for operand in where:
             maps = rule.axes(eqn, operand)
             if maps is None:
                 return None
-            for view in views[operand]:
+            for view in values[operand].views:
                 if not rule.supports(eqn, operand, self._roles(view) or []):
                     return None
+                view = self._marked(eqn, operand, view, values)
                 for output, axis_map in zip(outputs, maps, strict=True):
                     if axis_map is not None:
                         moved = view.moved(axis_map).spread_along(spread(eqn))
+                        if _is_beside(eqn, values):
+                            moved = moved.scaled_along(scale_axes(eqn, operand))
                         output.append(moved)
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
-        return [tuple(output) for output in outputs]
+        active = any_active(values)
+        return [Value(tuple(output), active) for output in outputs]
 
-    def _is_lookup(self, eqn: Any, views: list[Views]) -> bool:
-        """Whether the rows that are taken have lost one side of the kernel."""
+    def _marked(
+        self, eqn: Any, operand: int, view: View, values: Sequence[Value]
+    ) -> View:
+        """Returns a view with what it passes at an equation."""
+        if passed := passed_by(eqn, operand, view, self.place):
+            return view.after(passed)
+        others = [value for i, value in enumerate(values) if i != operand]
+        if self._loses_side(eqn, view) and not any_active(others):
+            axes = view.origin_of(indexed_axes(eqn))
+            return view.after(Passed(self.place, axes, "order"))
+        return view
+
+    def _is_lookup(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether rows are taken for themselves: they have lost one side of the kernel.
+
+        An index that depends on no activation only puts the rows in order, unless that
+        is where the kernel comes to its end.
+        """
+        views = itertools.chain(*(value.views for value in values))
+        if not any(self._loses_side(eqn, view) for view in views):
+            return False
+        others = [value for value in values if not value.views]
+        return any_active(others) or self.place in self.ends
+
+    def _loses_side(self, eqn: Any, view: View) -> bool:
+        """Whether single entries are taken along a whole side of a kernel."""
         indexed = indexed_axes(eqn)
         if not indexed:
             return False
-        for view in itertools.chain(*views):
-            roles = self._roles(view) or []
-            taken = {roles[i] for i in indexed}
-            rest = {r for i, r in enumerate(roles) if i not in indexed}
-            if taken & {"in", "out"} and not {"in", "out"} <= rest:
-                return True
-        return False
+        roles = self._roles(view) or []
+        taken = {roles[i] for i in indexed}
+        rest = {r for i, r in enumerate(roles) if i not in indexed}
+        return bool(taken & {"in", "out"}) and not {"in", "out"} <= rest
 
 
-# What the name of a use gets where DoRA alone keeps it from staying factored.
+# What the name of a use gets where DoRA alone keeps it from staying factored, or what
+# else the adapter moves.
 OF_DORA = " over a part of DoRA's outputs"
+OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
+OF_SUM = " with a value that the adapter moves"
+
+
+def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
+    """Whether an equation scales a kernel by what the adapter moves.
+
+    Multiplied into the kernel, such a scale would have the gradient of a whole kernel
+    as its own. Beside it, as DoRA's is, it is applied to the inputs or the outputs.
+    """
+    others = [value for value in values if not value.views]
+    return eqn.primitive.name in ("mul", "div") and any_active(others).adapter
+
+
+def _moved(eqn: Any, values: Sequence[Value]) -> str:
+    """Names what the adapter moves beside a kernel, where that keeps it from passing.
+
+    A kernel with a scale beside it is no sum with another value; and a value that is
+    added to a kernel would have the gradient of a whole kernel.
+    """
+    others = [value for value in values if not value.views]
+    if any(view.scaled for value in values for view in value.views):
+        return OF_SCALE
+    added = eqn.primitive.name in ("add", "sub") and any_active(others).adapter
+    return OF_SUM if added else ""
 
 
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
@@ -227,11 +352,17 @@ def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
 
 def decide(
     jaxpr: Any,
-    views: Sequence[View | None],
+    inputs: Sequence[Value],
     axes: Mapping[str, KernelAxes],
     contraction: Contraction,
     dora: Collection[str] = (),
 ) -> tuple[Program, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it."""
-    decision = Decision(axes, contraction, dora)
-    return decision.whole(jaxpr, views), decision.log
+    recall, ends = Recall(), frozenset[Place]()
+    while True:
+        decision = Decision(axes, contraction, dora, recall, ends)
+        program = decision.whole(jaxpr, inputs)
+        more = ends | ends_of(decision.log)
+        if more == ends:
+            return program, decision.log
+        ends = more

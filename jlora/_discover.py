@@ -6,113 +6,166 @@ scan or an index has taken away are batch axes. `settle` counts the votes.
 """
 
 import dataclasses
-import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._analyze import Analysis, Log, Step, View, Views, indexed_axes
+from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes
+from ._broadcast import narrowed
 from ._carry import CARRY
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
+from ._elementwise import ELEMENTWISE, keeps_axes
 from ._gather import row_layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Vote:
-    """What one use says about the axes of a kernel.
-
-    Attributes:
-        kind: the kind of the use.
-        roles: the role of each kernel axis that the use sees; the others are batch axes
-            (or of size 1).
-        taken: the lookups that were passed on the way.
-        lookup: the number of the lookup, if the use is one.
-    """
-
-    kind: str
-    roles: Mapping[int, str]
-    taken: tuple[tuple[int, int], ...]
-    lookup: int | None = None
+from ._mix import MIXES, is_frozen_product, passed_by
+from ._recall import Recall
+from ._view import Log, Passed, Place, Step, Value, View, Vote, any_active
 
 
 class Discovery(Analysis):
     """The pass that collects votes. It looks at each operand as if it were alone."""
 
-    def __init__(self) -> None:
-        super().__init__(CONTROL_FLOW)
-        self.votes: dict[str, list[Vote]] = defaultdict(list)
-        self._numbers = itertools.count()
+    def __init__(self, recall: Recall, ends: frozenset[Place]) -> None:
+        super().__init__(CONTROL_FLOW, recall, ends)
 
-    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Votes where a kernel is consumed, and follows it where it is carried."""
+        eqn, _ = narrowed(eqn, values)
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
-        for operand, view in ((i, v) for i, group in enumerate(views) for v in group):
-            if self._vote(eqn, operand, view):
-                continue
-            carried = self._carry(eqn, operand, view)
+        pairs = [(i, view) for i, known in enumerate(values) for view in known.views]
+        for operand, view in pairs:
+            others = [known for i, known in enumerate(values) if i != operand]
+            carried = None
+            if self._is_use(eqn, operand, others):
+                if self._vote(eqn, operand, view, any_active(others)):
+                    continue
+            else:
+                carried = self._carry(eqn, operand, view, any_active(others))
             if carried is None:
-                self.materialized(eqn, [(view,)])
-                continue
+                self.materialized(eqn, [Value((view,))])
+                carried = self._formed(eqn, operand, view, any_active(others))
             for output, out_view in zip(outputs, carried, strict=True):
                 output.extend(out_view)
-        return Step("carry"), [tuple(output) for output in outputs]
+        active = any_active(values)
+        return Step("carry"), [Value(tuple(output), active) for output in outputs]
 
-    def _vote(self, eqn: Any, operand: int, view: View) -> bool:
-        """Notes the roles that a use gives to the axes of a kernel."""
+    def _formed(
+        self, eqn: Any, operand: int, view: View, active: bool
+    ) -> list[tuple[View, ...]]:
+        """Follows a kernel past an obstacle that keeps its axes, to learn their roles.
+
+        A later product says what they are. Beside an activation it is no kernel any
+        more that goes on, but features.
+        """
+        if active or not keeps_axes(eqn, operand):
+            return [() for _ in eqn.outvars]
+        formed = dataclasses.replace(view, passed=(), formed=True)
+        return [(formed,) for _ in eqn.outvars]
+
+    @staticmethod
+    def _is_beside_kernels(eqn: Any, active: bool) -> bool:
+        """Whether what was formed of a kernel goes on as something else.
+
+        A gate or an offset of features is no kernel, nor is a sum of frozen products.
+        """
+        name = eqn.primitive.name
+        return name in MIXES or (active and name in ELEMENTWISE)
+
+    def _is_use(self, eqn: Any, operand: int, others: list[Value]) -> bool:
+        """Whether an operation uses a kernel up, rather than pass it on."""
         rule = CONSUME.get(eqn.primitive.name)
         if rule is None or operand not in rule.operands:
             return False
+        passes_on = is_frozen_product(eqn, others) and self.place not in self.ends
+        return not passes_on
+
+    def _vote(self, eqn: Any, operand: int, view: View, active: bool) -> bool:
+        """Notes the roles that a use gives to the axes of a kernel."""
+        rule = CONSUME[eqn.primitive.name]
         roles = rule.roles(eqn, operand)
         if roles is None:
             return False
-        seen: dict[int, str] = {}
-        for origin, role in zip(view.origins, roles, strict=True):
-            for axis in sorted(origin):
-                seen.setdefault(axis, role)
-        # A product that contracts looked-up rows is no product with the kernel.
-        if all(seen.get(axis, "batch") == "batch" for _, axis in view.taken):
-            self.votes[view.path].append(Vote(rule.kind, seen, view.taken))
+        seen = _roles_of(view, roles)
+        # A product that contracts all axes fits any roles.
+        weak = len(roles) > 1 and set(roles) == {"in"} and not view.mixed
+        if weak:
+            seen[max(seen, default=0)] = "out"
+        if not {"in", "out"} <= set(seen.values()):
+            return False
+        if view.formed and not active:
+            return True  # what is formed of params alone may be anything
+        if any(
+            seen.get(axis, "batch") != "batch"
+            for passed in view.passed
+            if passed.kind == "index"
+            for axis in passed.axes
+        ):
+            # A product that contracts looked-up rows is no product with the kernel.
+            self._lose(view)
+            return True
+        if self.reaches(eqn, operand, view, active):
+            vote = Vote(view.path, rule.kind, seen, self.place, weak, view.formed)
+            self.log.votes.append(vote)
         return True
 
-    def _carry(self, eqn: Any, operand: int, view: View) -> list[Views] | None:
+    def _carry(
+        self, eqn: Any, operand: int, view: View, active: bool
+    ) -> list[tuple[View, ...]] | None:
         rule = CARRY.get(eqn.primitive.name)
-        if rule is None or not rule.takes([operand]):
+        if rule is None or not rule.takes([operand], active):
             return None
         maps = rule.axes(eqn, operand)
         if maps is None:
             return None
-        view = self._indexed(eqn, view)
-        return [
-            () if axis_map is None else (view.moved(axis_map),) for axis_map in maps
-        ]
+        if view.formed and self._is_beside_kernels(eqn, active):
+            return [() for _ in maps]
+        passed = passed_by(eqn, operand, view, self.place)
+        if passed is not None and not view.formed:
+            if self.place in self.ends:
+                return None
+            view = view.after(passed)
+        indexed = self._indexed(eqn, view, active)
+        if indexed is None:
+            return [() for _ in maps]
+        return self._moved(indexed, maps)
 
-    def _indexed(self, eqn: Any, view: View) -> View:
-        """Marks a view that passes an indexing operation, and votes for a lookup."""
+    def _moved(
+        self, view: View, maps: Sequence[Sequence[frozenset[int]] | None]
+    ) -> list[tuple[View, ...]]:
+        return [() if axes is None else (view.moved(axes),) for axes in maps]
+
+    def _indexed(self, eqn: Any, view: View, active: bool) -> View | None:
+        """Marks a view that passes an indexing operation, and votes for a lookup.
+
+        None if it ends there.
+        """
         if eqn.primitive.name not in ("gather", "dynamic_slice"):
             return view
-        indexed = indexed_axes(eqn)
-        axes = sorted(set().union(*(view.origins[i] for i in indexed)))
+        axes = view.origin_of(indexed_axes(eqn))
         if not axes:
             return view
-        number = next(self._numbers)
         # One index inside a loop picks a layer, of a bias stack too: no evidence.
-        if self.loop_depth == 0 or _takes_many(eqn):
-            self._vote_lookup(eqn, view, axes, number)
-        taken = tuple((number, axis) for axis in axes)
-        return dataclasses.replace(view, taken=view.taken + taken)
+        evidence = self.loop_depth == 0 or _takes_many(eqn)
+        if active or self.place in self.ends:
+            if evidence:
+                self._vote_lookup(eqn, view, axes)
+            if not active and evidence:
+                return None
+            return view.after(Passed(self.place, axes, "index"))
+        if not evidence or view.formed:
+            return view
+        return view.after(Passed(self.place, axes, "order"))
 
-    def _vote_lookup(
-        self, eqn: Any, view: View, indexed: Sequence[int], number: int
-    ) -> None:
+    def _vote_lookup(self, eqn: Any, view: View, indexed: frozenset[int]) -> None:
         roles = {i: "out" for origin in view.origins for i in origin}
         roles.update(dict.fromkeys(indexed, "in"))
         if eqn.primitive.name == "gather" and (layout := row_layout(eqn)):
-            along = set().union(*(view.origins[i] for i in layout.batching))
+            along = view.origin_of(layout.batching)
             roles.update(dict.fromkeys(along, "batch"))
-        vote = Vote("lookup", roles, view.taken, lookup=number)
-        self.votes[view.path].append(vote)
+        self.meets(view)
+        vote = Vote(view.path, "lookup", roles, self.place, formed=view.formed)
+        self.log.votes.append(vote)
 
 
 def _takes_many(eqn: Any) -> bool:
@@ -120,30 +173,65 @@ def _takes_many(eqn: Any) -> bool:
     return layout is not None and bool(layout.index_axes)
 
 
+def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:
+    """Returns the roles that a use gives to the axes of a kernel that it sees.
+
+    An axis that a frozen operand has summed over tells its side only where the other
+    axes tell but one: a basis of kernels has factors for each of them.
+    """
+    seen: dict[int, str] = {}
+    for origin, role in zip(view.origins, roles, strict=True):
+        for axis in sorted(origin):
+            seen.setdefault(axis, role)
+    own = {role for axis, role in seen.items() if axis in view.untouched}
+    if {"in", "out"} <= own:
+        return {axis: role for axis, role in seen.items() if axis not in view.mixed}
+    for side in ("in", "out"):
+        if side not in seen.values():
+            unseen = sorted(view.mixed - set(seen))
+            seen.update(dict.fromkeys(unseen, side))
+    return seen
+
+
 def discover(
-    jaxpr: Any, views: Sequence[View | None]
+    jaxpr: Any, inputs: Sequence[Value]
 ) -> tuple[Mapping[str, list[Vote]], Log]:
     """Returns the votes on each kernel and what kept others from being kernels."""
-    discovery = Discovery()
-    discovery.whole(jaxpr, views)
-    return discovery.votes, discovery.log
+    recall, ends = Recall(), frozenset[Place]()
+    while True:
+        discovery = Discovery(recall, ends)
+        discovery.whole(jaxpr, inputs)
+        log = discovery.log
+        more = ends | ends_of(log)
+        if more == ends:
+            break
+        ends = more
+    votes: dict[str, list[Vote]] = defaultdict(list)
+    for vote in log.votes:
+        # A lookup whose rows a product consumed was none: it carried the kernel there.
+        if vote.kind != "lookup" or vote.place not in log.met:
+            votes[vote.path].append(vote)
+    return {path: _firm(found) for path, found in votes.items()}, log
+
+
+def _firm(votes: list[Vote]) -> list[Vote]:
+    """Returns the votes of a kernel itself, or else those of what is formed of it."""
+    return [vote for vote in votes if not vote.formed] or votes
 
 
 def settle(votes: Sequence[Vote], shape: Sequence[int]) -> KernelAxes | None:
     """Returns the roles that the uses of a kernel agree on, or None if it is no kernel.
 
     A batch axis in any use is one for all (factors per slice serve every use); then a
-    lookup decides, and then the first product. A lookup whose rows a product consumed
-    was no lookup: it carried the kernel there.
+    lookup decides, and then the first product that contracts some of the axes.
     """
-    carried = {n for vote in votes if vote.lookup is None for n, _ in vote.taken}
-    counted = [v for v in votes if v.lookup is None or v.lookup not in carried]
-    counted.sort(key=lambda vote: vote.lookup is None)
-    if not counted:
+    if not votes:
         return None
+    counted = sorted(votes, key=lambda vote: (vote.weak, vote.kind != "lookup"))
     groups: dict[str, list[int]] = {"batch": [], "in": [], "out": []}
     for axis in range(len(shape)):
-        said = [vote.roles.get(axis, "batch") for vote in counted]
+        said = [vote.roles.get(axis, "batch") for vote in counted if not vote.weak]
+        said = said or [counted[0].roles.get(axis, "batch")]
         groups["batch" if "batch" in said else said[0]].append(axis)
     if not groups["in"] or not groups["out"]:
         return None

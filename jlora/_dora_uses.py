@@ -57,6 +57,21 @@ _FITS: dict[str, Callable[[Any, int, Axes], bool]] = {
 }
 
 
+def keeps_scale(eqn: Any, operand: int, varies: Axes) -> bool:
+    """Returns whether a move keeps a scale of its operand a scale of its outputs.
+
+    A sum over axes along which the scale varies does not, nor one with another value.
+    """
+    match eqn.primitive.name:
+        case "dot_general":
+            return not varies & set(dot_dims(eqn, operand)[0])
+        case "reduce_sum":
+            return not varies & set(eqn.params["axes"])
+        case "add" | "sub":
+            return not varies
+    return True
+
+
 def spread(eqn: Any) -> frozenset[int]:
     """Returns the output axes along which a scale varies after a move in any case."""
     params = eqn.params

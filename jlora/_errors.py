@@ -1,4 +1,4 @@
-"""The errors that jlora raises, beside ValueError and TypeError."""
+"""What jlora raises, beside ValueError and TypeError, and what it warns of."""
 
 
 class TargetError(ValueError):
@@ -43,3 +43,11 @@ class NonFiniteError(AdapterError):
 
 class BaseMismatchError(AdapterError):
     """An adapter was trained beside other params than it is restored for."""
+
+
+class LeftOutWarning(UserWarning):
+    """A config matches leaves that look like kernels and cannot be adapted.
+
+    They go into operations without a low-rank rule, and into none that has one. The
+    plan lists them among those that are matched and left out.
+    """

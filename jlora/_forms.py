@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._dtypes import summed_in
+from ._dtypes import summands_in, summed_in, workable
 from ._group import (
     Form,
     GroupDims,
@@ -25,6 +25,7 @@ from ._group import (
     Layout,
     Operands,
     as_laid_out,
+    as_type_of,
     base_product,
     compute_dtype,
     concatenate,
@@ -45,15 +46,16 @@ class Backward(NamedTuple):
     dx: jax.Array | None
 
 
-def side_by_side(operands: Operands) -> jax.Array:
+def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
     """Returns the concatenated `a`, in the dtype of the skinny products."""
-    dtype = compute_dtype(operands.x, operands.kernels[0])
+    dtype = compute_dtype(dims, operands.x, operands.kernels)
     return concatenate([a.astype(dtype) for a in operands.a])
 
 
 def shrink(dims: GroupDims, operands: Operands) -> jax.Array:
     """Returns `h = x·a` of all kernels, with the rank last."""
-    x, a = operands.x, side_by_side(operands)
+    a = side_by_side(dims, operands)
+    x = workable(operands.x, a.dtype)
     n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
     batch = (dims.batch, range(n_batch))
@@ -88,7 +90,7 @@ def backward(
     if form in ("separate", "extended"):
         layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
         dx = dx + layout.grad_x_of_delta(g, a, operands.x)
-    return Backward(g, dx)
+    return Backward(g, as_type_of(dx, operands.x))
 
 
 def _each(
@@ -103,7 +105,7 @@ def _shrink_cotangents(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> jax.Array:
     """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank."""
-    dtype = compute_dtype(operands.x, operands.kernels[0])
+    dtype = compute_dtype(dims, operands.x, operands.kernels)
     parts = []
     for one, layout, _, b, dy in _each(dims, operands, cotangents):
         g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
@@ -138,23 +140,25 @@ def expand(
     b = b.astype(h.dtype)
     lhs, rhs = (b, h) if one.first else (h, b)
     contract = ((lhs.ndim - 1,), (rhs.ndim - 1,))
+    wide = summands_in(y.dtype, h.dtype)
     delta = lax.dot_general(
         lhs,
         rhs,
         (contract, (batch, batch)),
         precision=one.precision,
-        preferred_element_type=y.dtype,
+        preferred_element_type=wide,
         out_sharding=explicit_sharding(y),
     )
-    return y + delta
+    return (y.astype(wide) + delta).astype(y.dtype)
 
 
 def _separate_backward(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     g = _shrink_cotangents(dims, operands, cotangents)
-    each = _each(dims, operands, cotangents)
-    return g, _sum([layout.grad_x(dy, w, operands.x) for _, layout, w, _, dy in each])
+    each, x = _each(dims, operands, cotangents), operands.x
+    parts = [layout.grad_x(dy, w, x, g.dtype) for _, layout, w, _, dy in each]
+    return g, _sum(parts)
 
 
 # --- extended ---

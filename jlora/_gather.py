@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import complete
+from ._group import as_laid_out
 
 Shape = tuple[int, ...]
 
@@ -88,7 +89,7 @@ def gather_rows(
     layout = row_layout(eqn)
     if layout is None:  # the analysis has let only such gathers pass
         raise AssertionError("a gather that takes no rows")
-    if all(factor.shape[i] == 1 for i in layout.indexed):
+    if lacks_rows(eqn, factor):
         return _without_indexed(factor, layout)
     factor = complete(factor, [*layout.indexed, *layout.batching], shape)
     single = (*layout.indexed, *layout.batching)
@@ -107,24 +108,53 @@ def gather_rows(
     )
 
 
-def rows_inside(
-    eqn: Any, scale: jax.Array, shape: Shape, others: list[Any]
-) -> jax.Array:
-    """Returns the scale of the rows of a gather: one where a row is filled in.
+def found_rows(eqn: Any, shape: Shape, indices: jax.Array) -> jax.Array | None:
+    """Returns which rows of a gather are inside of the value; None if it fills none.
+
+    What comes back to a row that was filled in belongs to nobody, and may be NaN: a
+    selection by this mask drops it, as JAX's own transpose of a gather does, where a
+    product with a row of zeros would not.
 
     Args:
         eqn: the gather.
-        scale: the scale of the value, as `gather_rows` has moved it.
         shape: the shape of the value.
-        others: the indices.
+        indices: the indices.
+
+    Returns:
+        A mask laid out as the result, of size one along the axes that are whole.
     """
+    params, dims = eqn.params, eqn.params["dimension_numbers"]
+    if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return None
+    found = jnp.ones(indices.shape[:-1], bool)
+    for i, axis in enumerate(map(int, dims.start_index_map)):
+        index, last = lax.index_in_dim(indices, i, axis=-1, keepdims=False), shape[axis]
+        if isinstance(last, int):  # else it is a symbol, and the indices are wide
+            last = min(last, int(jnp.iinfo(indices.dtype).max))
+        found &= (index >= 0) & (index < last)
+    return jnp.expand_dims(found, dims.offset_dims)
+
+
+def select(found: jax.Array | None, rows: jax.Array, other: Any) -> jax.Array:
+    """Returns `rows` where they were found, and `other` where they were filled in.
+
+    Args:
+        found: what `found_rows` returns.
+        rows: what is laid out as the result, perhaps with the rank behind.
+        other: a number.
+    """
+    if found is None:
+        return rows
+    found = found.reshape(*found.shape, *[1] * (rows.ndim - found.ndim))
+    shape = jnp.broadcast_shapes(found.shape, rows.shape)
+    rows = jnp.broadcast_to(rows, shape)
+    return jnp.where(as_laid_out(jnp.broadcast_to(found, shape), rows), rows, other)
+
+
+def lacks_rows(eqn: Any, factor: jax.Array) -> bool:
+    """Returns whether an aligned factor has none of the axes that are indexed."""
     layout = row_layout(eqn)
-    if layout is None or eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
-        return scale
-    single = (*layout.indexed, *layout.batching)
-    here = [n if i in single else 1 for i, n in enumerate(shape)]
-    inside = gather_rows(eqn, jnp.ones((*here, 1), scale.dtype), shape, others)
-    return jnp.where(inside > 0, scale, 1)
+    return layout is not None and all(factor.shape[i] == 1 for i in layout.indexed)
 
 
 def _without_indexed(factor: jax.Array, layout: RowLayout) -> jax.Array:

@@ -15,7 +15,7 @@ from jax import lax
 
 from ._axes import free_axes
 from ._compat import RANK_FIRST_ON_CPU
-from ._dtypes import summed_in
+from ._dtypes import is_workable, product_dtype, summands_in, summed_in, workable
 from ._sharding import dot_sharding, explicit_sharding
 
 Axes = tuple[int, ...]
@@ -44,6 +44,10 @@ class KernelDims:
     def precision(self) -> Any:
         """The precision of the base product, used for the low-rank ones too."""
         return dict(self.params)["precision"]
+
+    def result_dtype(self, kernel: Any) -> Any:
+        """The dtype of the base product, and of its cotangent."""
+        return dict(self.params)["preferred_element_type"] or kernel.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +112,11 @@ def base_product(
     return lax.dot_general(x, w, pairs, **dict(one.params))
 
 
-def compute_dtype(x: jax.Array, kernel: jax.Array) -> Any:
-    """The dtype of the skinny products: that of the operands, if it is floating."""
-    floating = [v.dtype for v in (x, kernel) if jnp.issubdtype(v.dtype, jnp.inexact)]
-    return jnp.result_type(*floating) if floating else jnp.float32
+def compute_dtype(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> Any:
+    """The dtype of the skinny products of a group; only dtypes are read."""
+    pairs = zip(dims.kernels, kernels, strict=True)
+    own = [product_dtype(x.dtype, w.dtype, one.result_dtype(w)) for one, w in pairs]
+    return jnp.result_type(*own)
 
 
 def per_kernel(value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
@@ -136,6 +141,9 @@ def as_laid_out(value: jax.Array, other: jax.Array) -> jax.Array:
 
 def as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
     """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
+    real = not jnp.issubdtype(primal.dtype, jnp.complexfloating)
+    if real and jnp.issubdtype(gradient.dtype, jnp.complexfloating):
+        gradient = lax.real(gradient)
     return as_laid_out(lax.convert_element_type(gradient, primal.dtype), primal)
 
 
@@ -187,7 +195,7 @@ class Layout(NamedTuple):
     def shrink_cotangent(self, dy: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
         """`dy·bᵀ: (batch, free of x, r)`."""
         free_of_b = range(self.n_batch, b.ndim - 1)
-        contract = (self.dy_w, free_of_b)
+        contract, dy = (self.dy_w, free_of_b), workable(dy, dtype)
         return dot(dy, b, contract, (self.batch, self.batch), dtype, self.precision)
 
     def grad_b(self, h: jax.Array, dy: jax.Array, b: jax.Array) -> jax.Array:
@@ -195,38 +203,41 @@ class Layout(NamedTuple):
         h_rows = range(self.n_batch, h.ndim - 1)
         batch = (self.batch, self.batch)
         return as_type_of(
-            _rank_last(h, dy, (h_rows, self.dy_x), batch, b.dtype, self.precision), b
+            rank_last(h, dy, (h_rows, self.dy_x), batch, b.dtype, self.precision), b
         )
 
     def grad_a(self, x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
         """`xᵀ·g: (batch, contract, r)`, accumulated in float32."""
         g_rows = range(self.n_batch, g.ndim - 1)
         batch = (self.batch, self.x_batch)
-        da = _rank_last(g, x, (g_rows, self.x_free), batch, dtype, self.precision)
+        da = rank_last(g, x, (g_rows, self.x_free), batch, dtype, self.precision)
         # The contracting axes come out in the order of x; a has them in pairs' order.
         order = [sorted(self.x_contract).index(i) for i in self.x_contract]
         n = self.n_batch
         order = (*self.batch, *(n + i for i in order), da.ndim - 1)
         return lax.transpose(da, order)
 
-    def grad_x(self, dy: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
-        """`dy·Wᵀ` in the layout of `x`."""
+    def grad_x(
+        self, dy: jax.Array, w: jax.Array, x: jax.Array, dtype: Any
+    ) -> jax.Array:
+        """`dy·Wᵀ` in the layout of `x`, a summand of its gradient."""
         contract, batch = (self.dy_w, self.w_free), (self.batch, self.w_batch)
-        dx = dot(dy, w, contract, batch, x.dtype, self.precision)
+        dtype = summands_in(x.dtype, dtype)
+        dx = dot(dy, w, contract, batch, dtype, self.precision)
         ascending = sorted(range(len(self.w_contract)), key=self.w_contract.__getitem__)
         return self._like_x(dx, [self.x_contract[i] for i in ascending], x)
 
     def grad_x_of_delta(self, g: jax.Array, a: jax.Array, x: jax.Array) -> jax.Array:
-        """`g·aᵀ` in the layout of `x`."""
-        contract = ((g.ndim - 1,), (a.ndim - 1,))
-        dx = dot(g, a, contract, (self.batch, self.batch), x.dtype, self.precision)
+        """`g·aᵀ` in the layout of `x`, a summand of its gradient."""
+        contract, dtype = ((g.ndim - 1,), (a.ndim - 1,)), summands_in(x.dtype, g.dtype)
+        dx = dot(g, a, contract, (self.batch, self.batch), dtype, self.precision)
         return self._like_x(dx, list(self.x_contract), x)
 
     def _like_x(self, dx: jax.Array, contract: list[int], x: jax.Array) -> jax.Array:
         """Lays `(batch, free, contract)` out as `x`."""
         order = [*self.x_batch, *self.x_free, *contract]
         dx = lax.transpose(dx, [order.index(i) for i in range(x.ndim)])
-        return as_type_of(dx, x)
+        return as_laid_out(dx, x)
 
     def like_kernel(self, value: jax.Array, contract: Sequence[int]) -> jax.Array:
         """Lays `(batch, contract, free)` out as the kernel, given the order of axes."""
@@ -236,13 +247,14 @@ class Layout(NamedTuple):
     def grad_kernel(self, x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array:
         """`xᵀ·dy` in the layout of the kernel."""
         contract, batch = (self.x_free, self.dy_x), (self.x_batch, self.batch)
-        dw = dot(x, dy, contract, batch, w.dtype, self.precision)
+        dtype = summands_in(w.dtype, product_dtype(x.dtype, w.dtype, dy.dtype))
+        dw = dot(x, dy, contract, batch, dtype, self.precision)
         ascending = sorted(range(len(self.x_contract)), key=self.x_contract.__getitem__)
         contracted = [self.w_contract[i] for i in ascending]
         return as_type_of(self.like_kernel(dw, contracted), w)
 
 
-def _rank_last(
+def rank_last(
     skinny: jax.Array,
     wide: jax.Array,
     contract: tuple[Sequence[int], Sequence[int]],
@@ -251,9 +263,9 @@ def _rank_last(
     precision: Any,
 ) -> jax.Array:
     """The gradient of a factor, `(batch, free of wide, r)`, in float32 at least."""
-    dtype = summed_in(dtype)
+    dtype = summed_in(dtype, skinny.dtype, wide.dtype)
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
+    if on_cpu or not is_workable(wide.dtype):
         # Inside of a loop XLA's CPU runtime has no product of 16-bit operands with a
         # 32-bit result: "Unsupported element type for DotThunk::Execute" (jax 0.12).
         skinny, wide = skinny.astype(dtype), wide.astype(dtype)

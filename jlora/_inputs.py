@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, base_of
-from ._analyze import Program, Step
 from ._axes import KernelAxes
-from ._carry import CARRY
+from ._broadcast import cut
+from ._carry import CARRY, take_rows
 from ._compat import (
     JIT,
     REMAT,
@@ -42,8 +42,10 @@ from ._factors import LoraFactors
 from ._init import key_of
 from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
+from ._mix import MIXES
 from ._sharding import factor_spec
 from ._trace import Traced
+from ._view import Program, Step
 
 # What is gathered for the probes of one value, in their shapes; () for a plain value.
 Gathered = tuple[jax.Array, ...]
@@ -191,6 +193,8 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
         return uses
     (eqn,) = step.eqns
     values, name = [read(v) for v in eqn.invars], eqn.primitive.name
+    if step.along is not None:
+        values = cut(values, step.along)
     if step.action == "enter":
         if name not in _ENTER:
             raise UnsupportedFeatureError(
@@ -201,7 +205,15 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
     if step.action == "consume":
         return _use(eqn, values, tally)
     if step.action in ("carry", "lookup"):
-        outputs = CARRY[name].run(eqn, values)
+        if name in MIXES:
+            raise UnsupportedFeatureError(
+                f"`lora.inputs` cannot count the inputs of a target that {name} at "
+                f"{source_line(eqn)} mixes with a frozen value; leave the target out "
+                "of the config that it is made with"
+            )
+        # A probe is not to be zero, row by row, where all rows share it.
+        move = (lambda *args: [take_rows(*args)]) if name == "gather" else None
+        outputs = (move or CARRY[name].run)(eqn, values)
         if step.action == "carry":
             return outputs
         for term in lookup_terms(eqn, values[0], outputs):

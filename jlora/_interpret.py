@@ -7,15 +7,19 @@ from typing import Any
 
 import jax
 
-from ._adapted import materialize
-from ._analyze import Analysis, Program, Step, Views
-from ._carry import CARRY
+from ._adapted import base_of, materialize
+from ._analyze import Analysis
+from ._broadcast import cut
+from ._carry import CARRY, scale_beside, take_rows
 from ._compat import equation_scope, is_literal, rebind
 from ._consume import EVALUATE, add_rows
 from ._control_flow import CONTROL_FLOW
+from ._gather import found_rows
 from ._lazy import called, dense, is_lazy
 from ._lazy_moves import carried, stays_small
 from ._products import run_products
+from ._recall import Recall
+from ._view import Program, Step, Value
 
 # Returns the value of a variable of a jaxpr.
 Read = Callable[[Any], Any]
@@ -83,22 +87,38 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
     (eqn,) = step.eqns
     values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name
+    if step.along is not None:
+        values = cut(values, step.along)
     if step.action == "plain":
         return _plain(eqn, values, derive)
     if step.action == "enter":
-        deeper = functools.partial(run, derive=derive)
-        return CONTROL_FLOW[name].run(eqn, step, values, deeper)
+        return CONTROL_FLOW[name].run(eqn, step, values, _deeper(derive))
     with jax.named_scope("jlora"):
         if step.action == "consume":
             return EVALUATE[name](eqn, list(map(dense, values)), derive)
         if not (name in CARRY and CARRY[name].together):
             # What stands beside the adapted operand.
             values = list(map(dense, values))
+        if step.beside:
+            return scale_beside(eqn, values)
         if step.action == "carry":
             return CARRY[name].run(eqn, values)
         if step.action == "lookup":
-            return list(map(add_rows, CARRY[name].run(eqn, values)))
+            return _lookup(eqn, values)
         return rebind(eqn, [materialize(value) for value in values])
+
+
+def _lookup(eqn: Any, values: list[Any]) -> list[jax.Array]:
+    if eqn.primitive.name != "gather":
+        return list(map(add_rows, CARRY[eqn.primitive.name].run(eqn, values)))
+    found = found_rows(eqn, base_of(values[0]).shape, *values[1:])
+    return [add_rows(take_rows(eqn, values), found)]
+
+
+@functools.cache
+def _deeper(derive: str) -> Callable[..., list[Any]]:
+    """Returns what runs the programs inside of a program: always the same function."""
+    return functools.partial(run, derive=derive)
 
 
 # --- kernels that are quantised and not adapted ---
@@ -107,7 +127,10 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
 class _Nothing(Analysis):
     """The analysis of an equation whose operands carry no adapted kernel."""
 
-    def first_order(self, eqn: Any, views: list[Views]) -> tuple[Step, list[Views]]:
+    def __init__(self) -> None:
+        super().__init__(CONTROL_FLOW, Recall(), frozenset())
+
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Is not asked: without views every step is plain."""
         raise AssertionError(f"{eqn.primitive.name} has views")
 
@@ -119,9 +142,8 @@ def _plain(eqn: Any, values: list[Any], derive: str) -> Sequence[Any]:
     name = eqn.primitive.name
     if name in CONTROL_FLOW:
         wanted, rule = (True,) * len(eqn.outvars), CONTROL_FLOW[name]
-        analysis = _Nothing(CONTROL_FLOW)
-        step, _ = rule.analyze(analysis, eqn, [()] * len(values), wanted)
-        return rule.run(eqn, step, values, functools.partial(run, derive=derive))
+        step, _ = rule.analyze(_Nothing(), eqn, [Value()] * len(values), wanted)
+        return rule.run(eqn, step, values, _deeper(derive))
     if name in CARRY and stays_small(eqn, values):
         return carried(eqn, values)
     return called(eqn, values, derive)

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._adapted import Part, whole
 from ._axes import free_axes
 from ._compat import manual_axes, vary
-from ._dtypes import summed_in
-from ._group import as_laid_out, as_type_of, compute_dtype, dot
+from ._dtypes import summands_in, summed_in, workable
+from ._group import as_laid_out, as_type_of, dot
 
 _RANK = "R"
 
@@ -137,19 +138,20 @@ class Arrays(NamedTuple):
 
 
 def add_labelled(
-    eqn: Any, operand: int, x: jax.Array, kernel: Any, part: Any, y: Any, *, derive: str
+    eqn: Any, operand: int, x: jax.Array, dtype: Any, part: Part, y: Any, *, derive: str
 ) -> jax.Array:
     """Returns `y + s·(x·a)·b`, in the dtype and layout of `y`.
 
     Args:
         eqn: the `dot_general` of the base product.
         operand: which operand is the kernel.
-        x: the other operand.
-        kernel: the kernel; its dtype is read.
+        x: the other operand, in a dtype that products are computed in.
+        dtype: the dtype of the skinny products.
         part: factors that are laid out along the axes of the kernel.
         y: the base product.
         derive: who derives the backward pass.
     """
+    part = whole(part)
     own = [[i for i, n in enumerate(v.shape[:-1]) if n != 1] for v in (part.a, part.b)]
     labels = Labels.of(eqn, operand, *own)
     bare = [
@@ -160,7 +162,6 @@ def add_labelled(
     arrays = Arrays(x, first, second)
     varying = frozenset().union(*map(manual_axes, (*arrays, y)))
     arrays, y = jax.tree.map(lambda array: vary(array, varying), (arrays, y))
-    dtype = compute_dtype(x, kernel)
     static = Static(labels, part.scaling, dtype, eqn.params["precision"])
     run = _branch if derive == "custom" else _evaluate
     return run(static, arrays, y)
@@ -169,8 +170,10 @@ def add_labelled(
 def _evaluate(static: Static, arrays: Arrays, y: jax.Array) -> jax.Array:
     labels, second = static.labels, arrays.second.astype(static.dtype)
     h = static.scaling * _shrink(static, arrays)
-    delta = _dot(static, h, labels.h, second, labels.second, labels.out, y.dtype)
-    return y + as_laid_out(jnp.broadcast_to(delta, y.shape), y)
+    wide = summands_in(y.dtype, h.dtype)
+    delta = _dot(static, h, labels.h, second, labels.second, labels.out, wide)
+    delta = as_laid_out(jnp.broadcast_to(delta, y.shape), y)
+    return (y.astype(wide) + delta).astype(y.dtype)
 
 
 def _shrink(static: Static, arrays: Arrays) -> jax.Array:
@@ -192,19 +195,17 @@ def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, An
     """With `g = s·dy·second`: `dx = g·first`, `dfirst = x·g`, `dsecond = s·h·dy`."""
     labels, dtype = static.labels, static.dtype
     x, first, second = arrays
+    own = workable(dy, dtype)
     g = static.scaling * _dot(
-        static, dy, labels.out, second.astype(dtype), labels.second, labels.h, dtype
+        static, own, labels.out, second.astype(dtype), labels.second, labels.h, dtype
     )
     h = static.scaling * _shrink(static, arrays)
-    of_first = _gradient(static, x, labels.x, g, labels.h, labels.first, first)
-    of_second = _gradient(static, h, labels.h, dy, labels.out, labels.second, second)
-    dx = None
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        dx = _dot(
-            static, g, labels.h, first.astype(dtype), labels.first, labels.x, x.dtype
-        )
-        dx = as_type_of(jnp.broadcast_to(dx, x.shape), x)
-    return Arrays(dx, of_first, of_second), dy  # type: ignore[arg-type]
+    dx = _dot(static, g, labels.h, first.astype(dtype), labels.first, labels.x, dtype)
+    return Arrays(
+        as_type_of(jnp.broadcast_to(dx, x.shape), x),
+        _gradient(static, x, labels.x, g, labels.h, labels.first, first),
+        _gradient(static, h, labels.h, own, labels.out, labels.second, second),
+    ), dy
 
 
 _branch.defvjp(_forward, _backward)
@@ -220,7 +221,7 @@ def _gradient(
     factor: jax.Array,
 ) -> jax.Array:
     """Returns the gradient of a factor, accumulated in float32 at least."""
-    dtype = summed_in(factor.dtype)
+    dtype = summed_in(factor.dtype, lhs.dtype, rhs.dtype)
     if jax.default_backend() == "cpu":
         # It has no products of 16-bit operands with a 32-bit result inside of loops.
         lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
@@ -247,6 +248,8 @@ def _dot(
     contract = [c for c in shared if c not in out]
     places = lambda labels, which: [labels.index(c) for c in which]
     pairs = [(places(left, w), places(right, w)) for w in (contract, batch)]
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
     product = dot(lhs, rhs, pairs[0], pairs[1], dtype, static.precision)
     found = batch + [c for c in left + right if c not in shared]
     product = lax.transpose(product, [found.index(c) for c in out if c in found])

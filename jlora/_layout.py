@@ -1,6 +1,7 @@
 """The layout of params by path, read from arrays, shardings, specs or Flax's boxes."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -40,7 +41,10 @@ class Layout:
         mesh: AnyMesh | None = None,
         rules: Rules | None = None,
     ) -> "Layout":
-        """Reads the layout of `params`, as `shardings` takes them."""
+        """Reads the layout of `params`, as `shardings` takes them.
+
+        Without `rules` those that Flax has in force count.
+        """
         is_leaf = lambda n: (
             n is None or is_box(n) or is_quantized(n) or isinstance(n, _SAYS)
         )
@@ -52,7 +56,8 @@ class Layout:
                 f"the shardings of {traced[:3]} are not known while they are traced; "
                 "call `jlora.shardings` outside of `jax.jit`"
             )
-        return cls(nodes, mesh or _mesh_of(nodes.values()), rules or ())
+        rules = _rules_in_force() if rules is None else rules
+        return cls(nodes, mesh or _mesh_of(nodes.values()), rules)
 
     def sharding(self, path: str, ndim: int) -> Sharding:
         """Returns the sharding of the leaf at `path`.
@@ -130,8 +135,9 @@ def _spec(
     if isinstance(inner, PartitionSpec):
         spec = inner
     elif is_box(node):
-        names, own_rules = _names_of(node)
-        spec = PartitionSpec(*_on_mesh(names, own_rules or rules, mesh))
+        names, rules = _names_of(node, rules)
+        _check_known(path, names, rules, mesh)
+        spec = PartitionSpec(*_on_mesh(names, rules, mesh))
     else:
         spec = PartitionSpec()
     unknown = {n for e in spec for n in names_of_entry(e)} - set(mesh.axis_names)
@@ -143,22 +149,52 @@ def _spec(
     return spec
 
 
-def _names_of(box: Any) -> tuple[tuple[Any, ...], Rules | None]:
-    """Returns the names of a Flax box, one per axis, and the rules that it brings."""
+def _names_of(box: Any, rules: Rules) -> tuple[tuple[Any, ...], Rules]:
+    """Returns the names of a Flax box, one per axis, and the rules that hold for it.
+
+    As in Flax, rules of its own stand in place of others, or in NNX before them.
+    """
     if hasattr(box, "get_partition_spec"):  # nn.Partitioned, nn.LogicallyPartitioned
-        return tuple(box.get_partition_spec()), getattr(box, "rules", None)
+        own = getattr(box, "rules", None)
+        return tuple(box.get_partition_spec()), own or rules
     metadata = box.get_metadata() if hasattr(box, "get_metadata") else {}
     names = metadata.get("out_sharding")
     if isinstance(names, NamedSharding):
         names = names.spec
-    return tuple(names or ()), metadata.get("sharding_rules")
+    return tuple(names or ()), (*(metadata.get("sharding_rules") or ()), *rules)
+
+
+def _rules_in_force() -> Rules:
+    """Returns the rules of `logical_axis_rules`, if Flax has been imported at all.
+
+    There are no boxes of Flax where it has not.
+    """
+    for name in ("flax.core.spmd", "flax.linen.spmd"):
+        get = getattr(sys.modules.get(name), "get_logical_axis_rules", None)
+        if get is not None:
+            return tuple(get() or ())
+    return ()
+
+
+def _check_known(path: str, names: Sequence[Any], rules: Rules, mesh: AnyMesh) -> None:
+    """Raises if a box has a name that is no axis of the mesh and has no rule."""
+    ruled = {alias for alias, _ in rules}
+    unruled = [name for name in names if name not in ruled]
+    used = {one for name in unruled for one in names_of_entry(name)}
+    if unknown := sorted(map(str, used - set(mesh.axis_names))):
+        raise ValueError(
+            f"{path!r} has the axes {tuple(names)}, of which {unknown} are neither "
+            f"axes of the mesh {tuple(mesh.axis_names)} nor named by a rule. Pass "
+            '`rules=[("embed", "fsdp"), ...]`, call `jlora.shardings` within Flax\'s '
+            "`logical_axis_rules(...)`, or give a name the rule None to replicate it"
+        )
 
 
 def _on_mesh(names: Sequence[Any], rules: Rules, mesh: AnyMesh) -> list[MeshAxes]:
     """Returns the mesh axes of logical names; each mesh axis is given away once.
 
     As in Flax, rules are tried in their order, and a rule whose mesh axes are taken is
-    passed over. A name without a rule is that of a mesh axis, or replicated.
+    passed over. A name without a rule is that of a mesh axis.
     """
     ruled = {alias for alias, _ in rules}
     found = {

@@ -199,7 +199,7 @@ def _backward(
     dys = [instantiate(dy) for dy in cotangents]
     if is_lazy(operands.kernels):
         operands, dys = kept_apart(operands, dys)
-    a = side_by_side(operands)
+    a = side_by_side(dims, operands)
     h = shrink(dims, operands) if kept is None else kept
 
     def run(form: Form, operands: Operands, a: Any, dys: Any) -> Backward:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, complete
+from ._adapted import Adapted, Part, complete, times_place
 from ._analyze import indexed_axes
 from ._axes import Shape, free_axes
 from ._compat import manual_axes, rebind
@@ -64,7 +64,8 @@ def use_terms(
     """Returns what the columns of a probe gather in a product or convolution."""
     shape, x = values[operand].base.shape, values[1 - operand]
     x = x.astype(summed_in(x.dtype))
-    probe, ones = part.a[..., :-1], part.a[..., -1:]
+    a = _placed(eqn, operand, part)
+    probe, ones = a[..., :-1], a[..., -1:]
     own = _own_axes(eqn, operand, part)
     if eqn.primitive.name == "dot_general":
         apply = lambda probe: _dot(eqn, operand, x, probe, shape, own)
@@ -75,10 +76,27 @@ def use_terms(
         apply = lambda probe: _ragged(eqn, x, values[2:], probe, shape)
         ones = complete(ones, _ragged_shared(eqn), shape)
     h, pull = jax.vjp(apply, lax.stop_gradient(probe))
+    # The norm of a complex x·Ω: its gradient is the real part of xᴴ·x·Ω.
+    h = lax.conj(h) if jnp.issubdtype(h.dtype, jnp.complexfloating) else h
     yield probe, pull(h)[0] / _copies(part)
     summed = [i for i in _summed_axes(eqn, operand) if i not in own]
     ones = complete(ones, summed, shape)
     yield ones, _counted(ones, _rows(eqn, operand, values), summed)
+
+
+def _placed(eqn: Any, operand: int, part: Part) -> jax.Array:
+    """Returns a probe that is zero where its part does not stand, but among outputs."""
+    shared = ()
+    if eqn.primitive.name == "dot_general":
+        shared = dot_dims(eqn, operand)[1]
+    elif eqn.primitive.name != "conv_general_dilated":
+        shared = _ragged_shared(eqn)
+    taken = {*_summed_axes(eqn, operand), *shared}
+    a = part.a
+    for place in part.places:
+        along = {i for i, n in enumerate(place.shape) if n != 1}
+        a = times_place(a, place) if along & taken or not along else a
+    return a
 
 
 def lookup_terms(eqn: Any, value: Adapted, rows: Sequence[Adapted]) -> Iterator[Term]:
@@ -89,7 +107,12 @@ def lookup_terms(eqn: Any, value: Adapted, rows: Sequence[Adapted]) -> Iterator[
     indexed, shape = indexed_axes(eqn), value.base.shape
     for part, row in zip(value.parts, rows[0].parts, strict=True):
         if all(shape[i] == 1 or part.b.shape[i] == 1 for i in indexed):
-            probe, ones = row.a[..., :-1], row.a[..., -1:]
+            a = row.a
+            for place in row.places:
+                sides = zip(place.shape, row.a.shape, strict=True)
+                outputs = any(n != 1 == m for n, m in sides)
+                a = a if outputs else times_place(a, place)
+            probe, ones = a[..., :-1], a[..., -1:]
             yield probe, jnp.where(jnp.isnan(probe), 0, probe) / _copies(part)
             yield ones, _counted(ones, 1, ()) / _copies(part)
 

@@ -1,6 +1,5 @@
 """From abstract params and an optimizer to bytes: nothing is allocated to know them."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,13 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
 from ._factors import PyTree
-from ._layout import AnyMesh, Layout
+from ._layout import AnyMesh, Layout, unboxed
 from ._memory import Memory
-from ._paths import FlatParams
+from ._paths import FlatParams, is_box
 from ._placement import fitting, state_shardings
 from ._placement import shardings as shardings_of
 from ._quantized import arrays_of
-from ._target import Target, entry_of
+from ._target import Target, counted, entry_of
 from ._trace import is_array
 
 # An array, or its shape and dtype, and how it is laid out; None: whole everywhere.
@@ -42,7 +41,10 @@ def measure(
     layout = _layout(params, mesh, shardings)
     base = _placed_base(params, layout)
     floats = lambda placed: jnp.issubdtype(placed[0].dtype, jnp.floating)
-    floating = {path: placed for path, placed in base.items() if floats(placed)}
+    flat = FlatParams.of(params)
+    pairs = zip(flat.paths, counted(flat, targets), strict=True)
+    own = {path: base[path] for path, counts in pairs if counts and path in base}
+    floating = {path: placed for path, placed in own.items() if floats(placed)}
     adapter = abstract_adapter(targets)
     places = shardings_of(layout.nodes, adapter, mesh=layout.mesh)
     factors = list(zip(*map(jax.tree.leaves, (adapter, places)), strict=True))
@@ -50,7 +52,7 @@ def measure(
     return Memory(
         devices=_devices([*base.values(), *inputs]),
         trainable=sum(target.trainable for target in targets),
-        params=sum(math.prod(leaf.shape) for leaf, _ in base.values()),
+        params=sum(math.prod(leaf.shape) for leaf, _ in own.values()),
         base=_stored(base.values()),
         factors=_bytes(factors),
         optimizer=_state_bytes(optimizer, adapter, places),
@@ -58,7 +60,7 @@ def measure(
         full_gradients=_bytes(floating.values()),
         full_optimizer=_full_state_bytes(optimizer, floating),
         checkpoint=_bytes((leaf, None) for leaf, _ in factors),
-        full_checkpoint=_stored((leaf, None) for leaf, _ in base.values()),
+        full_checkpoint=_stored((leaf, None) for leaf, _ in own.values()),
     )
 
 
@@ -88,8 +90,9 @@ def _layout(params: PyTree, mesh: AnyMesh | None, shardings: PyTree) -> Layout:
     layout = Layout.of(params, mesh=mesh)
     if layout.mesh is not None:
         return layout
-    # Nothing says a sharding: one device, and every leaf whole on it.
-    return dataclasses.replace(layout, mesh=AbstractMesh((1,), ("device",)))
+    # Nothing says a sharding: one device, and every leaf whole on it, named or not.
+    nodes = {path: unboxed(n) if is_box(n) else n for path, n in layout.nodes.items()}
+    return Layout(nodes, AbstractMesh((1,), ("device",)), ())
 
 
 def _placed_base(params: PyTree, layout: Layout) -> dict[str, Placed]:

@@ -104,6 +104,14 @@ def reshape(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arra
     return factor.reshape(*sizes, factor.shape[-1])
 
 
+def tile(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """Repeats a factor along the axes that it has."""
+    reps = enumerate(eqn.params["reps"])
+    return jnp.tile(
+        factor, [n if present(factor, i, shape) else 1 for i, n in reps] + [1]
+    )
+
+
 # --- pieces of a value ---
 
 
@@ -175,26 +183,31 @@ def unstack(eqn: Any, operands: list[Any]) -> list[Any]:
 # --- pads and concatenations ---
 
 
-def _hold(part: Part, axis: int, shape: Shape) -> Part:
-    """Returns the part with `axis` present in at least one factor."""
-    if any(present(f, axis, shape) for f in (part.a, part.b)):
-        return part
-    return dataclasses.replace(part, a=complete(part.a, [axis], shape))
-
-
 def _pad_part(part: Part, config: Sequence[tuple], shape: Shape) -> Part:
-    """Pads both factors with zeros where they have the padded axis."""
-    for axis, amounts in enumerate(config):
-        if any(amounts):
-            part = _hold(part, axis, shape)
+    """Pads with zeros what has the padded axes; where nothing has one, notes its place.
 
-    def pad(factor: jax.Array) -> jax.Array:
-        here = [present(factor, axis, shape) for axis in range(len(shape))]
-        amounts = [c if h else (0, 0, 0) for c, h in zip(config, here, strict=True)]
-        zero = jnp.zeros((), factor.dtype)
-        return lax.pad(factor, zero, [*amounts, (0, 0, 0)])
+    An axis of size one may be of either side: the use will tell.
+    """
+    own = [part.a, part.b, *part.places]
+    has = lambda axis: any(present(f, axis, shape) for f in own)
+    padded = [axis for axis, amounts in enumerate(config) if any(amounts)]
+    alone = [axis for axis in padded if shape[axis] == 1 or not has(axis)]
 
-    return part.each(pad)
+    def pad(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+        amounts = [c if i in axes else (0, 0, 0) for i, c in enumerate(config)]
+        return lax.pad(array, jnp.zeros((), array.dtype), [*amounts, (0, 0, 0)])
+
+    def moved(array: jax.Array) -> jax.Array:
+        held = [i for i in padded if i not in alone and present(array, i, shape)]
+        return pad(array, held)
+
+    def place(axis: int) -> jax.Array:
+        sizes = [n if i == axis else 1 for i, n in enumerate(shape)]
+        return pad(jnp.ones([*sizes, 1], part.a.dtype), [axis])
+
+    part = part.each(moved)
+    places = (*part.places, *map(place, alone))
+    return dataclasses.replace(part, places=places)
 
 
 def pad(eqn: Any, operands: list[Any]) -> list[Any]:

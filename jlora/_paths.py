@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,11 +36,19 @@ def is_quantized(node: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FlatParams:
-    """A params tree as a list of leaves with their canonical paths."""
+    """A params tree as a list of leaves with their canonical paths.
+
+    Attributes:
+        paths: the paths of the leaves.
+        leaves: the leaves.
+        treedef: the structure of the tree.
+        collections: the collections beside "params", if these are Linen's variables.
+    """
 
     paths: tuple[str, ...]
     leaves: tuple[Any, ...]
     treedef: Any
+    collections: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, params: Any) -> "FlatParams":
@@ -54,7 +63,15 @@ class FlatParams:
             paths.extend([path] * len(jax.tree.leaves(node, is_leaf=is_quantized)))
         _reject_duplicates(paths)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-        return cls(tuple(paths), tuple(leaves), treedef)
+        return cls(tuple(paths), tuple(leaves), treedef, _collections(params))
+
+    def collection(self, path: str) -> str | None:
+        """Returns the collection of a leaf that is no parameter, such as a statistic.
+
+        None for a parameter: in Linen's variables one of "params", else any leaf.
+        """
+        first = path.partition("/")[0]
+        return first if first in self.collections else None
 
     def by_path(self) -> dict[str, Any]:
         """Returns the leaves by path."""
@@ -66,6 +83,17 @@ class FlatParams:
         return self.treedef.unflatten([new.get(path, leaf) for path, leaf in pairs])
 
 
+def _collections(params: Any) -> frozenset[str]:
+    """Returns the names of what Linen's variables have beside "params".
+
+    They are known as a dict, or Flax's frozen one, that has params as a dict in it.
+    """
+    is_dict = lambda node: isinstance(node, dict) or hasattr(type(node), "unfreeze")
+    if not is_dict(params) or not is_dict(params.get("params")):
+        return frozenset()
+    return frozenset(map(str, params)) - {"params"}
+
+
 def _reject_duplicates(paths: Sequence[str]) -> None:
     twice = sorted(path for path, times in Counter(paths).items() if times > 1)
     if twice:
@@ -75,6 +103,19 @@ def _reject_duplicates(paths: Sequence[str]) -> None:
         )
 
 
+def flags_of(pattern: str) -> str:
+    """Returns the flags for a whole pattern, which stand at its beginning.
+
+    >>> flags_of("(?i)(query|value)")
+    '(?i)'
+    """
+    found = _FLAGS.match(pattern)
+    return found[0] if found else ""
+
+
+_FLAGS = re.compile(r"(?:\(\?[aiLmsux]+\))*")
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compiles a pattern that must match a run of whole path segments.
 
@@ -82,14 +123,39 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     True
     >>> bool(compile_pattern("query").search("params/query_norm/scale"))
     False
+    >>> bool(compile_pattern("(?i)Query").search("params/attention/query/kernel"))
+    True
     """
-    return re.compile(rf"(?:^|(?<=/))(?:{pattern})(?:$|(?=/))")
+    flags = flags_of(pattern)
+    # With the flag for comments one may end the pattern, and the line ends it.
+    end = "\n" if "x" in flags else ""
+    run = pattern[len(flags) :] + end
+    return re.compile(rf"{flags}(?:^|(?<=/))(?:{run})(?:$|(?=/))")
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
     """Returns the paths that `pattern` matches, in order."""
     compiled = compile_pattern(pattern)
     return [path for path in paths if compiled.search(path)]
+
+
+def names(pattern: str, path: str) -> bool:
+    """Returns whether a pattern matches a path for what its first segment is called.
+
+    >>> names("batch_stats/.*", "batch_stats/bn/mean"), names("bn", "batch_stats/bn/m")
+    (True, False)
+    """
+    compiled = compile_pattern(pattern)
+    first, slash, rest = path.partition("/")
+    other = first.translate(_OTHER) + slash + rest
+    return bool(compiled.search(path)) and not compiled.search(other)
+
+
+# Each letter is another one of its kind: what matches that, matches any name.
+_LETTERS = string.ascii_letters
+_OTHER = str.maketrans(
+    _LETTERS, _LETTERS[13:26] + _LETTERS[:13] + _LETTERS[39:] + _LETTERS[26:39]
+)
 
 
 def nearest(pattern: str, paths: Iterable[str], n: int = 3) -> list[str]:

@@ -42,9 +42,9 @@ def shardings(
             x)`. Boxed factors will do.
         mesh: the mesh for specs and names; by default that of the params' shardings, or
             the one set by `jax.set_mesh`.
-        rules: pairs of a logical name and the mesh axes it stands for, as Flax's
-            `nn.logical_axis_rules` takes them, for boxes that have none. Names without
-            a rule that are no mesh axis are replicated.
+        rules: pairs of a logical name and the mesh axes it stands for (None: it is
+            replicated), for boxes that have none; by default those that Flax has in
+            force (`nn.logical_axis_rules`). A name without a rule is a mesh axis.
         replicate: whether all factors are whole on every device instead: no gathering
             of factors where the params are sharded over the axis of the data (FSDP),
             at the price of their memory.
@@ -55,7 +55,8 @@ def shardings(
 
     Raises:
         ValueError: if a leaf of the adapter has no place in `params`, a spec does not
-            fit its leaf or its mesh, or there is no mesh. All offenders are collected.
+            fit its leaf or its mesh, a name is known to neither rules nor mesh, or
+            there is no mesh. All offenders are collected.
         TypeError: if the leaves are traced: shardings are known outside of `jax.jit`.
 
     Example:

@@ -4,7 +4,7 @@ import dataclasses
 import html
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from ._measure import measure, stored_bytes
 from ._memory import Memory, human
 from ._paths import FlatParams, is_quantized
 from ._quantized import qtype_of
-from ._target import Target, Unusable
+from ._target import Target, Unusable, counted
 from ._trace import Traced, is_array
 
 
@@ -30,9 +30,12 @@ class Plan:
         targets: the leaves that will be trained, in the order of the params.
         unusable: leaves that a pattern matched and that are no targets, each with the
             reason.
-        total: the number of values in the params.
+        total: the number of values in the params. Of Linen's variables these are the
+            collection "params" and those that hold a target.
         flops: what a step costs; None for a plan from the params alone.
         params: the params as shapes, dtypes and shardings; in no comparison.
+        apart: the other collections of Linen's variables (statistics, caches), each
+            with the number of its values.
 
     Printing a plan gives a table; in a notebook it is shown as HTML.
     """
@@ -42,6 +45,7 @@ class Plan:
     total: int
     flops: Flops | None = None
     params: PyTree = dataclasses.field(default=None, repr=False, compare=False)
+    apart: tuple[tuple[str, int], ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -56,16 +60,21 @@ class Plan:
     def summary(self) -> str:
         """Returns the line of totals."""
         share = 100 * self.trainable / max(self.total, 1)
-        return f"trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
+        told = ", ".join(f"{name} {size:,}" for name, size in self.apart)
+        beside = f"; beside the params: {told}" if told else ""
+        return f"trainable {self.trainable:,} of {self.total:,} ({share:.3f} %){beside}"
 
     def cost(self) -> str:
         """Returns the line of a step's FLOPs and bytes beside full fine-tuning's."""
         trained = [v for t in self.targets for v in t.abstract_arrays.values()]
         own = sum(math.prod(v.shape) * v.dtype.itemsize for v in trained)
+        flat = FlatParams.of(self.params)
         floating = [
             leaf
-            for leaf in jax.tree.leaves(self.params, is_leaf=is_quantized)
-            if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            for leaf, counts in zip(
+                flat.leaves, counted(flat, self.targets), strict=True
+            )
+            if counts and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         ]
         full = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in floating)
         gradients = f"gradients {human(own)} instead of {human(full)}"
@@ -205,17 +214,24 @@ def make_plan(
     traced: Traced | None,
 ) -> Plan:
     """Returns the plan of a resolved config."""
-    arrays = [leaf for leaf in params.leaves if is_array(leaf)]
-    total = sum(math.prod(leaf.shape) for leaf in arrays)
+    counts = counted(params, targets)
+    sizes = [math.prod(v.shape) if is_array(v) else 0 for v in params.leaves]
+    total = sum(size for size, own in zip(sizes, counts, strict=True) if own)
+    apart: Counter[str] = Counter()
+    for path, size, own in zip(params.paths, sizes, counts, strict=True):
+        if not own:
+            apart[params.collection(path) or ""] += size
     # A quantised leaf is a tree of arrays.
     each = lambda leaf: jax.tree.map(_abstract, leaf)
     abstract = params.treedef.unflatten(map(each, params.leaves))
-    flops = None if traced is None else _flops(targets, traced)
-    return Plan(tuple(targets), tuple(unusable), total, flops, abstract)
+    own = {path for path, own in zip(params.paths, counts, strict=True) if own}
+    flops = None if traced is None else _flops(targets, traced, own)
+    held = tuple(sorted(apart.items()))
+    return Plan(tuple(targets), tuple(unusable), total, flops, abstract, held)
 
 
-def _flops(targets: Sequence[Target], traced: Traced) -> Flops:
-    places = set(traced.positions.values())
+def _flops(targets: Sequence[Target], traced: Traced, own: Set[str]) -> Flops:
+    places = {place for path, place in traced.positions.items() if path in own}
     is_param = [i in places for i in range(len(traced.inputs))]
     factors = sum((t.rank or 0) * use.factor_flops for t in targets for use in t.uses)
     return step_flops(traced.jaxpr, is_param, factors)

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, complete
+from ._adapted import Adapted, Part, complete, times_place
 from ._axes import free_axes
 from ._branch import Arrays, Static, add_branch
 from ._compat import source_line
 from ._dropout import drop
+from ._dtypes import product_dtype, workable
 from ._errors import MaterializationError
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
 from ._labelled import add_labelled
@@ -32,15 +33,14 @@ def dot_dims(eqn: Any, operand: int) -> tuple[tuple, tuple, tuple, tuple]:
     return contract[operand], batch[operand], contract[other], batch[other]
 
 
-def dot_roles(eqn: Any, operand: int) -> list[str] | None:
-    """Returns the role that a product gives each axis of an operand, if it does."""
+def dot_roles(eqn: Any, operand: int) -> list[str]:
+    """Returns the role that a product gives each axis of an operand."""
     contract, batch, _, _ = dot_dims(eqn, operand)
-    ndim = eqn.invars[operand].aval.ndim
-    roles = ["out"] * ndim
+    roles = ["out"] * eqn.invars[operand].aval.ndim
     for axes, role in ((contract, "in"), (batch, "batch")):
         for axis in axes:
             roles[axis] = role
-    return roles if "in" in roles and "out" in roles else None
+    return roles
 
 
 def group_dims(eqn: Any, operand: int, scaling: float = 1.0) -> GroupDims:
@@ -227,8 +227,14 @@ def _as_matrices(
         a_list.append(factor_matrix(first, [*batch, *contract], shape))
         b = factor_matrix(second, [*batch, *free], shape)
         b_list.append(b if common is not None else part.scaling * b)
-    a, b = concatenate(a_list), concatenate(b_list)
+    a, b = concatenate(_alike(a_list)), concatenate(_alike(b_list))
     return a, b, 1.0 if common is None else common
+
+
+def _alike(factors: list[jax.Array]) -> list[jax.Array]:
+    """Returns factors in one dtype: joined kernels may have configs of their own."""
+    dtype = jnp.result_type(*(factor.dtype for factor in factors))
+    return [factor.astype(dtype) for factor in factors]
 
 
 def contracted_first(
@@ -238,8 +244,27 @@ def contracted_first(
     for first, second in ((part.a, part.b), (part.b, part.a)):
         lacks_free = all(first.shape[i] == 1 for i in free)
         if lacks_free and all(second.shape[i] == 1 for i in contract):
-            return first, second
+            return _placed_in(part, first, second, contract, free)
     return None
+
+
+def _placed_in(
+    part: Part,
+    first: jax.Array,
+    second: jax.Array,
+    contract: Sequence[int],
+    free: Sequence[int],
+) -> tuple[jax.Array, jax.Array] | None:
+    """Multiplies each place into the factor of its side; None if one is of both."""
+    for place in part.places:
+        along = {i for i, n in enumerate(place.shape) if n != 1}
+        if not along & {*contract}:
+            second = times_place(second, place)
+        elif along & {*free}:
+            return None
+        else:
+            first = times_place(first, place)
+    return first, second
 
 
 def factor_matrix(
@@ -266,8 +291,9 @@ def _apart(
         one = Adapted(value.base, (part,))
         matrices = _as_matrices(one, contract, batch)
         if matrices is None:
-            dropped = dropped_input(part, x, words, x_batch)
-            y = add_labelled(eqn, operand, dropped, value.base, part, y, derive=derive)
+            computed = product_dtype(x.dtype, kernel.dtype, y.dtype)
+            dropped = dropped_input(part, workable(x, computed), words, x_batch)
+            y = add_labelled(eqn, operand, dropped, computed, part, y, derive=derive)
             continue
         a, b, scaling = matrices
         static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)

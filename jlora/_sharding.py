@@ -4,6 +4,7 @@ On an Auto mesh XLA chooses and nothing here returns a sharding. On an Explicit 
 each product says how its result is laid out; the rank axis is never sharded.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,6 +45,24 @@ def spec_of(array: jax.Array) -> tuple[Any, ...]:
     sharding = getattr(jax.typeof(array), "sharding", None)
     spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
     return spec + (None,) * (array.ndim - len(spec))
+
+
+def whole_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Returns `array` with none of these axes sharded, on an Explicit mesh."""
+    sharding, spec = explicit_sharding(array), spec_of(array)
+    if sharding is None or not any(spec[i] for i in axes):
+        return array
+    return jax.sharding.reshard(array, without_axes(sharding, spec, axes))
+
+
+def without_axes(
+    sharding: Any, spec: Sequence[Any], axes: Sequence[int]
+) -> NamedSharding | None:
+    """Returns a sharding with nothing along some axes of its spec; None of None."""
+    if sharding is None:
+        return None
+    kept = [None if i in axes else entry for i, entry in enumerate(spec)]
+    return sharding.update(spec=PartitionSpec(*kept))
 
 
 def factor_spec(

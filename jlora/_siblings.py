@@ -6,7 +6,7 @@ group.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._compat import is_var
@@ -27,24 +27,54 @@ def arrange(
         Each equation once, by number: alone, or with those of its group behind it.
     """
     producers = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
+    bounds = _bounds(eqns, producers, movable)
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, operand in kernels.items():
         alike[_key(eqns, producers, i, operand)].append(i)
     groups: dict[int, list[int]] = {}
     earlier: dict[int, set[int]] = defaultdict(set)
     for members in alike.values():
-        while members:
-            leader, *rest = members
-            groups[leader], members = [leader], []
-            for i in rest:
+        bound = {i: bounds.get(eqns[i].invars[kernels[i]], -1) for i in members}
+        for leader, group in _grouped(members, bound):
+            groups[leader] = group
+            for i in group[1:]:
                 kernel = eqns[i].invars[kernels[i]]
-                needed = _ancestors(eqns, producers, kernel, leader)
-                if all(map(movable, needed)):
-                    groups[leader].append(i)
-                    earlier[leader] |= needed
-                else:
-                    members.append(i)
+                _add_ancestors(eqns, producers, kernel, leader, earlier[leader])
     return _order(len(eqns), groups, earlier)
+
+
+def _bounds(
+    eqns: Sequence[Any], producers: Mapping[Any, int], movable: Callable[[int], bool]
+) -> dict[Any, int]:
+    """Returns the last equation that each value must stay behind.
+
+    One that is not movable, among those that it is computed from.
+    """
+    bounds: dict[Any, int] = {}
+    for i, eqn in enumerate(eqns):
+        own = max((bounds.get(v, -1) for v in eqn.invars if is_var(v)), default=-1)
+        bounds.update(dict.fromkeys(eqn.outvars, own if movable(i) else i))
+    return bounds
+
+
+def _grouped(
+    members: Sequence[int], bound: Mapping[int, int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Groups products of one input: each behind the first that it can be moved to."""
+    waiting = sorted(members, key=lambda i: (bound[i], i))
+    taken: set[int] = set()
+    start = 0
+    for leader in members:
+        if leader in taken:
+            continue
+        group = [leader]
+        while start < len(waiting) and bound[waiting[start]] < leader:
+            if waiting[start] not in taken and waiting[start] != leader:
+                group.append(waiting[start])
+            taken.add(waiting[start])
+            start += 1
+        taken.add(leader)
+        yield leader, [leader, *sorted(group[1:])]
 
 
 def _order(
@@ -87,11 +117,14 @@ def _source(eqns: Sequence[Any], producers: Mapping[Any, int], var: Any) -> Any:
     return var
 
 
-def _ancestors(
-    eqns: Sequence[Any], producers: Mapping[Any, int], var: Any, after: int
-) -> set[int]:
-    """Returns the equations behind number `after` that a value is computed from."""
-    found: set[int] = set()
+def _add_ancestors(
+    eqns: Sequence[Any],
+    producers: Mapping[Any, int],
+    var: Any,
+    after: int,
+    found: set[int],
+) -> None:
+    """Adds the equations behind number `after` that a value is computed from."""
     pending = [var]
     while pending:
         index = producers.get(v) if is_var(v := pending.pop()) else None
@@ -99,4 +132,3 @@ def _ancestors(
             continue
         found.add(index)
         pending += eqns[index].invars
-    return found

@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
-from ._analyze import Use
 from ._axes import KernelAxes, Shape
 from ._config import LoraConfig
 from ._dtypes import widest
 from ._entries import SlicedFactors, TrainedRows, sliced_shapes
 from ._factors import LoraFactors
+from ._paths import FlatParams
+from ._view import Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,29 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Unusable:
-    """A leaf that a config matched and that is no target, with the reason."""
+    """A leaf that a config matched and that is no target, with the reason.
+
+    Attributes:
+        path: its canonical path.
+        shape: its shape.
+        reason: why it is no target.
+        is_opaque: whether it may be a kernel all the same: two of its axes at least
+            go into an operation of which jlora knows nothing, or uses disagree.
+    """
 
     path: str
     shape: tuple[int, ...]
     reason: str
+    is_opaque: bool = False
+
+
+def counted(params: FlatParams, targets: Iterable[Target]) -> list[bool]:
+    """Returns which leaves count as params: not the statistics and caches of Linen.
+
+    A collection beside "params" counts where a target is in it.
+    """
+    own = {params.collection(target.path) for target in targets} | {None}
+    return [params.collection(path) in own for path in params.paths]
 
 
 def entry_of(target: Target, arrays: Mapping[str, Any]) -> Any:

@@ -7,19 +7,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ._analyze import Log, Use, View
+from ._alternatives import alternatives
 from ._axes import KernelAxes, Shape, with_batch
+from ._carry import CARRY
 from ._choice import Contraction
 from ._config import LoraConfig
-from ._conflicts import conflicts
-from ._decide import OF_DORA, decide
-from ._discover import Vote, discover, settle
-from ._errors import AdapterError, MaterializationError, TargetError
-from ._paths import FlatParams, is_quantized, matching
+from ._conflicts import conflicts, no_batch, other_batch, other_roles
+from ._consume import CONSUME
+from ._decide import OF_DORA, OF_SCALE, OF_SUM, decide
+from ._discover import discover, settle
+from ._elementwise import ELEMENTWISE
+from ._errors import MaterializationError
+from ._paths import FlatParams, is_quantized, matching, names
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
 from ._unfit import DOUBT, FROZEN, NO_BATCH, check, several
+from ._view import Flow, Log, Use, Value, View, Vote
 
 
 def resolve(
@@ -36,25 +40,27 @@ def resolve(
         TargetError: if a pattern matches no usable leaf, a config is shadowed by those
             before it, or a rank is too large. All offenders are collected.
     """
-    matches = [_match(config, params.paths) for config in configs]
+    matches = [_match(config, params) for config in configs]
     wanted = set().union(*matches)
     leaves = params.by_path()
     kernels = _discover(traced, leaves, wanted) if traced else _guess(leaves, wanted)
+    elsewhere = _elsewhere(params, configs)
     targets, unusable = [], []
     for path in params.paths:
         matching_ones = [c for c, m in zip(configs, matches, strict=True) if path in m]
         tried = [_target(path, leaves[path], c, kernels) for c in matching_ones]
+        tried += [elsewhere[path]] if path in elsewhere and not tried else []
         usable = [found for found in tried if isinstance(found, Target)]
         # The first config that can use the leaf decides: a bias beside an adapted
         # kernel is left for a later config that trains it whole.
         targets.extend(usable[:1])
-        unusable.extend([] if usable else tried[:1])
+        unusable.extend([] if usable else _first(tried))
     narrow = [
         _narrow(config, {path: kernels[path] for path in matched}, leaves)
         for config, matched in zip(configs, matches, strict=True)
     ]
     check(configs, matches, targets, unusable, narrow, params.paths)
-    targets += _biases(configs, targets, leaves)
+    targets += _biases(configs, targets, params)
     trained = {target.path for target in targets}
     order = {path: i for i, path in enumerate(params.paths)}
     targets.sort(key=lambda target: order[target.path])
@@ -62,10 +68,11 @@ def resolve(
 
 
 def _biases(
-    configs: Sequence[LoraConfig], targets: Sequence[Target], leaves: Mapping[str, Any]
+    configs: Sequence[LoraConfig], targets: Sequence[Target], params: FlatParams
 ) -> list[Target]:
     """Returns the biases that configs train beside their kernels, as `bias` says."""
     found: dict[str, Target] = {}
+    leaves = params.by_path()
     taken = {target.path for target in targets}
     for config in configs:
         if config.bias == "none":
@@ -74,7 +81,8 @@ def _biases(
         left_out = taken | _hit(config.exclude, list(leaves))
         for path, leaf in leaves.items():
             module, _, name = path.rpartition("/")
-            wanted = config.bias == "all" or module in own
+            every = config.bias == "all" and params.collection(path) is None
+            wanted = every or module in own
             wanted = wanted and name == "bias" and path not in left_out
             if wanted and _is_floating(leaf):
                 shape = tuple(leaf.shape)
@@ -82,13 +90,48 @@ def _biases(
     return list(found.values())
 
 
-def _match(config: LoraConfig, paths: Sequence[str]) -> set[str]:
-    found = set(paths) if config.target is None else _hit(config.target, paths)
-    return found - _hit(config.exclude, paths)
+def _match(config: LoraConfig, params: FlatParams) -> set[str]:
+    """Returns the paths that a config matches: of params, and what its patterns name.
+
+    A statistic or a cache is none of the params, unless a pattern names its collection.
+    """
+    excluded = _hit(config.exclude, params.paths)
+    if config.target is None:
+        found = {path for path in params.paths if params.collection(path) is None}
+        return found - excluded
+    found = _hit(config.target, params.paths)
+    apart = {path for path in found if params.collection(path) is not None}
+    patterns = several(config.target)
+    each = [*patterns, *(one.alone for p in patterns for one in alternatives(p))]
+    named = {path for path in apart if any(names(one, path) for one in each)}
+    return (found - apart | named) - excluded
 
 
 def _hit(patterns: str | Sequence[str] | None, paths: Sequence[str]) -> set[str]:
     return set().union(*(matching(p, paths) for p in several(patterns)))
+
+
+def _elsewhere(
+    params: FlatParams, configs: Sequence[LoraConfig]
+) -> dict[str, Unusable]:
+    """Returns the leaves that a config matches but for the collection they are in."""
+    apart = [path for path in params.paths if params.collection(path) is not None]
+    leaves, found = params.by_path(), {}
+    hits = (_hit(c.target, apart) - _hit(c.exclude, apart) for c in configs)
+    for path in set().union(*hits):
+        collection = params.collection(path)
+        reason = (
+            f"is in the collection {collection!r}, which is left alone unless a "
+            f"pattern names it, as '{collection}/...' does"
+        )
+        found[path] = Unusable(path, tuple(getattr(leaves[path], "shape", ())), reason)
+    return found
+
+
+def _first(tried: Sequence[Target | Unusable]) -> list[Unusable]:
+    """Returns the reason of the first config, unless another has one to warn of."""
+    told = [one for one in tried if isinstance(one, Unusable)]
+    return sorted(told, key=lambda one: not one.is_opaque)[:1]
 
 
 # --- which leaves are kernels ---
@@ -101,17 +144,19 @@ class _Kernel:
     axes: KernelAxes | None
     reason: str = ""
     looked_up: bool = False
+    is_opaque: bool = False
 
 
 def _discover(
     traced: Traced, leaves: Mapping[str, Any], wanted: set[str]
 ) -> dict[str, _Kernel]:
     """Learns the roles of the axes from the operations of the program."""
-    views: list[View | None] = [None] * len(traced.inputs)
-    for path in wanted & set(traced.positions):
-        if _is_floating(leaves[path]) and leaves[path].shape:
-            views[traced.positions[path]] = View.whole(path, leaves[path].shape)
-    votes, log = discover(traced.jaxpr, views)
+    shapes = {
+        path: tuple(leaves[path].shape)
+        for path in wanted & set(traced.positions)
+        if _is_floating(leaves[path]) and leaves[path].shape
+    }
+    votes, log = discover(traced.jaxpr, _known(traced, shapes))
     return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
 
 
@@ -126,12 +171,43 @@ def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     axes = settle(votes, leaf.shape)
     if axes is not None:
         return _Kernel(axes, looked_up=any(v.kind == "lookup" for v in votes))
+    if votes:
+        return _Kernel(None, _disagreement(votes), is_opaque=True)
     reached = [use for use in log.obstacles if use.path == path]
     if not reached:
         return _Kernel(None, "is not used as a kernel by the function")
-    first = reached[0]
+    opaque = [use for use in reached if use.is_matrix and not _is_known(use.primitive)]
+    first = [*opaque, *reached][0]
     where = f"reaches {first.kind} at {first.source}"
-    return _Kernel(None, f"{where}, which has no low-rank rule")
+    reason = f"{where}, which has no low-rank rule"
+    return _Kernel(None, reason, is_opaque=bool(opaque))
+
+
+def _disagreement(votes: Sequence[Vote]) -> str:
+    """Returns why uses of a kernel leave it without input or output axes."""
+
+    def told(vote: Vote) -> str:
+        by_role = {
+            role: ",".join(
+                str(axis) for axis, own in sorted(vote.roles.items()) if own == role
+            )
+            for role in ("batch", "in", "out")
+        }
+        roles = " ".join(f"{role} {axes}" for role, axes in by_role.items() if axes)
+        return f"{vote.kind} ({roles})"
+
+    uses = " and ".join(dict.fromkeys(map(told, votes)))
+    return f"has uses that disagree on the roles of its axes: {uses}"
+
+
+def _is_known(primitive: str) -> bool:
+    """Whether it is known of an operation that it is no product by another name.
+
+    A bias or a position table is added, and a norm scale multiplied. A product with a
+    rule is not the one of a kernel where it gives no roles.
+    """
+    known = primitive in ELEMENTWISE or primitive in CARRY or primitive in CONSUME
+    return known or primitive == "output" or primitive.startswith(("reduce_", "arg"))
 
 
 def _guess(leaves: Mapping[str, Any], wanted: set[str]) -> dict[str, _Kernel]:
@@ -182,10 +258,11 @@ def _target(
             return Target(path, shape, leaf.dtype, None, config)
         return Unusable(path, shape, known.reason)
     if known.axes is None:
-        return Unusable(path, shape, known.reason)
+        opaque = known.is_opaque and config.target is not None
+        return Unusable(path, shape, known.reason, is_opaque=opaque)
     axes = with_batch(known.axes, config.batch_axes)
     if axes is None:
-        reason = _no_batch(known.axes, config.batch_axes)
+        reason = no_batch(known.axes, config.batch_axes)
         return Unusable(path, shape, f"{reason}{NO_BATCH}")
     fans = axes.fans(shape)
     reason = _misfit(config, axes, shape)
@@ -200,21 +277,6 @@ def _target(
         return Unusable(path, shape, reason)
     qtype = qtype_of(leaf) if is_quantized(leaf) else None
     return Target(path, shape, leaf.dtype, axes, config, qtype=qtype)
-
-
-def _no_batch(axes: KernelAxes, batch: Sequence[int]) -> str:
-    """Says why axes that a config names are no batch axes of a kernel."""
-    outside = [i for i in batch if not -axes.ndim <= i < axes.ndim]
-    if outside:
-        return f"has {axes.ndim} axes, and `batch` names {outside}"
-    asked = {i % axes.ndim for i in batch}
-    contracted = set(axes.in_) <= asked
-    own, does = (axes.out, "which the program keeps")
-    if contracted:
-        own, does = (axes.in_, "along which the program contracts or looks up")
-    told = f"axis {own[0]}" if len(own) == 1 else f"the axes {own}"
-    side = "input" if contracted else "output"
-    return f"has no {side} axis but {told}, {does}: `batch` names it"
 
 
 def _is_narrow(config: LoraConfig, fans: tuple[int, int]) -> bool:
@@ -262,8 +324,9 @@ def with_uses(
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
     dora = {t.path for t in targets if t.config.dora}
+    whole = {t.path for t in targets if t.axes is None}
     _, log = program_of(
-        traced, axes, materialize, contraction, dora, misfit=_other_batch
+        traced, axes, materialize, contraction, dora, whole, misfit=other_batch
     )
     seen = [*log.uses, *log.obstacles]
     return [
@@ -278,13 +341,21 @@ def program_of(
     materialize: str,
     contraction: Contraction,
     dora: Collection[str] = (),
+    whole: Collection[str] = (),
     *,
     misfit: Callable[[list[str]], Exception] | None = None,
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
-    `misfit` makes the error for kernels that could be evaluated with other roles, which
-    is about the adapter unless it is told.
+    Args:
+        traced: the traced call.
+        axes: the roles of the axes of the adapted kernels, by path.
+        materialize: as `jlora.lora` takes it.
+        contraction: likewise.
+        dora: the paths of the kernels that have DoRA's scale.
+        whole: the paths of the leaves that are trained whole.
+        misfit: makes the error for kernels that could be evaluated with other roles; it
+            is about the adapter by default.
 
     Raises:
         AdapterError: if the roles in the adapter are not those of the program, and keep
@@ -292,36 +363,26 @@ def program_of(
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
             or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
-    views: list[View | None] = [None] * len(traced.inputs)
-    shapes = {}
-    for path in axes:
-        place = traced.positions[path]
-        shapes[path] = tuple(traced.inputs[place].shape)
-        views[place] = View.whole(path, shapes[path])
-    program, log = decide(traced.jaxpr, views, axes, contraction, dora)
+    shapes = {p: tuple(traced.inputs[traced.positions[p]].shape) for p in axes}
+    inputs = _known(traced, shapes, whole)
+    program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
     if log.obstacles and materialize == "error":
-        told = conflicts(traced.jaxpr, views, axes, log.obstacles, contraction, dora)
+        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, dora)
         if told:
-            raise (misfit or _other_roles)(told)
+            raise (misfit or other_roles)(told)
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
 
 
-def _other_roles(told: list[str]) -> AdapterError:
-    return AdapterError(
-        "the roles in the adapter differ from those of the program:\n"
-        + "\n".join(told)
-        + "\nMake the adapter with `init` of this program, or pass "
-        '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
-    )
-
-
-def _other_batch(told: list[str]) -> TargetError:
-    return TargetError(
-        "`LoraConfig.batch` names axes that this program does not let have factors of "
-        "their own:\n" + "\n".join(told) + "\nLeave `batch` out for these kernels, or "
-        'pass `materialize="allow"` to `jlora.lora` to form W + s·a·b there'
-    )
+def _known(
+    traced: Traced, kernels: Mapping[str, Shape], whole: Collection[str] = ()
+) -> list[Value]:
+    """Returns what is known of the inputs of a program, given the shapes of kernels."""
+    inputs = [Value(active=Flow(active=True))] * len(traced.inputs)
+    for path, place in traced.positions.items():
+        view = (View.whole(path, kernels[path]),) if path in kernels else ()
+        inputs[place] = Value(view, Flow(adapter=path in whole))
+    return inputs
 
 
 def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -330,8 +391,11 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         f"{use.source}, which has no low-rank rule"
         for use in dict.fromkeys(uses)
     ]
-    of_dora = any(use.kind.endswith(OF_DORA) for use in uses)
-    apart = ", leave DoRA off for them with a config of their own" if of_dora else ""
+    has = lambda text: any(use.kind.endswith(text) for use in uses)
+    apart = ", leave DoRA off for them with a config of their own"
+    apart = apart if has(OF_DORA) else ""
+    moved = has(OF_SCALE) or has(OF_SUM)
+    apart += ", do not train what is beside them there" if moved else ""
     return (
         "\n".join(lines)
         + f"\nLeave these paths out of `LoraConfig.target`{apart}, or pass "

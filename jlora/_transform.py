@@ -1,6 +1,7 @@
 """`jlora.lora`: from an apply function to one that takes an adapter beside params."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
-from ._analyze import Log
 from ._choice import Contraction
 from ._config import LoraConfig
 from ._entries import Factored, TrainedRows, lowered
+from ._errors import LeftOutWarning
 from ._factors import Adapter, LoraFactors, PyTree
 from ._init import key_of
 from ._inputs import InputStats, input_stats
@@ -25,6 +26,8 @@ from ._plan import Plan, make_plan
 from ._quantized import Quantized
 from ._targets import program_of, resolve, with_uses
 from ._trace import Traced, trace
+from ._unfit import left_out
+from ._view import Log
 
 Materialize = Literal["error", "allow"]
 Backward = Literal["custom", "autodiff"]
@@ -53,7 +56,7 @@ class Lora:
     backward: Backward = "custom"
     contraction: Contraction = "factored"
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """Returns what will be trained, from an abstract trace.
 
         Args:
@@ -70,7 +73,7 @@ class Lora:
         """
         return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
 
-    def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> Adapter:
+    def init(self, key: jax.Array, /, *args: Any, **kwargs: Any) -> Adapter:
         """Returns a new adapter from the configs' initialisers, such that ΔW = 0.
 
         Args:
@@ -84,15 +87,27 @@ class Lora:
             whole. On an Explicit mesh that is set, factors are sharded like their
             kernels; on an Auto mesh, under `jax.jit` with the `out_shardings` that
             `jlora.shardings` gives, each is made where it lives.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+
+        Warns:
+            LeftOutWarning: if patterns match leaves that look like kernels and go into
+                operations that have no low-rank rule, and into no other.
         """
         params = FlatParams.of(self._params_of(args))
         plan, leaves = self._plan(params, args, kwargs), params.by_path()
+        if message := left_out(plan.unusable):
+            warnings.warn(message, LeftOutWarning, stacklevel=2)
         return {t.path: new_entry(key, t, leaves[t.path]) for t in plan.targets}
 
     def apply(
         self,
         params: PyTree,
         adapter: Mapping[str, Any],
+        /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
         **kwargs: Any,
@@ -147,6 +162,7 @@ class Lora:
         params: PyTree,
         stacked: Mapping[str, Any],
         index: Any,
+        /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
         in_axes: Any = 0,
@@ -197,6 +213,7 @@ class Lora:
         self,
         params: PyTree,
         adapter: Mapping[str, Any],
+        /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
         **kwargs: Any,
@@ -206,7 +223,7 @@ class Lora:
         return self._apply(params, adapter, args, kwargs, key, refuse_ragged)
 
     def inputs(
-        self, *args: Any, lora_sketch: int | None = None, **kwargs: Any
+        self, /, *args: Any, lora_sketch: int | None = None, **kwargs: Any
     ) -> dict[str, InputStats]:
         """Returns the second moments `Σ xᵀ·x` of what goes into each target.
 
@@ -284,7 +301,9 @@ class Lora:
         dora = {
             p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
         }
-        found = program_of(traced, axes, self.materialize, self.contraction, dora)
+        whole = adapter.keys() - axes.keys()
+        how = self.materialize, self.contraction
+        found = program_of(traced, axes, *how, dora, whole)
         return traced, *found
 
     def _plan(

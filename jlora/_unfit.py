@@ -1,7 +1,8 @@
 """What does not fit between configs and leaves, told in one error."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from ._alternatives import failing
 from ._config import LoraConfig
 from ._errors import TargetError
 from ._paths import matching, nearest
@@ -72,6 +73,18 @@ def check(
         raise TargetError("\n".join(problems))
 
 
+def left_out(unusable: Sequence[Unusable]) -> str | None:
+    """Returns what to warn of: leaves that may be kernels, and are matched in vain."""
+    told = [_why(u.path, u) for u in unusable if u.is_opaque]
+    if not told:
+        return None
+    return (
+        "`LoraConfig.target` matches what looks like kernels and is left out:\n"
+        + "\n".join(told)
+        + "\nLeave them out with `exclude`, or train them whole with `full=True`"
+    )
+
+
 def _config_problems(
     config: LoraConfig,
     matched: set[str],
@@ -84,20 +97,20 @@ def _config_problems(
     reasons = {u.path: u for u in unusable}
     problems = []
     for pattern in several(config.target):
-        hits = matching(pattern, paths)
-        if not hits:
-            problems.append(_dead("target", pattern, paths))
-        elif not usable & set(hits) and not _told_apart(hits, reasons):
-            told = [_why(path, reasons.get(path)) for path in hits[:5]]
-            more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
+        finds = lambda one: bool(usable & set(matching(one, paths)))
+        for one, said in _failing("target", pattern, finds):
+            hits = matching(one, paths)
+            if _told_apart(hits, reasons):
+                continue
             problems.append(
-                f"`LoraConfig.target` {pattern!r} matches no usable kernel of the "
-                f"{len(paths)} leaves: {'; '.join(told)}{more}. A leaf that is no "
-                "kernel can be trained whole with `full=True`"
+                _useless(said, hits, reasons, len(paths))
+                if hits
+                else _dead(said, one, paths)
             )
     for pattern in several(config.exclude):
-        if not matching(pattern, paths):
-            problems.append(_dead("exclude", pattern, paths))
+        finds = lambda one: bool(matching(one, paths))
+        for one, said in _failing("exclude", pattern, finds):
+            problems.append(_dead(said, one, paths))
     apart = any(_told_apart([path], reasons) for path in matched)
     if not (problems or apart or any(t.config is config for t in targets)):
         problems.append(_nothing(config, matched, usable, narrow))
@@ -106,16 +119,41 @@ def _config_problems(
 
 def _told_apart(hits: Sequence[str], reasons: Mapping[str, Unusable]) -> bool:
     """Whether all that a pattern matches is told by lines of its own."""
-    return all(
+    return bool(hits) and all(
         hit in reasons and reasons[hit].reason.endswith(NO_BATCH) for hit in hits
     )
 
 
-def _dead(field: str, pattern: str, paths: Sequence[str]) -> str:
+def _failing(
+    field: str, pattern: str, finds: Callable[[str], bool]
+) -> list[tuple[str, str]]:
+    """Returns the pattern, or those of its alternatives, that find nothing.
+
+    Each as a pattern of its own, and as it is called in an error.
+    """
+    said = f"`LoraConfig.{field}` {pattern!r}"
+    if not finds(pattern):
+        return [(pattern, said)]
+    failed = failing(pattern, finds)
+    return [(one.alone, f"The alternative {one.text!r} of {said}") for one in failed]
+
+
+def _useless(
+    said: str, hits: Sequence[str], reasons: Mapping[str, Unusable], total: int
+) -> str:
+    told = [_why(path, reasons.get(path)) for path in hits[:5]]
+    more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
+    return (
+        f"{said} matches no usable kernel of the {total} leaves: {'; '.join(told)}"
+        f"{more}. A leaf that is no kernel can be trained whole with `full=True`"
+    )
+
+
+def _dead(said: str, pattern: str, paths: Sequence[str]) -> str:
     near = ", ".join(map(repr, nearest(pattern, paths)))
     return (
-        f"`LoraConfig.{field}` {pattern!r} matches none of the {len(paths)} leaves of "
-        f"params. Nearest: {near}. A pattern must match a run of whole path segments"
+        f"{said} matches none of the {len(paths)} leaves of params. Nearest: {near}. A "
+        "pattern must match a run of whole path segments"
     )
 
 

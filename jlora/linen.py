@@ -45,7 +45,7 @@ class LoraModule:
     lora: Lora
 
     def init(
-        self, rngs: jax.Array | dict[str, jax.Array], *args: Any, **kwargs: Any
+        self, rngs: jax.Array | dict[str, jax.Array], /, *args: Any, **kwargs: Any
     ) -> dict[str, Any] | FrozenDict[str, Any]:
         """Returns the variables of a new module, and a new adapter among them.
 
@@ -83,7 +83,7 @@ class LoraModule:
         adapter = self.init_adapter(key, params, *args, rngs=rngs, **call)
         return _updated(variables, {COLLECTION: adapter})
 
-    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any:
         """Returns what the module's own `apply` returns, with `W + ΔW` as kernels.
 
         Args:
@@ -111,7 +111,7 @@ class LoraModule:
         value, changed = out
         return value, _updated(changed, params)
 
-    def plan(self, variables: Variables, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Plan:
         """Returns what will be trained, from an abstract trace of `apply`.
 
         Args:
@@ -128,7 +128,7 @@ class LoraModule:
         return self.lora.plan(*_call(variables, args, kwargs), **_frozen(kwargs))
 
     def init_adapter(
-        self, key: jax.Array, variables: Variables, *args: Any, **kwargs: Any
+        self, key: jax.Array, variables: Variables, /, *args: Any, **kwargs: Any
     ) -> Adapter:
         """Returns a new adapter for variables that exist, such as pretrained ones.
 
@@ -260,7 +260,7 @@ def _apply_of(module: nn.Module) -> Callable[..., Any]:
     """Returns `apply` with the state as an argument of its own: it is never adapted."""
 
     def apply(
-        params: Variables, state: Variables | None = None, *args: Any, **kwargs: Any
+        params: Variables, state: Variables | None = None, /, *args: Any, **kwargs: Any
     ) -> Any:
         return module.apply({**params, **(state or {})}, *args, **kwargs)
 

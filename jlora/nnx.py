@@ -38,6 +38,7 @@ class Wrapped(NamedTuple):
 def wrap(
     model: nnx.Module,
     config: LoraConfig | Sequence[LoraConfig],
+    /,
     *args: Any,
     key: jax.Array | None = None,
     method: Method = "__call__",
@@ -138,7 +139,7 @@ def lora(
     graphdef, _, _ = split(model)
     run = _method_of(model, method)
 
-    def fn(params: Any, rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def fn(params: Any, rest: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = nnx.merge(graphdef, params, rest)
         out = run(model, *args, **kwargs)
         nnx.pop(model, nnx.Intermediate)
@@ -245,7 +246,7 @@ def _method_of(model: nnx.Module, method: Method) -> Callable[..., Any]:
         return method
     if not callable(getattr(model, method, None)):
         raise TypeError(f"{type(model).__name__} has no method {method!r}")
-    return lambda model, *args, **kwargs: getattr(model, method)(*args, **kwargs)
+    return lambda model, /, *args, **kwargs: getattr(model, method)(*args, **kwargs)
 
 
 def _check_rest(before: Any, after: Any) -> None:

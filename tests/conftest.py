@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -30,12 +31,14 @@ CROSSED = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds `--sample` and `--thin`, with which CI shares tests out among releases."""
+    """Adds what CI shares tests out among releases with, and `--programs`."""
     told = (
         "run one in N of the crossings of uses, wrappers and models, those of share K"
     )
     parser.addoption("--sample", default="0/1", metavar="K/N", help=told)
     parser.addoption("--thin", default="0/1", metavar="K/N", help="and of all others")
+    told = "how many random programs test_random_programs.py runs"
+    parser.addoption("--programs", default=5000, type=int, metavar="N", help=told)
 
 
 def pytest_collection_modifyitems(
@@ -54,6 +57,20 @@ def pytest_collection_modifyitems(
     out = [item for item in items if not chosen(item)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in set(out)]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what became of the random programs, if any ran."""
+    from programs.tally import Tally
+
+    tally = Tally()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, numbers in getattr(report, "user_properties", ()):
+                if name == "programs" and report.when == "call":
+                    tally.update(numbers)
+    if tally.kinds:
+        terminalreporter.write_line(str(tally))
 
 
 @pytest.fixture

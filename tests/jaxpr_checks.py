@@ -111,6 +111,26 @@ def materialized(
     ]
 
 
+def formed_by_size(
+    closed_jaxpr: jex.ClosedJaxpr, base_invar_indices: Iterable[int], sizes: set[int]
+) -> list[str]:
+    """Returns a line for each value of such a size that depends on more than the base.
+
+    Whatever is computed from base leaves and constants alone may have any size, and so
+    may a vector. It is for programs whose other values have none of the sizes.
+    """
+    indices = set(base_invar_indices)
+    jaxpr = closed_jaxpr.jaxpr
+    kinds = [CONST if i in indices else OTHER for i in range(len(jaxpr.invars))]
+    return [
+        f"{var.aval.str_short()} from {eqn.primitive.name}"
+        for eqn, outs in _walk(jaxpr, kinds)
+        for var, kind in zip(eqn.outvars, outs, strict=True)
+        if kind == OTHER and len(_dims(var.aval)) > 1
+        if math.prod(_dims(var.aval)) in sizes
+    ]
+
+
 def slice_shapes(shape: Shape, batch: Iterable[int] = ()) -> list[Shape]:
     """Returns the shape, and that of one slice of it along its batch axes."""
     batch = set(batch)
@@ -195,6 +215,8 @@ def _kinds(eqn: jex.JaxprEqn, ins: list[int]) -> list[int]:
         return ins
     if name in RELABELLING:
         return [ins[0]] * len(eqn.outvars)
+    if name == "select_n":  # which of them is not part of their value
+        return [max(ins[1:])]
     kind = max(ins, default=CONST)
     if name in PRODUCTS and kind == BASE:
         kind = OTHER

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from case import check_gradients, check_half, check_values, make_case
+from case import adapt, check_gradients, check_half, check_values, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -28,19 +28,33 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 DORA = {"dora": True}
 by_name = lambda value: value.name
 NAMED = {use.name: use for use in USES}
+SCALED = [use for use in USES if use.dora]
+REVERSIBLE = [use for use in SCALED if use.reverse]
 
 
-@pytest.mark.parametrize("use", [u for u in USES if u.reverse][::2], ids=by_name)
+@pytest.mark.parametrize("use", REVERSIBLE[::2], ids=by_name)
 def test_gradients(use: Use, getkey):
     case = make_case(use, getkey, variant=DORA)
     check_gradients(case, case.lora.apply, reference(use))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use", [u for u in USES if u.reverse][1::2], ids=by_name)
+@pytest.mark.parametrize("use", REVERSIBLE[1::2], ids=by_name)
 def test_gradients_of_the_other_uses(use: Use, getkey):
     case = make_case(use, getkey, variant=DORA)
     check_gradients(case, case.lora.apply, reference(use))
+
+
+@pytest.mark.parametrize("use", [u for u in USES if not u.dora], ids=by_name)
+def test_a_scale_that_cannot_follow_is_refused_by_the_plan(use: Use, getkey):
+    params, inputs = (
+        use.make_params(getkey(), jnp.float32),
+        (use.make_inputs(getkey(), jnp.float32)),
+    )
+    lora = adapt(use, use.model, variant=DORA)
+    with pytest.raises(jlora.MaterializationError, match="DoRA") as error:
+        lora.plan(params, *inputs)
+    assert "layer/w" in str(error.value) and "uses_mixed.py:" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["lookup_fill_nan", "lookup_fill_value"])
@@ -68,7 +82,7 @@ def test_inside_of_wrappers(use: Use, wrapper: Any, getkey):
     check_gradients(case, case.lora.apply, reference(use, fn))
 
 
-@pytest.mark.parametrize("use", USES[::5], ids=by_name)
+@pytest.mark.parametrize("use", SCALED[::5], ids=by_name)
 def test_bfloat16(use: Use, getkey):
     half = jnp.bfloat16
     case = make_case(use, getkey, variant=DORA, x_dtype=half, w_dtype=half)

@@ -64,6 +64,11 @@ def test_ci_runs_the_second_command_and_nothing_else_installs() -> None:
     assert CI.count("pytest -n") == 1
 
 
+def test_ci_runs_in_a_folder_named_like_the_package() -> None:
+    """As `git clone` makes one: frames must not be judged by the words in paths."""
+    assert 'checkout="$place/jlora"' in CI
+
+
 @pytest.mark.parametrize("command", SHELL, ids=["example", "tests"])
 def test_the_commands_name_what_exists(command: str) -> None:
     """They differ in extras and in the last line; both begin on a fresh machine."""

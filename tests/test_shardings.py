@@ -224,18 +224,82 @@ def test_one_device_needs_no_mesh() -> None:
     assert {leaf.device_set == {device} for leaf in jax.tree.leaves(state)} == {True}
 
 
-def test_names_without_a_rule_and_mesh_axes_that_are_taken() -> None:
+def test_mesh_axes_that_are_taken() -> None:
     """As in Flax: the first rule wins, and no mesh axis is given away twice."""
-    box = nn.LogicallyPartitioned(jnp.zeros((4, 6, 8)), ("embed", "mlp", "unheard_of"))
-    rules = (("mlp", "tensor"), ("embed", "tensor"), ("embed", ("data", "fsdp")))
+    box = nn.LogicallyPartitioned(jnp.zeros((4, 6, 8)), ("embed", "mlp", "nowhere"))
+    rules = (
+        ("mlp", "tensor"),
+        ("embed", "tensor"),
+        ("embed", ("data", "fsdp")),
+        ("nowhere", None),
+    )
     adapter = {"w": factors((4, 6, 8), (0,), (1,), (2,))}
     placed = jlora.shardings({"w": box}, adapter, mesh=mesh_of(), rules=rules)
-    flax = nn.logical_to_mesh_axes(("embed", "mlp", "unheard_of"), rules)
+    flax = nn.logical_to_mesh_axes(("embed", "mlp", "nowhere"), rules)
     assert tuple(flax) == (("data", "fsdp"), "tensor", None)
     assert specs(placed) == {
         "w/a": (("data", "fsdp"), "tensor"),
         "w/b": (("data", "fsdp"),),
     }
+
+
+def _nameless(name: str, mesh: Mesh) -> Any:
+    """A variable with logical names and no rules of its own."""
+    value = jax.ShapeDtypeStruct(SHAPES[name], jnp.float32)
+    with nnx.use_eager_sharding(False):
+        return nnx.Param(value, out_sharding=NAMES[name])
+
+
+LOGICAL = {
+    "linen": from_each(_boxed(nn.LogicallyPartitioned, NAMES)),
+    "nnx": from_each(_nameless),
+}
+each_logical = pytest.mark.parametrize("make", LOGICAL.values(), ids=LOGICAL)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@each_logical
+def test_the_rules_that_flax_has_in_force_are_the_default(make, kind: AxisType) -> None:
+    mesh = mesh_of(kind)
+    with nn.logical_axis_rules(RULES):
+        assert specs(jlora.shardings(make(mesh), adapter_of(), mesh=mesh)) == WANTED
+    swapped = (("embed", "tensor"), ("mlp", "fsdp"))
+    with nn.logical_axis_rules(swapped):  # rules that are given come before them
+        placed = jlora.shardings(make(mesh), adapter_of(), mesh=mesh, rules=RULES)
+    assert specs(placed) == WANTED
+
+
+def test_rules_of_a_box_come_before_those_in_force() -> None:
+    mesh, swapped = mesh_of(), (("embed", "tensor"), ("mlp", "fsdp"))
+    own = from_each(_boxed(nn.LogicallyPartitioned, NAMES, rules=RULES))
+    with nn.logical_axis_rules(swapped):
+        assert specs(jlora.shardings(own(mesh), adapter_of(), mesh=mesh)) == WANTED
+
+
+@each_logical
+def test_a_name_that_neither_rules_nor_mesh_know_is_an_error(make) -> None:
+    mesh, message = mesh_of(), r"'w' has the axes(.|\n)*'mlp'(.|\n)*'v' has the axes"
+    some = [("embed", "fsdp")]
+    with pytest.raises(ValueError, match=message):
+        jlora.shardings(make(mesh), adapter_of(), mesh=mesh, rules=some)
+    with nn.logical_axis_rules(some), pytest.raises(ValueError, match=message):
+        jlora.shardings(make(mesh), adapter_of(), mesh=mesh)
+    with nn.logical_axis_rules(RULES), pytest.raises(ValueError, match=message):
+        jlora.shardings(make(mesh), adapter_of(), mesh=mesh, rules=())
+
+
+def test_memory_follows_the_rules_in_force_and_needs_none_without_a_mesh() -> None:
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("embed", "mlp"))
+    module, x = nn.Dense(8, kernel_init=init, use_bias=False), jnp.ones((4, 6))
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x)
+    plan = jlora.lora(module.apply, jlora.LoraConfig(rank=RANK)).plan(boxed, x)
+    sgd = optax.sgd(1.0)
+    assert plan.memory(optimizer=sgd).base == 6 * 8 * 4
+    with nn.logical_axis_rules(RULES):
+        sharded = plan.memory(optimizer=sgd, mesh=mesh_of(), shardings=boxed)
+    assert sharded.base == 6 * 8 * 4 // 4
+    with pytest.raises(ValueError, match="'embed', 'mlp'"):
+        plan.memory(optimizer=sgd, mesh=mesh_of(), shardings=boxed)
 
 
 def test_wrong_layouts_are_named_all_at_once() -> None:

@@ -20,15 +20,17 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _compat _decompose _dtypes _errors _memory _mosaic _paths _patterns
-_factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
+_axes _frames _compat _decompose _elementwise _dtypes _errors _memory _mosaic _paths
+_patterns
+_alternatives _factors _files _flops _fuse _init _peft_config _quantized _rules
+_sharding _untrusted
 _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
 _choice _dora _dropout _fingerprint _forms _match _matrices _placement
 _stackable
 _adapted _branch _labelled _linear _merge _moving _norms _record _spectrum _stack
 _algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
-_allocation _analyze _combine _consume _quantized_moves _siblings
+_allocation _combine _consume _quantized_moves _siblings
 _adalora _dora_uses _lazy_moves _linear_use _target
 _control_flow _measure _moves _new_entry
 _carry _plan

@@ -76,15 +76,6 @@ def refused(use: Use, wrapper: Wrapper) -> type[Exception] | None:
     return None
 
 
-GAPS = {("lookup_fill_nan", "custom_jvp_after"): "the derivative at a NaN row is NaN"}
-
-
-def gap(use: Use, wrapper: str) -> list[pytest.MarkDecorator]:
-    """The mark of a pair that is known not to work."""
-    reason = GAPS.get((use.name, wrapper))
-    return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-
-
 def fits(use: Use, wrapper: Wrapper) -> bool:
     """Whether a wrapper makes sense for the plain function."""
     if use.name in ("experts_ragged", "experts_routed") and wrapper.name in VMAPS:
@@ -110,8 +101,8 @@ def pairs(core: int, *, inside: bool) -> list[Any]:
             often = use in CORE[:core]
             once = inside and (i - j) % len(WRAPPERS) == 0
             if often or once:
-                name, marks = f"{use.name}-{wrapper.name}", gap(use, wrapper.name)
-                found.append(pytest.param(use, wrapper, id=name, marks=marks))
+                name = f"{use.name}-{wrapper.name}"
+                found.append(pytest.param(use, wrapper, id=name))
     return found
 
 

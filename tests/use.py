@@ -71,6 +71,7 @@ class Use:
         formed: Whether values of the kernel's shape are expected (depthwise
             convolutions, kernels scaled by an input, uses that materialize).
         loose: Whether the function itself rounds to bfloat16.
+        dora: Whether a scale of the outputs can be applied after the use.
         primitive: What an error must name when the kernel can't stay factored.
     """
 
@@ -83,6 +84,7 @@ class Use:
     reverse: bool = True
     formed: bool = False
     loose: bool = False
+    dora: bool = True
     primitive: str | None = None
 
     def model(self, params: Any, *inputs: jax.Array) -> Any:
