@@ -24,7 +24,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._broadcast import varies_along
-from ._compat import is_literal, is_var, open_jaxpr, source_line
+from ._compat import is_literal, is_var, open_jaxpr, operation_name, source_line
 from ._frames import Unsure
 from ._gather import row_layout
 from ._mix import holds_features, use_before
@@ -72,6 +72,13 @@ class Analysis(abc.ABC):
     def kind_of(self, path: str) -> Hashable:
         """Returns what, besides its views, decides what is done with a kernel."""
         return None
+
+    def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
+        """Whether axes of a view are batch axes, or on one side of its kernel.
+
+        As far as the pass knows: the first takes it that they are.
+        """
+        return True
 
     def whole(self, jaxpr: Any, inputs: Sequence[Value]) -> Program:
         """Analyzes the function itself, given what is known of its inputs."""
@@ -183,11 +190,11 @@ class Analysis(abc.ABC):
             where: what the name of the operation gets.
             used: whether it is a use of the kernels, if one that cannot be factored.
         """
-        name = eqn.primitive.name
+        name, kind = eqn.primitive.name, f"{operation_name(eqn)}{where}"
         for view in itertools.chain(*(value.views for value in values)):
             if not used:
                 self._lose(view)
-            use = Use(view.path, f"{name}{where}", self.line_of(eqn), False, name)
+            use = Use(view.path, kind, self.line_of(eqn), False, name)
             use = dataclasses.replace(use, is_matrix=view.is_matrix)
             self.log.obstacles.append(use)
 

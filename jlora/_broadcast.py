@@ -17,7 +17,7 @@ from ._view import Value
 
 # Operations that take a value entry by entry, so that it varies where it did.
 _SCALES = ("mul", "div")
-_ENTRYWISE = ("convert_element_type", "neg", "copy", "stop_gradient")
+_ENTRYWISE = ("convert_element_type", "neg", "copy", "stop_gradient", "not")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,14 @@ def narrowed(eqn: Any, values: Sequence[Value]) -> tuple[Any, frozenset[int] | N
     invars = list(eqn.invars)
     invars[index] = _Narrowed(jax.ShapeDtypeStruct(shape, aval.dtype))
     return eqn.replace(invars=invars), along
+
+
+def grown(eqn: Any, operand: int) -> frozenset[int]:
+    """Returns the axes of size one that a scale makes longer: factors differ there."""
+    if eqn.primitive.name not in _SCALES:
+        return frozenset()
+    pairs = zip(eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape, strict=True)
+    return frozenset(i for i, (own, out) in enumerate(pairs) if own != out)
 
 
 def cut(values: Sequence[Any], along: frozenset[int]) -> list[Any]:

@@ -5,17 +5,21 @@ Supported: jax 0.10.2 (the newest for Python 3.11) to 0.12. What is used here an
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.layout import with_layout_constraint
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Var
+from jax.sharding import AxisType
 
 from ._frames import Owner, Unsure, place
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
+# Functions with a derivative of their own: no rule of ours may look inside of them.
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 
 # XLA's CPU compiler of jax 0.10.2 aborts the process ("Check failed: ...
 # IsMonotonicWithDim0Major") on a product with batch axes whose small result is
@@ -29,6 +33,23 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     jax 0.12 keeps consts in every `Jaxpr`; before, only `ClosedJaxpr` has them.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def own_body(eqn: JaxprEqn) -> Any:
+    """Returns the jaxpr of a function with a derivative of its own, else None."""
+    name, body = eqn.primitive.name, eqn.params.get("call_jaxpr")
+    is_own = name in OWN_DERIVATIVE and body is not None
+    return body if is_own and len(body.in_avals) == len(eqn.invars) else None
+
+
+def operation_name(eqn: JaxprEqn) -> str:
+    """Returns the name of an operation, with that of the function it calls."""
+    name = eqn.primitive.name
+    if name not in OWN_DERIVATIVE:
+        return name
+    jaxpr, _ = open_jaxpr(eqn.params.get("call_jaxpr"))
+    told = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None)
+    return f"{name} of {told.split(' at ')[0]!r}" if told else name
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
@@ -81,6 +102,26 @@ def source_line(eqn: JaxprEqn) -> str:
         return Unsure("unknown line")
     owner, line = found
     return line if owner is Owner.MODEL else Unsure(line)
+
+
+def with_layout(array: jax.Array, layout: Any) -> jax.Array:
+    """Constrains the layout of an array in memory; None leaves it to XLA."""
+    return array if layout is None else with_layout_constraint(array, layout)
+
+
+def staged(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn`, which is traced before it runs, and inlined where it is traced.
+
+    JAX evaluates an eager `shard_map` operation by operation, and refuses a
+    `jax.custom_vjp` with symbolic zeros there; a traced one it takes.
+    """
+    return jax.jit(fn, inline=True)
+
+
+def in_shard_map() -> bool:
+    """Whether this is inside of a `shard_map`, traced or eager."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return AxisType.Manual in (kinds or ())
 
 
 def explicit_mesh(*arrays: Any) -> Any:

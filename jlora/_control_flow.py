@@ -13,12 +13,13 @@ from typing import Any
 import jax
 from jax import lax
 
+from . import _emit
 from ._adapted import Adapted, base_of, materialize
 from ._analyze import Analysis
-from ._compat import JIT, REMAT, scan_counts
+from ._compat import JIT, REMAT, scan_counts, staged
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
-from ._linear import keeping
+from ._select import select
 from ._sharding import factor_spec
 from ._view import Body, Program, Step, Value, any_active, plain
 
@@ -63,19 +64,24 @@ def _analyze_call(
 
 
 def _run_jit(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
-    params, (program,) = eqn.params, step.programs
-    shardings = params["in_shardings"], params["out_shardings"]
+    (program,) = step.programs
+    # A kernel and its factors belong to the caller: they are never donated.
+    own = tuple(not isinstance(value, Adapted | Lazy) for value in values)
+    body = lambda *args: run(program, args)
+    make = lambda: _emit.jit(eqn, body, own)
+    return _kept(program, ("jit", run, own, *_settings(eqn)), make)(*values)
 
-    def make() -> Callable[..., Any]:
-        def body(*args: Any) -> list[Any]:
-            inputs = list(map(_constrain, args, shardings[0]))
-            return list(map(_constrain, run(program, inputs), shardings[1]))
 
-        body.__name__ = body.__qualname__ = params["name"]
-        return jax.jit(body, inline=params["inline"])
+def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    (program,) = step.programs
+    body = lambda *args: run(program, args)
+    make = lambda: _emit.checkpoint(eqn, body)
+    return _kept(program, ("remat", run, *_settings(eqn)), make)(*values)
 
-    key = ("jit", run, *shardings, params["name"], params["inline"])
-    return _kept(program, key, make)(*values)
+
+def _settings(eqn: Any) -> tuple[Any, ...]:
+    """Returns the parameters of an equation but for its body."""
+    return tuple(value for name, value in eqn.params.items() if name != "jaxpr")
 
 
 def _kept(
@@ -88,29 +94,6 @@ def _kept(
     if key not in program.kept:
         program.kept[key] = make()
     return program.kept[key]
-
-
-def _constrain(value: Any, sharding: Any) -> Any:
-    """Keeps the shardings that the inner jit was given, on frozen values."""
-    if not isinstance(sharding, jax.sharding.Sharding):
-        return value
-    if isinstance(value, Adapted):
-        return value.with_base(_constrain(value.base, sharding))
-    if isinstance(value, Lazy):
-        return value  # XLA lays it out as its quantised arrays are
-    return lax.with_sharding_constraint(value, sharding)
-
-
-def _run_remat(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
-    (program,) = step.programs
-    prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
-
-    def make() -> Callable[..., Any]:
-        body = lambda *args: run(program, args)
-        kept = keeping(policy)
-        return jax.checkpoint(body, prevent_cse=prevent_cse, policy=kept)
-
-    return _kept(program, ("remat", run, prevent_cse, policy), make)(*values)
 
 
 def _run_inline(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
@@ -244,7 +227,8 @@ def _run_while(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[An
     params, (cond, body) = eqn.params, step.programs
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-    return lax.while_loop(
+    return _emit.while_loop(
+        eqn,
         lambda carry: run(cond, [*cond_consts, *carry])[0],
         lambda carry: [materialize(v) for v in run(body, [*body_consts, *carry])],
         [materialize(v) for v in values[n_cond + n_body :]],
@@ -271,7 +255,33 @@ def _run_cond(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
         )
         for p in step.programs
     ]
-    return lax.switch(index, branches, *operands)
+    return _emit.switch(eqn, index, branches, operands)
+
+
+# --- choices, which branches become under vmap ---
+
+
+def _analyze_select(
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
+    sizes = enumerate(eqn.invars[0].aval.shape)
+    along = frozenset(i for i, n in sizes if n != 1)
+    if values[0].along is not None:
+        along &= values[0].along
+    views = [view for value in values[1:] for view in value.views]
+    active = any_active(values)
+    if not all(analysis.is_one_sided(view, along) for view in views):
+        analysis.materialized(eqn, values)
+        return Step("materialize"), plain(1, active)
+    # A scale of one kernel ends where another is chosen.
+    chosen = [view.spread_along(along).chosen_along(along) for view in views]
+    output = Value(tuple(dict.fromkeys(chosen)), active)
+    return Step("enter", predicate=tuple(sorted(along))), [output]
+
+
+def _run_select(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any]:
+    with jax.named_scope("jlora"):
+        return select(eqn, step.predicate, values)
 
 
 # --- shard_map ---
@@ -293,14 +303,15 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
         values[i], like = specs_like(values[i], spec, params["mesh"])
         specs.append(like)
     body = lambda *args: tuple(_formed(run(program, args), step.wanted))
-    return jax.shard_map(
+    mapped = jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=tuple(specs),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],
-    )(*values)
+    )
+    return staged(mapped)(*values)
 
 
 def specs_like(value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:
@@ -324,8 +335,10 @@ CONTROL_FLOW: dict[str, ControlFlowRule] = {
     **{name: ControlFlowRule(_analyze_call, _run_remat) for name in REMAT},
     "closed_call": ControlFlowRule(_analyze_call, _run_inline),
     "core_call": ControlFlowRule(_analyze_call, _run_inline),
+    "composite": ControlFlowRule(_analyze_call, _run_inline),
     "scan": ControlFlowRule(_analyze_scan, _run_scan),
     "while": ControlFlowRule(_analyze_while, _run_while),
     "cond": ControlFlowRule(_analyze_cond, _run_cond),
+    "select_n": ControlFlowRule(_analyze_select, _run_select),
     "shard_map": ControlFlowRule(_analyze_shard_map, _run_shard_map),
 }

@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes, Roles
-from ._broadcast import narrowed
+from ._broadcast import grown, narrowed
 from ._carry import CARRY, scale_axes
 from ._choice import Contraction, choose
 from ._consume import CONSUME
@@ -64,6 +64,11 @@ class Decision(Analysis):
     def kind_of(self, path: str) -> Hashable:
         """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
         return self.axes[path], path in self.dora
+
+    def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
+        """Whether axes of a view are batch axes, or on one side of its kernel."""
+        roles = self._roles(view)
+        return roles is not None and len({roles[i] for i in axes} & {"in", "out"}) < 2
 
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Consumes, carries, looks up, or else materializes the adapted operands."""
@@ -271,7 +276,7 @@ class Decision(Analysis):
                         moved = view.moved(axis_map).spread_along(spread(eqn))
                         if _is_beside(eqn, values):
                             moved = moved.scaled_along(scale_axes(eqn, operand))
-                        output.append(moved)
+                        output.append(moved.chosen_along(grown(eqn, operand)))
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         active = any_active(values)

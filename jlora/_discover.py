@@ -14,6 +14,7 @@ from ._analyze import Analysis, ends_of, indexed_axes
 from ._axes import KernelAxes
 from ._broadcast import narrowed
 from ._carry import CARRY
+from ._compat import own_body
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._elementwise import ELEMENTWISE, keeps_axes
@@ -44,6 +45,7 @@ class Discovery(Analysis):
                 carried = self._carry(eqn, operand, view, any_active(others))
             if carried is None:
                 self.materialized(eqn, [Value((view,))])
+                self._look_inside(eqn, operand, values)
                 carried = self._formed(eqn, operand, view, any_active(others))
             for output, out_view in zip(outputs, carried, strict=True):
                 output.extend(out_view)
@@ -71,6 +73,19 @@ class Discovery(Analysis):
         """
         name = eqn.primitive.name
         return name in MIXES or (active and name in ELEMENTWISE)
+
+    def _look_inside(self, eqn: Any, operand: int, values: list[Value]) -> None:
+        """Learns roles from a function that takes the kernel as a whole.
+
+        It has a derivative of its own, so that the kernel is materialized for it; what
+        it does to the kernel tells the roles all the same.
+        """
+        body, bodies = own_body(eqn), self._bodies
+        if body is not None:
+            alone = [Value((), value.active) for value in values]
+            alone[operand] = values[operand]
+            self.program(body, alone)
+            self._bodies = bodies
 
     def _is_use(self, eqn: Any, operand: int, others: list[Value]) -> bool:
         """Whether an operation uses a kernel up, rather than pass it on."""

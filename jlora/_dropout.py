@@ -54,6 +54,23 @@ def key_words(
     return jax.random.key_data(keys), Dropout(rate, str(jax.random.key_impl(key)))
 
 
+def more_keys(words: jax.Array, dropout: Dropout, sizes: tuple[int, ...]) -> jax.Array:
+    """Returns the state of another key for each index of axes that had one for all.
+
+    Args:
+        words: the state of the keys, of any axes and the words.
+        dropout: rate and implementation.
+        sizes: the sizes of the new axes, in their places; 1 for all others.
+    """
+    own = jnp.broadcast_shapes(words.shape[:-1], sizes)
+    number = jnp.arange(math.prod(sizes)).reshape(sizes)
+    every = jnp.broadcast_to(words, (*own, words.shape[-1]))
+    keys = jax.random.wrap_key_data(every, impl=dropout.impl).reshape(-1)
+    numbers = jnp.broadcast_to(number, own).reshape(-1)
+    keys = jax.vmap(jax.random.fold_in)(keys, numbers)
+    return jax.random.key_data(keys).reshape(every.shape)
+
+
 def drop(
     x: jax.Array, words: jax.Array, dropout: Dropout, batch: Sequence[int] = ()
 ) -> jax.Array:

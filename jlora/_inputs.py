@@ -37,6 +37,7 @@ from ._compat import (
     vary,
 )
 from ._control_flow import Rows, specs_like
+from ._emit import is_mapped, switch
 from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors
 from ._init import key_of
@@ -291,6 +292,12 @@ def _along_rows(value: Any, found: Gathered) -> Gathered:
 def _while(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
     """What the condition uses is not counted: it has no way out."""
     params, (cond, body) = eqn.params, step.programs
+    if is_mapped(eqn):
+        raise UnsupportedFeatureError(
+            f"`lora.inputs` cannot tell which examples still run in the while loop at "
+            f"{source_line(eqn)}, whose condition `jax.vmap` made one for each example "
+            "of. Map over `lora.inputs` in place of the loop, and add up what it gives"
+        )
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     quiet = _quiet(values)
     cond_consts, consts = quiet[:n_cond], quiet[n_cond : n_cond + n_body]
@@ -313,7 +320,7 @@ def _while(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
 def _cond(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
     index, *operands = values
     branches = [lambda *args, p=p: _collect(p, args) for p in step.programs]
-    outputs, found = lax.switch(index, branches, *_quiet(operands))
+    outputs, found = switch(eqn, index, branches, _quiet(operands))
     _tally_all(tally, operands, found)
     return outputs
 
@@ -345,7 +352,7 @@ def _shard_map(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any
 
 
 _ENTER: dict[str, Callable[[Any, Any, list[Any], Tally], list[Any]]] = {
-    **dict.fromkeys((*JIT, *REMAT, "closed_call", "core_call"), _inline),
+    **dict.fromkeys((*JIT, *REMAT, "closed_call", "core_call", "composite"), _inline),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -77,13 +77,34 @@ def _made(x: jax.Array, kernels: Sequence[Any]) -> list[jax.Array]:
     return [make(w) for w in kernels]
 
 
-@functools.cache
 def keeping(policy: Callable[..., Any] | None) -> Callable[..., Any]:
     """Returns a policy of `jax.checkpoint` that saves small `x·a` besides."""
-    small = jax.checkpoint_policies.save_only_these_names(_NAME)
-    if policy is None:
-        return small
-    return lambda *args, **params: small(*args, **params) or policy(*args, **params)
+    return _is_small if policy is None else _Keeping(policy)
+
+
+def _is_small(primitive: Any, /, *_: Any, **params: Any) -> bool:
+    return primitive.name == "name" and params.get("name") == _NAME
+
+
+class _Keeping:
+    """A policy and small `x·a`: equal for the same policy, which it alone holds on to.
+
+    JAX caches by policies, with weak references. The parameters of a primitive may have
+    any names, so that all of its own are positional.
+    """
+
+    def __init__(self, policy: Callable[..., Any]) -> None:
+        self.policy = policy
+
+    def __call__(self, primitive: Any, /, *args: Any, **params: Any) -> Any:
+        small = _is_small(primitive, *args, **params)
+        return small or self.policy(primitive, *args, **params)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keeping) and self.policy is other.policy
+
+    def __hash__(self) -> int:
+        return hash((_Keeping, id(self.policy)))
 
 
 def _one_kernel_for_all(

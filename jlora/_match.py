@@ -1,8 +1,13 @@
 """Whether an adapter belongs to a params tree."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
+from ._compat import manual_axes, vary
 from ._entries import Special
 from ._errors import AdapterError
 from ._factors import LoraFactors
@@ -87,3 +92,17 @@ def _magnitude_problem(
     if wanted == given:
         return None
     return f"{path!r} {shape} needs a magnitude {wanted} of DoRA, got {given}"
+
+
+def as_varying(params: FlatParams, adapter: Mapping[str, Any]) -> FlatParams:
+    """Returns params whose leaves vary along the shard_map axes of their entries.
+
+    A function that is traced over them sees the types that the adapted leaves have.
+    """
+    leaves = []
+    for path, leaf in zip(params.paths, params.leaves, strict=True):
+        arrays = jax.tree.leaves(adapter.get(path))
+        axes = frozenset().union(*map(manual_axes, arrays))
+        spread = functools.partial(vary, axes=axes)
+        leaves.append(jax.tree.map(spread, leaf) if axes else leaf)
+    return dataclasses.replace(params, leaves=tuple(leaves))

@@ -11,6 +11,7 @@ from ._alternatives import alternatives
 from ._axes import KernelAxes, Shape, with_batch
 from ._carry import CARRY
 from ._choice import Contraction
+from ._compat import OWN_DERIVATIVE
 from ._config import LoraConfig
 from ._conflicts import conflicts, no_batch, other_batch, other_roles
 from ._consume import CONSUME
@@ -391,6 +392,7 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         f"{use.source}, which has no low-rank rule"
         for use in dict.fromkeys(uses)
     ]
+    of_own = any(use.primitive in OWN_DERIVATIVE for use in uses)
     has = lambda text: any(use.kind.endswith(text) for use in uses)
     apart = ", leave DoRA off for them with a config of their own"
     apart = apart if has(OF_DORA) else ""
@@ -400,4 +402,12 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
         "\n".join(lines)
         + f"\nLeave these paths out of `LoraConfig.target`{apart}, or pass "
         '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
+        + (_OF_OWN if of_own else "")
     )
+
+
+_OF_OWN = (
+    ", with exact gradients. A function with a derivative of its own takes whole "
+    "kernels, as its rule does; in a variant without one they stay factored (for "
+    "Diffrax: `adjoint=diffrax.DirectAdjoint()`)"
+)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ._adapted import Adapted, materialize
 from ._choice import Contraction
+from ._compat import in_shard_map, manual_axes, staged, vary
 from ._config import LoraConfig
 from ._entries import Factored, TrainedRows, lowered
 from ._errors import LeftOutWarning
@@ -18,7 +19,7 @@ from ._init import key_of
 from ._inputs import InputStats, input_stats
 from ._interpret import run
 from ._lazy import Lazy, check_frozen, dense
-from ._match import check_adapter
+from ._match import as_varying, check_adapter
 from ._mixed import refuse_ragged, run_mixed
 from ._new_entry import new_entry
 from ._paths import FlatParams
@@ -147,6 +148,7 @@ class Lora:
         """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
         flat = FlatParams.of(params)
         check_adapter(flat, adapter)
+        flat = as_varying(flat, adapter)
         traced, program, log = self._program(flat, params, adapter, args, kwargs)
         check(log.uses)
         inputs = _lazily(traced)
@@ -154,8 +156,13 @@ class Lora:
         for path, entry in adapter.items():
             place = traced.positions[path]
             inputs[place] = _with_entry(inputs[place], entry, *dropout(path))
-        outputs = run(program, inputs, derive=self.backward)
-        return traced.rebuild([materialize(out) for out in outputs])
+
+        def evaluate(*inputs: Any) -> list[jax.Array]:
+            outputs = run(program, inputs, derive=self.backward)
+            return list(map(materialize, outputs))
+
+        evaluate = staged(evaluate) if in_shard_map() else evaluate
+        return traced.rebuild(evaluate(*inputs))
 
     def apply_mixed(
         self,
@@ -424,4 +431,4 @@ def _with_entry(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> An
     if isinstance(entry, LoraFactors):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
         return Adapted.of(leaf, entry, key, rate)
-    return entry.astype(leaf.dtype)
+    return vary(entry.astype(leaf.dtype), manual_axes(leaf))

@@ -64,6 +64,8 @@ class View:
         formed: whether it has passed an operation without a rule, at which the kernel
             is formed; only its roles are still to be learnt.
         scaled: whether it has a scale that the adapter moves, which is kept beside.
+        chosen: the axes of the value that come from no axis of the kernel, and along
+            which the factors differ: other ones were chosen for each entry.
     """
 
     path: str
@@ -73,6 +75,7 @@ class View:
     spread: frozenset[int] = frozenset()
     formed: bool = False
     scaled: bool = False
+    chosen: frozenset[int] = frozenset()
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> "View":
@@ -85,13 +88,20 @@ class View:
         origins = tuple(
             frozenset().union(*(self.origins[i] for i in axes)) for axes in axis_map
         )
-        spread = frozenset(j for j, axes in enumerate(axis_map) if axes & self.spread)
-        return dataclasses.replace(self, origins=origins, spread=spread)
+        from_any = lambda old: frozenset(
+            j for j, axes in enumerate(axis_map) if axes & old
+        )
+        return dataclasses.replace(
+            self,
+            origins=origins,
+            spread=from_any(self.spread),
+            chosen=from_any(self.chosen),
+        )
 
     def without_leading(self) -> "View":
         """Returns the view of one slice along the first axis, as a scan makes it."""
-        spread = frozenset(i - 1 for i in self.spread if i)
-        return dataclasses.replace(self, origins=self.origins[1:], spread=spread)
+        axes = range(1, len(self.origins))
+        return self.moved([frozenset([i]) for i in axes])
 
     def spread_along(self, axes: frozenset[int]) -> "View":
         """Returns the view of a value along whose `axes` a scale varies besides."""
@@ -100,6 +110,12 @@ class View:
     def scaled_along(self, axes: frozenset[int]) -> "View":
         """Returns the view of a value with a scale beside that varies along `axes`."""
         return dataclasses.replace(self.spread_along(axes), scaled=True)
+
+    def chosen_along(self, axes: frozenset[int]) -> "View":
+        """Returns the view of a value whose factors were chosen along `axes`."""
+        has_none = lambda i: all(self.shape[axis] == 1 for axis in self.origins[i])
+        chosen = self.chosen | frozenset(filter(has_none, axes))
+        return dataclasses.replace(self, chosen=chosen)
 
     def after(self, passed: Passed) -> "View":
         """Returns the view with one more operation passed."""
@@ -129,8 +145,9 @@ class View:
     def roles(self, axes: KernelAxes) -> list[str | None] | None:
         """Returns the role of each axis, or None where roles are mixed in one axis."""
         found = []
-        for origin in self.origins:
+        for place, origin in enumerate(self.origins):
             roles = {axes.role(i) for i in origin if self.shape[i] != 1}
+            roles |= {"batch"} if place in self.chosen else set()
             if len(roles) > 1:
                 return None
             found.append(roles.pop() if roles else None)
@@ -268,6 +285,7 @@ class Step:
         along: of an equation with a value that was broadcast, the axes along which that
             varies: the others are cut to size one.
         beside: whether the scale of an equation is kept beside the kernel.
+        predicate: of a choice, the axes along which its predicate varies.
     """
 
     action: Action
@@ -278,6 +296,7 @@ class Step:
     form: Form = "separate"
     along: frozenset[int] | None = None
     beside: bool = False
+    predicate: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

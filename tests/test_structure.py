@@ -32,6 +32,7 @@ _adapted _branch _labelled _linear _merge _moving _norms _record _spectrum _stac
 _algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
 _allocation _combine _consume _quantized_moves _siblings
 _adalora _dora_uses _lazy_moves _linear_use _target
+_select
 _control_flow _measure _moves _new_entry
 _carry _plan
 _base _decide _discover _interpret _unfit
