@@ -293,7 +293,7 @@ def _shared_products(
     window: Window, x: jax.Array, kernel: jax.Array, reaches: Sequence[Reach]
 ) -> jax.Array:
     n, last, precision = len(reaches), x.ndim - 1, window.precision
-    counts = [reach.count for reach in reaches]
+    counts = [reach.entries for reach in reaches]
     if _turns(x.shape, (x.shape[0], *counts, kernel.shape[-1]), n):
         z = dot(x, kernel, ((last,), (n,)), ((), ()), x.dtype, precision)
         for axis in reversed(range(1, n + 1)):

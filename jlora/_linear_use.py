@@ -5,7 +5,7 @@ Every use is linear in the kernel, so that a probe `Ω` in the place of the kern
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +30,22 @@ def is_input_side(eqn: Any, operand: int, part: Part, shape: Shape) -> bool:
     A transposed use (a tied head, the backward pass of an inner gradient) sums over the
     output axes: what it multiplies is no input of the kernel.
     """
-    summed = _summed_axes(eqn, operand)
+    own = _own_axes(eqn, operand, part)
+    summed = [i for i in _summed_axes(eqn, operand) if i not in own]
+    if own and all(part.a.shape[i] == 1 for i in summed):
+        return False  # it sums over batch axes alone
     return all(shape[i] == 1 or part.b.shape[i] == 1 for i in summed)
+
+
+def _own_axes(eqn: Any, operand: int, part: Part) -> set[int]:
+    """Returns the batch axes of a kernel that a product sums over.
+
+    Each index along them has inputs of its own: a config names such axes.
+    """
+    if eqn.primitive.name != "dot_general":
+        return set()
+    summed = _summed_axes(eqn, operand)
+    return {i for i in summed if part.a.shape[i] != 1 and part.b.shape[i] != 1}
 
 
 def _summed_axes(eqn: Any, operand: int) -> Sequence[int]:
@@ -52,8 +66,9 @@ def use_terms(
     x = x.astype(summed_in(x.dtype))
     a = _placed(eqn, operand, part)
     probe, ones = a[..., :-1], a[..., -1:]
+    own = _own_axes(eqn, operand, part)
     if eqn.primitive.name == "dot_general":
-        apply = lambda probe: _dot(eqn, operand, x, probe, shape)
+        apply = lambda probe: _dot(eqn, operand, x, probe, shape, own)
         ones = complete(ones, dot_dims(eqn, operand)[1], shape)
     elif eqn.primitive.name == "conv_general_dilated":
         apply = lambda probe: _conv(eqn, x, probe, shape)
@@ -64,7 +79,7 @@ def use_terms(
     # The norm of a complex x·Ω: its gradient is the real part of xᴴ·x·Ω.
     h = lax.conj(h) if jnp.issubdtype(h.dtype, jnp.complexfloating) else h
     yield probe, pull(h)[0] / _copies(part)
-    summed = _summed_axes(eqn, operand)
+    summed = [i for i in _summed_axes(eqn, operand) if i not in own]
     ones = complete(ones, summed, shape)
     yield ones, _counted(ones, _rows(eqn, operand, values), summed)
 
@@ -145,12 +160,25 @@ def _rows(eqn: Any, operand: int, values: Sequence[Any]) -> Any:
 # --- the uses, with a probe in the place of the kernel ---
 
 
-def _dot(eqn: Any, operand: int, x: jax.Array, probe: jax.Array, shape: Shape) -> Any:
-    """The product; the columns of the probe are one more free axis."""
+def _dot(
+    eqn: Any,
+    operand: int,
+    x: jax.Array,
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> Any:
+    """The product; the columns of the probe are one more free axis.
+
+    It sums over no axis of `own`: these are batch axes here.
+    """
     contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
+    pairs = list(zip(contract, x_contract, strict=True))
+    shared = [*zip(batch, x_batch, strict=True), *(p for p in pairs if p[0] in own)]
+    pairs = [pair for pair in pairs if pair[0] not in own]
     probe = complete(probe, [*contract, *batch], shape)
-    axes = (x_contract, contract), (x_batch, batch)
-    return dot(x, probe, *axes, x.dtype, lax.Precision.HIGHEST)
+    sides = lambda pairs: ([j for _, j in pairs], [i for i, _ in pairs])
+    return dot(x, probe, sides(pairs), sides(shared), x.dtype, lax.Precision.HIGHEST)
 
 
 def _conv(eqn: Any, x: jax.Array, probe: jax.Array, shape: Shape) -> jax.Array:

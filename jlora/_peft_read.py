@@ -261,15 +261,8 @@ class _Reader:
 
     def _experts(self, binding: Binding) -> int | None:
         """Returns the number of experts that a parameter packs, if it does."""
-        shape = self.base.shape(binding.path)
-        if "experts" not in binding.steps or len(shape) - binding.n_fields < 3:
-            return None
-        if binding.path in self.base.known:
-            batch = self.base.known[binding.path].batch
-            if len(batch) == binding.n_fields:
-                return None
-            return shape[batch[binding.n_fields]]
-        return shape[binding.n_fields]
+        axes = self.base.experts(binding.path)
+        return None if axes is None else self.base.shape(binding.path)[axes[0]]
 
     def _pair(self, found: Found, binding: Binding, tensors: ModuleTensors) -> Pair:
         name, a, b = found.name, a_matrix(tensors.a, binding), b_matrix(tensors.b)

@@ -285,9 +285,12 @@ def _axes(target: Target) -> str:
         ("in", target.axes.in_),
         ("out", target.axes.out),
     )
-    return " ".join(
+    told = " ".join(
         f"{name} {','.join(map(str, axes))}" for name, axes in roles if axes
     )
+    given = {i % target.axes.ndim for i in target.config.batch_axes}
+    own = ",".join(map(str, sorted(given)))
+    return f"{told} (batch={own} by config)" if given else told
 
 
 def _uses(target: Target) -> str:

@@ -2,17 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from ._alternatives import alternatives
-from ._axes import KernelAxes, Shape
+from ._axes import KernelAxes, Shape, with_batch
 from ._carry import CARRY
 from ._choice import Contraction
 from ._compat import OWN_DERIVATIVE
 from ._config import LoraConfig
+from ._conflicts import conflicts, no_batch, other_batch, other_roles
 from ._consume import CONSUME
 from ._decide import OF_DORA, OF_SCALE, OF_SUM, decide
 from ._discover import discover, settle
@@ -22,7 +23,7 @@ from ._paths import FlatParams, is_quantized, matching, names
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
-from ._unfit import DOUBT, EMPTY, FROZEN, check, several
+from ._unfit import DOUBT, EMPTY, FROZEN, NO_BATCH, check, several
 from ._view import Flow, Log, Use, Value, View, Vote
 
 
@@ -270,7 +271,11 @@ def _target(
     if known.axes is None:
         opaque = known.is_opaque and config.target is not None
         return Unusable(path, shape, known.reason, is_opaque=opaque)
-    reason = _misfit(config, known.axes, shape)
+    axes = with_batch(known.axes, config.batch_axes)
+    if axes is None:
+        reason = no_batch(known.axes, config.batch_axes)
+        return Unusable(path, shape, f"{reason}{NO_BATCH}")
+    reason = _misfit(config, axes, shape)
     if reason:
         return Unusable(path, shape, reason)
     if config.target is None and known.looked_up:
@@ -278,7 +283,7 @@ def _target(
             path, shape, "is a table that is looked up; name it to adapt it"
         )
     qtype = qtype_of(leaf) if is_quantized(leaf) else None
-    return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
+    return Target(path, shape, leaf.dtype, axes, config, qtype=qtype)
 
 
 def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
@@ -306,7 +311,9 @@ def with_uses(
     axes = {t.path: t.axes for t in targets if t.axes is not None}
     dora = {t.path for t in targets if t.config.dora}
     whole = {t.path for t in targets if t.axes is None}
-    _, log = program_of(traced, axes, materialize, contraction, dora, whole)
+    _, log = program_of(
+        traced, axes, materialize, contraction, dora, whole, misfit=other_batch
+    )
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -321,6 +328,8 @@ def program_of(
     contraction: Contraction,
     dora: Collection[str] = (),
     whole: Collection[str] = (),
+    *,
+    misfit: Callable[[list[str]], Exception] | None = None,
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
@@ -331,8 +340,12 @@ def program_of(
         contraction: likewise.
         dora: the paths of the kernels that have DoRA's scale.
         whole: the paths of the leaves that are trained whole.
+        misfit: makes the error for kernels that could be evaluated with other roles; it
+            is about the adapter by default.
 
     Raises:
+        AdapterError: if the roles in the adapter are not those of the program, and keep
+            it from being evaluated.
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
             or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
@@ -340,6 +353,9 @@ def program_of(
     inputs = _known(traced, shapes, whole)
     program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
     if log.obstacles and materialize == "error":
+        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, dora)
+        if told:
+            raise (misfit or other_roles)(told)
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
 

@@ -10,6 +10,7 @@ from ._target import Target, Unusable
 
 FROZEN = "its values are frozen and cannot be trained whole"
 EMPTY = "is empty"
+NO_BATCH = ", and so it cannot have factors of its own there"
 DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
@@ -50,6 +51,12 @@ def check(
         "with `exclude`, or adapt it"
         for u in frozen
     ]
+    problems += [
+        f"{u.path!r} {u.shape} {u.reason}. Give `LoraConfig(batch=...)` for the "
+        "kernels alone that have such an axis besides"
+        for u in unusable
+        if u.reason.endswith(NO_BATCH)
+    ]
     doubtful = [u.path for u in unusable if u.reason == DOUBT]
     if doubtful:
         problems.append(
@@ -87,6 +94,8 @@ def _config_problems(
         finds = lambda one: bool(usable & set(matching(one, paths)))
         for one, said in _failing("target", pattern, finds):
             hits = matching(one, paths)
+            if _told_apart(hits, reasons):
+                continue
             problems.append(
                 _useless(said, hits, reasons, len(paths))
                 if hits
@@ -96,9 +105,17 @@ def _config_problems(
         finds = lambda one: bool(matching(one, paths))
         for one, said in _failing("exclude", pattern, finds):
             problems.append(_dead(said, one, paths))
-    if not problems and not any(t.config is config for t in targets):
+    apart = any(_told_apart([path], reasons) for path in matched)
+    if not (problems or apart or any(t.config is config for t in targets)):
         problems.append(_nothing(config, matched, usable))
     return problems
+
+
+def _told_apart(hits: Sequence[str], reasons: Mapping[str, Unusable]) -> bool:
+    """Whether all that a pattern matches is told by lines of its own."""
+    return bool(hits) and all(
+        hit in reasons and reasons[hit].reason.endswith(NO_BATCH) for hit in hits
+    )
 
 
 def _failing(

@@ -52,6 +52,7 @@ from ._quantized import dequantized
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
 from ._seal import check_seal, seal_of
+from ._torch_layout import spread
 from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
 from ._untrusted import JSON_LIMIT, check_header, check_regular, parse_json, read_file
 
@@ -85,7 +86,9 @@ def load(
     Returns:
         The config, or several where targets differ, for `jlora.lora`; and the adapter,
         with the values and dtypes of the file. Layers of a stack that the file does not
-        adapt have zeros in both factors: no delta, no gradient.
+        adapt have zeros in both factors: no delta, no gradient. Experts have factors of
+        their own, and the configs say so by `batch`: both are for programs that compute
+        all experts for every token, too.
 
     Raises:
         UnsafeFormatError: if a file is a pickle or a link.
@@ -100,7 +103,7 @@ def load(
     base = Base.of(params_or_plan, names)
     entries = adapter_of(found, base)
     adapter = jax.tree.map(_on_device, entries)
-    return configs_of(entries, found.config, list(base.params.paths)), adapter
+    return configs_of(entries, found.config, base), adapter
 
 
 def read_files(
@@ -154,6 +157,9 @@ def save(
     one module's are written in one that holds the values of all. The same adapter gives
     the same bytes, in whatever order its paths are.
 
+    Experts have factors of their own in PEFT. Where those of an adapter share one, as
+    they do in a program that computes all of them for every token, it is repeated.
+
     PEFT trains modules whole, with all that is below them, and those whose names end
     with the name of one. What of these the adapter lacks is written along, with the
     values of the params.
@@ -194,6 +200,7 @@ def save(
     check_adapter(base.params, adapter)
     bind_all(list(entries), names)
     _check_finite(_named_arrays(entries), "the adapter")
+    factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
     modules = modules_of(factors, base)
     check_some(modules, entries)
     if profile == "vllm":

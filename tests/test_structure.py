@@ -24,20 +24,21 @@ _axes _decompose _dtypes _errors _frames _mosaic _paths _patterns _symbolic _tap
 _alternatives _compat _factors _files _fuse _init _memory _peft_config _rules _untrusted
 _config _elementwise _families _flops _peft_keys _peft_stack _seal _sharding
 _torch_layout
-_entries _group _layout _mixed_mesh _peft_configs _quantized
+_entries _group _layout _mixed_mesh _quantized
 _channels _choice _conv _dora _dropout _forms _lazy _placement _ragged _trace _view
 _adapted _branch _fingerprint _linear _match _matrices _recall _stackable _target
-_broadcast _emit _gather _measure _merge _mixed _moving _new_entry _norms _products
+_broadcast _emit _gather _labelled _measure _merge _mixed _moving _new_entry _norms
 _record _spectrum _stack _unfit
-_algebra _compare _consume _dora_uses _moving_init _plan _quantized_moves _recording
-_restoring _siblings _triplets
-_allocation _base _combine _lazy_moves
-_adalora _mix _moves _peft_write _select _torch_params
+_algebra _compare _moving_init _plan _products _quantized_moves _recording _restoring
+_triplets
+_allocation _base _combine _consume _dora_uses _lazy_moves _siblings
+_adalora _mix _moves _peft_configs _peft_write _select _torch_params
 _analyze _collectives _peft_lora_bias _peft_vllm _peft_whole _sum
 _carry _control_flow _linear_use _peft_read
 _decide _discover _interpret _peft_alone
-_inputs _targets
-_data_init _quantize _transform
+_conflicts _inputs
+_data_init _targets
+_quantize _transform
 """.split()
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}
