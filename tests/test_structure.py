@@ -21,11 +21,12 @@ each_module = pytest.mark.parametrize("name", TREES)
 # A module imports only from those above it.
 ORDER = """
 _axes _compat _decompose _dtypes _errors _memory _mosaic _paths _patterns
-_factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _untrusted
+_factors _files _flops _fuse _init _peft_config _quantized _rules _sharding _taps
+_untrusted
 _config _entries _families _group _layout _lazy _peft_keys _peft_stack _seal
 _torch_layout _trace
-_choice _dora _dropout _fingerprint _forms _match _matrices _peft_configs _placement
-_stackable
+_channels _choice _conv _dora _dropout _fingerprint _forms _match _matrices
+_peft_configs _placement _ragged _stackable
 _adapted _branch _linear _merge _moving _norms _record _spectrum _stack
 _algebra _compare _gather _mixed _moving_init _products _recording _restoring _triplets
 _allocation _analyze _combine _consume _quantized_moves _siblings
