@@ -15,10 +15,13 @@ from jax import lax
 from ._adapted import Adapted, Part, complete, times_place
 from ._analyze import indexed_axes
 from ._axes import Shape, free_axes
-from ._compat import manual_axes, rebind
+from ._compat import manual_axes
+from ._conv import Window, convolve
 from ._dtypes import summed_in
 from ._group import dot
-from ._products import dot_dims
+from ._products import dot_dims, factor_matrix
+from ._ragged import Rows, rows_product
+from ._sharding import without_axes
 
 # A probe, and what it gathers.
 Term = tuple[jax.Array, jax.Array]
@@ -183,36 +186,33 @@ def _dot(
 
 def _conv(eqn: Any, x: jax.Array, probe: jax.Array, shape: Shape) -> jax.Array:
     """The convolution, to as many channels as the probe has columns, in each group."""
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    kernel = _as_kernel(complete(probe, _summed_axes(eqn, 1), shape), out_axis)
-    repeats = [1] * kernel.ndim
-    repeats[out_axis] = eqn.params["feature_group_count"]
-    return _precisely(eqn, [x, jnp.tile(kernel, repeats)])
+    dims, sharding = eqn.params["dimension_numbers"], eqn.params["out_sharding"]
+    _, in_, *space = dims.rhs_spec
+    channels = dims.out_spec[1]
+    if sharding is not None:
+        spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+        sharding = without_axes(sharding, spec, [channels])
+    window = Window.of(
+        eqn, shared=True, computed=x.dtype, result=x.dtype, sharding=sharding
+    )
+    highest = lax.Precision.HIGHEST
+    window = window._replace(precision=(highest, highest))
+    return convolve(window, x, factor_matrix(probe, [*space, in_], shape), "custom")
 
 
 def _ragged(
     eqn: Any, x: jax.Array, rest: Sequence[Any], probe: jax.Array, shape: Shape
 ) -> jax.Array:
     """The ragged product; rows of each group with the probe of that group."""
-    taken = [*_summed_axes(eqn, 1), *_ragged_shared(eqn)]
-    first, *_ = free_axes(len(shape), taken)
-    return _precisely(eqn, [x, _as_kernel(complete(probe, taken, shape), first), *rest])
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (x_contract, contract), (x_batch, _) = dims.dot_dimension_numbers
+    (ragged,) = dims.lhs_ragged_dimensions
+    factor = factor_matrix(probe, [*_ragged_shared(eqn), *contract], shape)
+    highest, dtype = lax.Precision.HIGHEST, x.dtype
+    rows = Rows(x_contract, x_batch, ragged, highest, dtype, dtype)
+    return rows_product(rows, x, factor, rest[0], "custom")
 
 
 def _ragged_shared(eqn: Any) -> list[int]:
     dims = eqn.params["ragged_dot_dimension_numbers"]
     return [*dims.rhs_group_dimensions, *dims.dot_dimension_numbers[1][1]]
-
-
-def _as_kernel(probe: jax.Array, out_axis: int) -> jax.Array:
-    """Puts the columns of a probe where the kernel has an output axis."""
-    return jnp.moveaxis(lax.squeeze(probe, [out_axis]), -1, out_axis)
-
-
-def _precisely(eqn: Any, operands: list[Any]) -> jax.Array:
-    """Evaluates an equation in float32 on float32 operands."""
-    high = lax.Precision.HIGHEST
-    precision = (high, high) if eqn.primitive.name.startswith("conv") else high
-    dtype = operands[0].dtype
-    params = {"precision": precision, "preferred_element_type": dtype}
-    return rebind(eqn.replace(params={**eqn.params, **params}), operands)[0]
