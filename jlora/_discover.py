@@ -44,9 +44,9 @@ class Discovery(Analysis):
             else:
                 carried = self._carry(eqn, operand, view, active)
             if carried is None:
-                self.materialized(eqn, [Value((view,))])
                 self._look_inside(eqn, operand, values)
                 carried = self._formed(eqn, operand, view, active)
+                self.materialized(eqn, [Value((view,))], used=any(carried))
             for output, out_view in zip(outputs, carried, strict=True):
                 output.extend(out_view)
         flow = any_active(values)
@@ -62,7 +62,7 @@ class Discovery(Analysis):
         """
         if active or not keeps_axes(eqn, operand):
             return [() for _ in eqn.outvars]
-        formed = dataclasses.replace(view, passed=(), formed=True)
+        formed = dataclasses.replace(view, formed=True)
         return [(formed,) for _ in eqn.outvars]
 
     @staticmethod
@@ -109,7 +109,8 @@ class Discovery(Analysis):
         if not {"in", "out"} <= set(seen.values()):
             return False
         if view.formed and not active:
-            return True  # what is formed of params alone may be anything
+            self._lose(view)  # what is formed of params alone may be anything
+            return True
         if any(
             seen.get(axis, "batch") != "batch"
             for passed in view.passed
@@ -134,6 +135,7 @@ class Discovery(Analysis):
         if maps is None:
             return None
         if view.formed and self._is_beside_kernels(eqn, active):
+            self._lose(view)
             return [() for _ in maps]
         passed = passed_by(eqn, operand, view, self.place)
         if passed is not None and not view.formed:

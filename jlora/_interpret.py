@@ -11,7 +11,7 @@ from ._adapted import base_of, materialize
 from ._analyze import Analysis
 from ._broadcast import cut
 from ._carry import CARRY, scale_beside, take_rows
-from ._compat import equation_scope, is_literal, rebind
+from ._compat import equation_scope, in_shard_map, is_literal, rebind, staged
 from ._consume import EVALUATE, add_rows
 from ._control_flow import CONTROL_FLOW
 from ._gather import found_rows
@@ -43,6 +43,15 @@ def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
         return _evaluate(step, read, derive)
 
     return walk(program, values, evaluate)
+
+
+def outputs_of(program: Program, inputs: Sequence[Any], *, derive: str) -> Any:
+    """Returns the outputs of the function itself, as `run` does, all of them plain."""
+
+    def evaluate(*inputs: Any) -> list[jax.Array]:
+        return list(map(materialize, run(program, inputs, derive=derive)))
+
+    return (staged(evaluate) if in_shard_map() else evaluate)(*inputs)
 
 
 def walk(

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ._adapted import Adapted, materialize
+from ._adapted import Adapted
 from ._choice import Contraction
-from ._compat import in_shard_map, manual_axes, staged, vary
+from ._compat import manual_axes, vary
 from ._config import LoraConfig
 from ._entries import Factored, TrainedRows, lowered
 from ._errors import LeftOutWarning
 from ._factors import Adapter, LoraFactors, PyTree
 from ._init import key_of
 from ._inputs import InputStats, input_stats
-from ._interpret import run
+from ._interpret import outputs_of
 from ._lazy import Lazy, check_frozen, dense
 from ._match import as_varying, check_adapter
 from ._mixed import refuse_ragged, run_mixed
@@ -156,13 +156,7 @@ class Lora:
         for path, entry in adapter.items():
             place = traced.positions[path]
             inputs[place] = _with_entry(inputs[place], entry, *dropout(path))
-
-        def evaluate(*inputs: Any) -> list[jax.Array]:
-            outputs = run(program, inputs, derive=self.backward)
-            return list(map(materialize, outputs))
-
-        evaluate = staged(evaluate) if in_shard_map() else evaluate
-        return traced.rebuild(evaluate(*inputs))
+        return traced.rebuild(outputs_of(program, inputs, derive=self.backward))
 
     def apply_mixed(
         self,
