@@ -46,7 +46,7 @@ def conflicts(
         dora: the paths of the kernels that have DoRA's scale.
     """
     first = {use.path: use for use in reversed(obstacles)}
-    votes, _ = discover(jaxpr, _only(first, inputs))
+    votes = discover(jaxpr, _only(first, inputs)).votes
     lines = []
     for value in _only(first, inputs):
         for view in value.views:

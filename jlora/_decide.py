@@ -13,6 +13,7 @@ from ._carry import CARRY, scale_axes
 from ._choice import Contraction, choose
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
+from ._discover import discover
 from ._dora_uses import fits, keeps_scale, spread
 from ._group import GroupDims
 from ._labelled import Labels, cuts_across
@@ -78,9 +79,14 @@ class Decision(Analysis):
             where = _moved(eqn, values) or OF_DORA
             self.materialized(eqn, values, where, used=True)
             return Step("materialize"), nothing
-        outputs = self._passed_on(eqn, values)
-        if outputs is not None:
-            return Step("carry"), outputs
+        if self._passes_on(eqn, values):
+            outputs = self._carried(eqn, values)
+            if outputs is not None:
+                return Step("carry"), outputs
+            # It may be a use, which the next run tells, or else it is an obstacle.
+            self.log.lost[self.place] = "mix"
+            self.materialized(eqn, values, used=True)
+            return Step("materialize"), nothing
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
             where = _moved(eqn, values) or OF_DORA
@@ -108,16 +114,16 @@ class Decision(Analysis):
         self._note_across(eqn, operand, values[operand].views)
         return Step("product")
 
-    def _passed_on(self, eqn: Any, values: list[Value]) -> list[Value] | None:
-        """Returns the outputs of a frozen product that is not the use of its kernel."""
+    def _passes_on(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether an equation is a frozen product that is not the use of its kernel."""
         others = [value for value in values if not value.views]
         if not is_frozen_product(eqn, others) or self.place in self.ends:
-            return None
+            return False
         if any_active(others).adapter:
             # A product with what the adapter moves is a use, in the next run: its
             # gradient needs the kernel as it is.
             self.log.lost[self.place] = "order"
-        return self._carried(eqn, values)
+        return True
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
@@ -363,11 +369,21 @@ def decide(
     dora: Collection[str] = (),
 ) -> tuple[Program, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it."""
-    recall, ends = Recall(), frozenset[Place]()
-    while True:
+    recall = Recall()
+
+    def run(ends: frozenset[Place]) -> tuple[Program, Log]:
         decision = Decision(axes, contraction, dora, recall, ends)
-        program = decision.whole(jaxpr, inputs)
-        more = ends | ends_of(decision.log)
+        return decision.whole(jaxpr, inputs), decision.log
+
+    program, log = run(frozenset())
+    if not ends_of(log):
+        return program, log
+    # What was passed, or was a use, shows where the kernels go after that.
+    found = discover(jaxpr, inputs)
+    ends = found.ends
+    while True:
+        program, log = run(ends)
+        more = ends | (ends_of(log) - found.passed_on)
         if more == ends:
-            return program, decision.log
+            return program, log
         ends = more

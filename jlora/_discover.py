@@ -210,10 +210,28 @@ def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:
     return seen
 
 
-def discover(
-    jaxpr: Any, inputs: Sequence[Value]
-) -> tuple[Mapping[str, list[Vote]], Log]:
-    """Returns the votes on each kernel and what kept others from being kernels."""
+@dataclasses.dataclass(frozen=True)
+class Discovered:
+    """What the pass has learnt.
+
+    Attributes:
+        votes: the votes on each kernel.
+        log: what kept others from being kernels.
+        ends: the places where kernels come to an end that could have passed on.
+    """
+
+    votes: Mapping[str, list[Vote]]
+    log: Log
+    ends: frozenset[Place]
+
+    @property
+    def passed_on(self) -> frozenset[Place]:
+        """The places that kernels pass on their way to a use."""
+        return frozenset(self.log.met) - self.ends
+
+
+def discover(jaxpr: Any, inputs: Sequence[Value]) -> Discovered:
+    """Returns what the uses of kernels say about them."""
     recall, ends = Recall(), frozenset[Place]()
     while True:
         discovery = Discovery(recall, ends)
@@ -228,7 +246,8 @@ def discover(
         # A lookup whose rows a product consumed was none: it carried the kernel there.
         if vote.kind != "lookup" or vote.place not in log.met:
             votes[vote.path].append(vote)
-    return {path: _firm(found) for path, found in votes.items()}, log
+    firm = {path: _firm(found) for path, found in votes.items()}
+    return Discovered(firm, log, ends)
 
 
 def _firm(votes: list[Vote]) -> list[Vote]:

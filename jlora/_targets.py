@@ -155,7 +155,8 @@ def _discover(
         and leaves[path].shape
         and not _is_empty(leaves[path])
     }
-    votes, log = discover(traced.jaxpr, _known(traced, shapes))
+    found = discover(traced.jaxpr, _known(traced, shapes))
+    votes, log = found.votes, found.log
     return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
 
 

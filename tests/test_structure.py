@@ -35,9 +35,10 @@ _allocation _base _combine _consume _dora_uses _lazy_moves _siblings
 _adalora _mix _moves _peft_configs _peft_write _select _torch_params
 _analyze _collectives _peft_lora_bias _peft_vllm _peft_whole _sum
 _carry _control_flow _linear_use _peft_read
-_decide _discover _interpret _peft_alone
-_conflicts _inputs
-_data_init _targets
+_discover _interpret _peft_alone
+_decide _inputs
+_conflicts _data_init
+_targets
 _quantize _transform
 """.split()
 
