@@ -87,8 +87,8 @@ def pretrain(model: Reader, rows: jax.Array, steps: int) -> None:
             report(float(step(model, optimizer, batch)), ROWS * LENGTH)
 
 
-def adapt(wrapped: jlora.nnx.Wrapped, rows: jax.Array, steps: int) -> Any:
-    """Returns the adapter after some steps; keys of dropout move on in `rest`."""
+def adapt(wrapped: jlora.nnx.Wrapped, rows: jax.Array, steps: int) -> tuple[Any, Any]:
+    """Returns adapter and rest after some steps; keys of dropout move on in `rest`."""
     lora, params, adapter, rest = wrapped
     tx = optax.adam(1e-2)
 
@@ -107,7 +107,7 @@ def adapt(wrapped: jlora.nnx.Wrapped, rows: jax.Array, steps: int) -> Any:
         for batch in batches(rows, ROWS, steps, seed=1):
             adapter, state, rest, value = step(adapter, state, rest, params, batch)
             report(float(value), ROWS * LENGTH)
-    return adapter
+    return adapter, rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,16 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(str(plan), markup=False)
     pretrain(model, texts.prose, args.steps)
     wrapped = jlora.nnx.wrap(model, config, tokens)
-    adapter = adapt(wrapped, texts.code, args.steps)
+    adapter, rest = adapt(wrapped, texts.code, args.steps)
     known = {"config": config, "base": wrapped.params}
     jlora.checkpoint.save(args.out, adapter, **known, overwrite=True)
     restored = jlora.checkpoint.restore(args.out, base=wrapped.params)
     console.print(f"adapter written to {args.out} and read again")
 
-    tuned = jlora.nnx.merge_into(model, restored)
+    tuned = jlora.nnx.merge_into(model, restored, rest)
     model.eval(), tuned.eval()  # without dropout
     lora = jlora.nnx.lora(model, config)
-    adapted, _ = jax.jit(lora.apply)(wrapped.params, adapter, wrapped.rest, tokens)
+    adapted, _ = jax.jit(lora.apply)(wrapped.params, adapter, rest, tokens)
     logits = {"before": model(tokens), "adapted": adapted, "merged": tuned(tokens)}
     losses = [float(cross_entropy(v, texts.held_out)) for v in logits.values()]
     for name, loss in zip(logits, losses, strict=True):

@@ -84,6 +84,23 @@ class KernelAxes:
         return jnp.transpose(split, [order.index(i) for i in range(len(order))])
 
 
+def with_batch(axes: KernelAxes, batch: Sequence[int]) -> KernelAxes | None:
+    """Returns the roles with further batch axes; None if no in or out axis is left.
+
+    Axes below zero count from the end; None, too, if there is no such axis.
+
+    >>> with_batch(KernelAxes((), (1,), (0, 2)), [-3])
+    KernelAxes(batch=(0,), in_=(1,), out=(2,))
+    """
+    asked = {i + axes.ndim if i < 0 else i for i in batch}
+    if not asked <= set(range(axes.ndim)):
+        return None
+    left = [tuple(i for i in own if i not in asked) for own in (axes.in_, axes.out)]
+    if not all(left):
+        return None
+    return KernelAxes(tuple({*axes.batch, *asked}), *left)
+
+
 def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:
     """Returns the axes of `ndim` that none of the sequences has.
 

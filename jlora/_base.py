@@ -16,7 +16,7 @@ from ._paths import FlatParams
 from ._plan import Plan
 from ._quantized import dequantized
 from ._rules import TABLES, Binding, Names, bind
-from ._torch_layout import guess_axes
+from ._torch_layout import guess_axes, with_experts
 from ._trace import is_array
 
 
@@ -58,6 +58,7 @@ class Base:
 
         Raises:
             TypeError: if there are no arrays in it.
+            AdapterError: if the axis of experts of a kernel is in doubt.
         """
         plan = params_or_plan if isinstance(params_or_plan, Plan) else None
         flat = FlatParams.of(plan.params if plan else params_or_plan)
@@ -71,7 +72,11 @@ class Base:
         known = {t.path: t.axes for t in targets if t.axes is not None}
         uses = {t.path: tuple(use.kind for use in t.uses) for t in targets}
         bindings = bind(leaves, names)
-        return cls(flat, leaves, known | dict(axes or {}), uses, bindings)
+        known = {
+            path: with_experts(own, bindings[path]) if path in bindings else own
+            for path, own in (known | dict(axes or {})).items()
+        }
+        return cls(flat, leaves, known, uses, bindings)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of a leaf."""
@@ -86,6 +91,17 @@ class Base:
         if path in self.known:
             return self.known[path]
         return guess_axes(path, self.shape(path), self.bindings[path], fan_in)
+
+    def experts(self, path: str) -> tuple[int, ...] | None:
+        """Returns the axis of experts that torch packs with a leaf, if it has one."""
+        binding, n_axes = self.bindings.get(path), len(self.shape(path))
+        if binding is None or "experts" not in binding.steps:
+            return None
+        n = binding.n_fields
+        if n_axes - n < 3:
+            return None
+        batch = self.known[path].batch if path in self.known else range(n_axes)
+        return (batch[n],) if len(batch) > n else None
 
     def is_kernel(self, path: str) -> bool:
         """Returns whether a leaf may be adapted, as far as is known."""

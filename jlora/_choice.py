@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ._group import Form, GroupDims, compute_dtype
 from ._mosaic import fills, fits, is_written_for_this_jax, on_hopper
 from ._sharding import is_whole
+from ._symbolic import are_known, exceeds
 
 Contraction = Literal["factored", "merged", "auto", "fused"]
 
@@ -27,6 +28,8 @@ def choose(
         dims: the static description of the products.
         x: the shared operand; shape and dtype are read.
         kernels: the kernels, likewise.
+
+    Where sizes are symbolic it is the form that is right for all of them.
     """
     if contraction == "merged":
         return "merged"
@@ -36,8 +39,10 @@ def choose(
     outputs = [w.size // max(features * shared, 1) for w in kernels]
     if contraction == "auto" and all(v.dtype == jnp.float32 for v in (x, *kernels)):
         # Formed twice, forward and backward: 4·r·m·k each against 2·n·r·(m + k).
-        if all(tokens > 2 * features * k / (features + k) for k in outputs):
+        if all(exceeds(tokens * (features + k), 2 * features * k) for k in outputs):
             return "merged"
+    if not are_known([tokens, features, *outputs]):
+        return "separate"  # the others pay, or fit, for some sizes alone
     extensible = _extensible(dims, x, kernels)
     may_fuse = contraction in ("fused", "auto") and extensible and _has_kernel(dims, x)
     if may_fuse and all(fits(tokens, features, k) for k in outputs):

@@ -194,7 +194,7 @@ class _Recipe:
         own = weights.astype(kept.dtype).reshape(-1, *[1] * (kept.ndim - 1))
         if not elects:
             return (own * kept).sum(axis=0)
-        agree = _agree(kept, self.majority)
+        agree = _agree(kept, self.majority).astype(kept.dtype)
         return (own * kept * agree).sum(axis=0) / jnp.maximum(agree.sum(axis=0), 1)
 
     def _keys(self, name: str, numbers: Iterable[int]) -> list[jax.Array | None]:
@@ -215,8 +215,8 @@ def _form(entries: list[LoraFactors]) -> LoraFactors:
 def _agree(kept: jax.Array, majority: Majority) -> jax.Array:
     """Returns where each adapter has the sign that most have, by size or by number."""
     votes = kept if majority == "total" else jnp.sign(kept)
-    elected = jnp.where(votes.sum(axis=0, keepdims=True) >= 0, 1, -1)
-    return jnp.sign(kept) == elected
+    elected = jnp.where(votes.sum(axis=0, keepdims=True) >= 0, 1.0, -1.0)
+    return jnp.sign(kept) == elected.astype(kept.dtype)
 
 
 def _all(tensor: Array, density: float | None, key: jax.Array | None) -> Array:
@@ -229,13 +229,13 @@ def _largest(tensor: Array, density: Any, key: jax.Array | None) -> jax.Array:
     order = jnp.argsort(-jnp.abs(flat), axis=-1, stable=True)
     place = jnp.argsort(order, axis=-1)
     kept = place < int(density * flat.shape[-1])
-    return (flat * kept).reshape(tensor.shape)
+    return (flat * kept.astype(flat.dtype)).reshape(tensor.shape)
 
 
 def _random(tensor: Array, density: Any, key: Any) -> jax.Array:
     """Returns values kept with the probability `density`, so that the mean stays."""
     kept = jax.random.bernoulli(key, float(density), tensor.shape)
-    return tensor * kept / density
+    return tensor * kept.astype(tensor.dtype) / density
 
 
 # How each method thins the factors out, and whether signs are elected.

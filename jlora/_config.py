@@ -27,7 +27,10 @@ class LoraConfig:
             convolution or ragged product and leaves tables that are looked up alone.
             `".*"` adapts every kernel, tables too.
         exclude: a regex, or several, for paths that are left out again.
-        rank: the number of columns of `a` and of rows of `b`.
+        rank: the number of columns of `a` and of rows of `b`. A kernel that maps from
+            or to fewer features, such as a classifier of two labels, gets as many as it
+            maps, of slices the smallest. The plan tells ("2 of 8"), and its scaling is
+            that of this rank all the same.
         alpha: the numerator of the scaling.
         rslora: scale by `alpha/√rank` instead of `alpha/rank`.
         dora: train the norm of each output of the kernel besides: the kernel is
@@ -37,7 +40,8 @@ class LoraConfig:
             dropped. Lookups have no dropout: their input is an index.
         init: the initialiser: "kaiming_uniform" or "gaussian" for `a` (`b` is zero);
             "zero_a" for `b` (`a` is zero); "orthogonal" for both, with `a·b = 0` and
-            an even rank. For those that look at kernels, gradients or inputs see
+            an even rank. Values are drawn as for `rank` where a kernel gets less of it.
+            For those that look at kernels, gradients or inputs see
             `jlora.pissa` and its relatives, which take a new adapter.
         dtype: the dtype the factors are kept in; they are cast to the compute dtype
             where they are used. DoRA's magnitudes are kept in float32 at least, so that
@@ -53,6 +57,12 @@ class LoraConfig:
             place.
         slices: runs of outputs of a fused kernel, as `[(0, 512), (1024, 1536)]`, each
             with factors of its own rank; the other outputs are not adapted.
+        batch: an axis of the kernels, or several, along which each index gets factors
+            of its own, though the program does not tell: that of experts which are all
+            computed for every token (`td,edf->tef`) would share `a` otherwise, as its
+            outputs. Negative ones count from the end. It holds for every leaf that this
+            config adapts; at least one axis that the program contracts, and one that it
+            does not, must be left. An axis that the program tells is fine.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
 
@@ -64,6 +74,8 @@ class LoraConfig:
         >>> config = LoraConfig("attention/(query|value)", rank=8, alpha=16.0)
         >>> config.scaling
         2.0
+        >>> LoraConfig("experts/up", batch=0).batch_axes
+        (0,)
 
     References:
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
@@ -88,6 +100,7 @@ class LoraConfig:
     bias: str = "none"
     rows: Sequence[int] | None = None
     slices: Sequence[tuple[int, int]] | None = None
+    batch: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Normalises patterns and dtype, and checks every field."""
@@ -105,6 +118,7 @@ class LoraConfig:
             raise ValueError(f"`LoraConfig.bias` is one of {BIASES}, got {self.bias!r}")
         object.__setattr__(self, "rows", _rows(self.rows))
         object.__setattr__(self, "slices", _slices(self.slices))
+        object.__setattr__(self, "batch", _axes(self.batch))
         _check_one_kind(self)
         if self.full and self.target is None:
             raise ValueError(
@@ -114,8 +128,14 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """`alpha/rank`, or `alpha/√rank` with `rslora`."""
+        """`alpha/rank`, or `alpha/√rank` with `rslora`; of the rank that is asked."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """`batch` as a tuple, empty if it is None."""
+        given: Any = self.batch
+        return given or ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain JSON values.
@@ -198,6 +218,20 @@ def _slices(value: Any) -> tuple[tuple[int, int], ...] | None:
     return slices
 
 
+def _axes(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    axes = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in axes):
+        raise TypeError(f"`LoraConfig.batch` takes an axis, or several, got {value!r}")
+    if not axes or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"`LoraConfig.batch` takes axes of the kernels, each once, got {value!r}; "
+            "give None for those that the program tells"
+        )
+    return axes
+
+
 def _check_one_kind(config: "LoraConfig") -> None:
     kinds = {
         "full": config.full,
@@ -208,8 +242,15 @@ def _check_one_kind(config: "LoraConfig") -> None:
     chosen = [kind for kind, is_chosen in kinds.items() if is_chosen]
     if len(chosen) > 1:
         raise ValueError(f"`LoraConfig` takes one of {chosen} at a time")
-    if config.bias != "none" and (config.full or config.rows is not None):
-        raise ValueError("`LoraConfig.bias` goes with a config that adapts kernels")
+    whole = config.full or config.rows is not None
+    for field, is_given in (
+        ("bias", config.bias != "none"),
+        ("batch", config.batch is not None),
+    ):
+        if is_given and whole:
+            raise ValueError(
+                f"`LoraConfig.{field}` goes with a config that adapts kernels"
+            )
 
 
 def _check_rank(rank: Any) -> None:

@@ -212,8 +212,10 @@ def _ragged_supports(eqn: Any, operand: int, roles: Roles) -> bool:
     wanted = _ragged_roles(eqn, operand)
     if wanted is None:
         return False
-    swapped = {"in": "out", "out": "in", "batch": "batch"}
+    swapped = {"in": "out", "out": "in"}
     pairs = [(w, r) for w, r in zip(wanted, roles, strict=True) if r is not None]
+    # A factor that all groups share is the same for each of them.
+    pairs = [(w, r) for w, r in pairs if w != "batch"]
     return all(w == r for w, r in pairs) or all(swapped[w] == r for w, r in pairs)
 
 

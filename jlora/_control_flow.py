@@ -21,6 +21,7 @@ from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
 from ._select import select
 from ._sharding import factor_spec
+from ._symbolic import scan_length
 from ._view import Body, Program, Step, Value, any_active, plain
 
 # Runs a program on values: `(program, values) -> outputs`.
@@ -138,7 +139,7 @@ def _run_scan(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequence[Any
         body,
         [materialize(v) for v in carry],
         [x.scanned for x in xs],
-        length=params["length"],
+        length=scan_length(params["length"]),
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
@@ -268,8 +269,10 @@ def _analyze_select(
     along = frozenset(i for i, n in sizes if n != 1)
     if values[0].along is not None:
         along &= values[0].along
-    views = [view for value in values[1:] for view in value.views]
     active = any_active(values)
+    views = [view for value in values[1:] for view in value.views]
+    # What was formed of a kernel is none any more where features are chosen beside it.
+    views = [view for view in views if not (view.formed and active)]
     if not all(analysis.is_one_sided(view, along) for view in views):
         analysis.materialized(eqn, values)
         return Step("materialize"), plain(1, active)

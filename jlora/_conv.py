@@ -293,7 +293,7 @@ def _shared_products(
     window: Window, x: jax.Array, kernel: jax.Array, reaches: Sequence[Reach]
 ) -> jax.Array:
     n, last, precision = len(reaches), x.ndim - 1, window.precision
-    counts = [reach.count for reach in reaches]
+    counts = [reach.length for reach in reaches]
     if _turns(x.shape, (x.shape[0], *counts, kernel.shape[-1]), n):
         z = dot(x, kernel, ((last,), (n,)), ((), ()), x.dtype, precision)
         for axis in reversed(range(1, n + 1)):
@@ -312,6 +312,10 @@ def _own_products(
     wide = summed_in(window.result, x.dtype)
     each = _per_group(window, kernel).astype(wide)
     each = jnp.moveaxis(each.reshape(-1, *each.shape[-3:]), 1, 2)
+    lead = (1,) * (len(reaches) + 1)
     pieces = zip(each_tap(x, reaches), each, strict=True)
-    terms = [(piece.astype(wide)[..., None] * one).sum(-2) for piece, one in pieces]
+    terms = [
+        (piece.astype(wide)[..., None] * one.reshape(*lead, *one.shape)).sum(-2)
+        for piece, one in pieces
+    ]
     return functools.reduce(jnp.add, terms)

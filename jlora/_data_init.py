@@ -306,6 +306,10 @@ def lora_ga(
     are of the same order for all sizes and ranks; the new kernel is `W − scaling·a·b`.
     PEFT scales `b` alone, by `out^¼/√gamma` and by its singular values.
 
+    Where a kernel has fewer than `2·rank` singular vectors each goes to one side, the
+    columns of `a` or rows of `b` that are left are zero, and the first step is full
+    training's own.
+
     Args:
         params: the frozen params, as arrays.
         adapter: a new adapter, as `lora.init` gives it: its values are replaced.
@@ -319,7 +323,7 @@ def lora_ga(
 
     Raises:
         AdapterError: if the adapter does not fit the params, a gradient is missing or
-            of another shape, or twice the rank is too large.
+            of another shape, or a rank is larger than its kernel.
         UnsupportedFeatureError: for an entry that is more than two factors.
         ValueError: if `direction` is unknown or `gamma` is not positive.
 
@@ -363,7 +367,13 @@ def _along_gradient(
     found = svd(entry.axes.to_matrix(grad.astype(matrix.dtype)))
     of_a, of_b = _columns(direction, entry.rank)
     size = matrix.shape[-1] ** 0.25 / math.sqrt(gamma)
-    return size * found.u[..., of_a], size * found.vt[..., of_b, :]
+    a, b = found.u[..., of_a], found.vt[..., of_b, :]
+    # Zeros at the end of one and at the start of the other: where a column of `a` and
+    # its row of `b` are both zero, neither has a gradient.
+    batch, rank = [(0, 0)] * (a.ndim - 2), entry.rank
+    a = jnp.pad(a, [*batch, (0, 0), (0, rank - a.shape[-1])])
+    b = jnp.pad(b, [*batch, (rank - b.shape[-2], 0), (0, 0)])
+    return size * a, size * b
 
 
 def _columns(direction: Direction, rank: int) -> tuple[slice, slice]:
@@ -382,12 +392,6 @@ def _check_grads(adapter: Mapping[str, Any], grads: Mapping[str, Any]) -> None:
         given = getattr(grads.get(path), "shape", None)
         if given is None or tuple(given) != shape:
             problems.append(f"{path!r} needs a gradient {shape}, got {given}")
-        least = min(entry.axes.fans(shape))
-        if 2 * entry.rank > least:
-            problems.append(
-                f"{path!r} has {least} singular vectors, fewer than twice its rank "
-                f"{entry.rank}"
-            )
     if problems:
         raise AdapterError(
             "`jlora.lora_ga` takes the gradients of the kernels by path:\n"

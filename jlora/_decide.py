@@ -15,6 +15,7 @@ from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._dora_uses import fits, keeps_scale, spread
 from ._group import GroupDims
+from ._labelled import Labels, cuts_across
 from ._mix import is_frozen_product, passed_by
 from ._products import group_dims
 from ._recall import Recall
@@ -57,6 +58,8 @@ class Decision(Analysis):
         self.contraction: Contraction = contraction
         # Of each product: the operand that is a kernel, and its entries in the log.
         self._products: dict[int, tuple[int, range]] = {}
+        # Of those that cut across the roles: what each entry takes for each rank.
+        self._across: dict[int, list[int]] = {}
 
     def kind_of(self, path: str) -> Hashable:
         """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
@@ -102,6 +105,7 @@ class Decision(Analysis):
         operand = next(i for i, value in enumerate(values) if value.views)
         logged = range(before, len(self.log.uses))
         self._products[id(eqn)] = (operand, logged)
+        self._note_across(eqn, operand, values[operand].views)
         return Step("product")
 
     def _passed_on(self, eqn: Any, values: list[Value]) -> list[Value] | None:
@@ -121,20 +125,39 @@ class Decision(Analysis):
         kernels = {
             i: self._products[id(eqn)][0]
             for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
-            if step.action == "product"
+            if step.action == "product" and id(eqn) not in self._across
         }
         movable = lambda i: (
             steps[i].action in ("plain", "carry") and not eqns[i].effects
         )
         units = arrange(eqns, kernels, movable)
         return [
-            self._group([eqns[i] for i in unit]) if unit[0] in kernels else steps[i]
+            self._group([eqns[i] for i in unit])
+            if steps[i].action == "product"
+            else steps[i]
             for unit in units
             for i in unit[:1]
         ]
 
+    def _note_across(self, eqn: Any, operand: int, views: Sequence[View]) -> None:
+        """Notes a product that no two matrices say: it is computed by itself."""
+        sides = []
+        for view in views:
+            roles = list(enumerate(self._roles(view) or []))
+            has = lambda role, roles=roles: {
+                i for i, r in roles if r in (role, "batch")
+            }
+            sides.append((has("in"), has("out")))
+        if any(cuts_across(eqn, operand, *pair) for pair in sides):
+            shapes = eqn.invars[1 - operand].aval.shape, eqn.outvars[0].aval.shape
+            self._across[id(eqn)] = [
+                Labels.of(eqn, operand, *pair).work(*shapes) for pair in sides
+            ]
+
     def _group(self, eqns: list[Any]) -> Step:
         operands = [self._products[id(eqn)][0] for eqn in eqns]
+        if id(eqns[0]) in self._across:
+            return self._alone(eqns[0])
         dims: GroupDims = group_dims(eqns[0], operands[0])
         for eqn, operand in zip(eqns[1:], operands[1:], strict=True):
             dims = dims.with_kernels(group_dims(eqn, operand).kernels)
@@ -158,6 +181,14 @@ class Decision(Analysis):
                     factor_flops=flops,
                 )
         return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
+
+    def _alone(self, eqn: Any) -> Step:
+        operand, logged = self._products[id(eqn)]
+        for i, work in zip(logged, self._across[id(eqn)], strict=True):
+            self.log.uses[i] = dataclasses.replace(
+                self.log.uses[i], form="separate", factor_flops=6 * self.trips * work
+            )
+        return Step("product", eqns=(eqn,), kernels=(operand,))
 
     def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)

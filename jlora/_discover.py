@@ -37,20 +37,20 @@ class Discovery(Analysis):
         pairs = [(i, view) for i, known in enumerate(values) for view in known.views]
         for operand, view in pairs:
             others = [known for i, known in enumerate(values) if i != operand]
-            carried = None
+            carried, active = None, bool(any_active(others))
             if self._is_use(eqn, operand, others):
-                if self._vote(eqn, operand, view, bool(any_active(others))):
+                if self._vote(eqn, operand, view, active):
                     continue
             else:
-                carried = self._carry(eqn, operand, view, bool(any_active(others)))
+                carried = self._carry(eqn, operand, view, active)
             if carried is None:
                 self.materialized(eqn, [Value((view,))])
                 self._look_inside(eqn, operand, values)
-                carried = self._formed(eqn, operand, view, any_active(others))
+                carried = self._formed(eqn, operand, view, active)
             for output, out_view in zip(outputs, carried, strict=True):
                 output.extend(out_view)
-        active = any_active(values)
-        return Step("carry"), [Value(tuple(output), active) for output in outputs]
+        flow = any_active(values)
+        return Step("carry"), [Value(tuple(output), flow) for output in outputs]
 
     def _formed(
         self, eqn: Any, operand: int, view: View, active: bool

@@ -6,13 +6,16 @@ factors alone: `lowered` says which.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ._axes import KernelAxes, Shape
 from ._factors import LoraFactors, exportable
+from ._sharding import explicit_sharding, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -106,8 +109,7 @@ class TrainedRows:
 
         The change is in float32 at least, so that the old row and it make the new one.
         """
-        old = jnp.take(table, jnp.array(self.rows), axis=self.axes.in_[0])
-        old = jnp.moveaxis(old, self.axes.in_[0], 0)
+        old = taken_rows(table, self.axes, self.rows)
         wide = jnp.float64 if self.values.dtype == jnp.float64 else jnp.float32
         change = self.values.astype(wide) - jax.lax.stop_gradient(old).astype(wide)
         picked = jax.nn.one_hot(jnp.array(self.rows), self.length, dtype=change.dtype)
@@ -115,10 +117,26 @@ class TrainedRows:
 
     def placed_in(self, table: jax.Array) -> jax.Array:
         """Returns the table with the rows in their places, to the bit."""
-        axis = self.axes.in_[0]
+        axis, sharding = self.axes.in_[0], explicit_sharding(table)
         first = jnp.moveaxis(table, axis, 0)
-        new = first.at[jnp.array(self.rows)].set(self.values.astype(table.dtype))
-        return jnp.moveaxis(new, 0, axis)
+        values = self.values.astype(table.dtype)
+        if sharding is not None:  # whole along the rows, which any of them may be
+            whole = PartitionSpec(None, *spec_of(first)[1:])
+            place = sharding.update(spec=whole)
+            first, values = (jax.sharding.reshard(v, place) for v in (first, values))
+        new = first.at[jnp.array(self.rows)].set(values)
+        new = jnp.moveaxis(new, 0, axis)
+        return new if sharding is None else jax.sharding.reshard(new, sharding)
+
+
+def taken_rows(table: jax.Array, axes: KernelAxes, rows: Sequence[int]) -> jax.Array:
+    """Returns rows of a table, `(rows, *out)`, wherever it is sharded."""
+    (axis,), sharding = axes.in_, explicit_sharding(table)
+    if sharding is None:
+        return jnp.moveaxis(jnp.take(table, jnp.array(rows), axis=axis), axis, 0)
+    first = jnp.moveaxis(table, axis, 0)
+    place = sharding.update(spec=PartitionSpec(None, *spec_of(first)[1:]))
+    return first.at[jnp.array(rows)].get(out_sharding=place)
 
 
 exportable(SlicedFactors, "jlora.SlicedFactors")

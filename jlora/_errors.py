@@ -4,8 +4,8 @@
 class TargetError(ValueError):
     """The config does not fit the params.
 
-    Raised when a pattern matches no usable kernel, a config is shadowed by an earlier
-    one, or a rank is larger than the kernel allows.
+    Raised when a pattern matches no usable kernel, or a config is shadowed by an
+    earlier one.
     """
 
 

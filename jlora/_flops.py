@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._compat import is_literal, open_jaxpr, scan_counts
+from ._symbolic import are_known, exceeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,19 @@ class Flops:
 
     @property
     def ratio(self) -> float:
-        """`step / full`; 1 where nothing was counted."""
+        """`step / full`; 1 where nothing was counted.
+
+        NaN where it depends on symbolic sizes, of which `step` and `full` then are.
+        """
+        if not are_known([self.step, self.full]):
+            return math.nan
         return self.step / self.full if self.full else 1.0
+
+    def __str__(self) -> str:
+        """Returns the step's share in words, or both where sizes are symbolic."""
+        if not are_known([self.step, self.full]):
+            return f"{self.step} FLOPs, {self.full} of full fine-tuning"
+        return f"{self.ratio:.3f} of full fine-tuning's FLOPs"
 
 
 @dataclasses.dataclass
@@ -117,7 +129,10 @@ def _count_branches(
     each = [_Count() for _ in branches]
     for branch, own in zip(branches, each, strict=True):
         _walk(branch, flags, times, own)
-    most = max(each, key=lambda own: own.kernels + own.others)
+    most = each[0]
+    for own in each[1:]:
+        dearer = exceeds(own.kernels + own.others, most.kernels + most.others)
+        most = own if dearer else most
     count.kernels += most.kernels
     count.others += most.others
 

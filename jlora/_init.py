@@ -26,6 +26,7 @@ class Wanted:
         axes: the roles of the kernel's axes.
         shape: the kernel's shape.
         rank: their rank.
+        asked: the rank that was asked; larger if the kernel does not allow it.
         dtype: their dtype.
         places: the shardings of `a` and `b` on an Explicit mesh.
     """
@@ -33,6 +34,7 @@ class Wanted:
     axes: KernelAxes
     shape: Shape
     rank: int
+    asked: int
     dtype: Any
     places: tuple[Any, Any] = (None, None)
 
@@ -86,7 +88,7 @@ def kaiming_uniform(
 def gaussian(
     key: jax.Array,
     shape: tuple[int, ...],
-    fan_in: int,
+    rank: int,
     dtype: jnp.dtype,
     out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
@@ -95,7 +97,7 @@ def gaussian(
     Args:
         key: a PRNG key.
         shape: the shape of `a`, `(*batch, *in, rank)`.
-        fan_in: not used; the deviation follows from the rank.
+        rank: the rank that was asked, of which `a` may have fewer columns.
         dtype: the dtype of the result.
         out_sharding: its sharding on an Explicit mesh.
 
@@ -103,16 +105,16 @@ def gaussian(
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
         <https://arxiv.org/abs/2106.09685>, 2021, section 4.1.
     """
-    del fan_in
     values = jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
-    return values / shape[-1]
+    return values / rank
 
 
 def zero_a(key: jax.Array, wanted: Wanted) -> Factors:
     """Returns `a = 0` and `b ~ U(-1/√rank, 1/√rank)`: the start from the other side.
 
     Hayou et al. call it Init[B]; the variance of `b` is of the order of 1/rank, its
-    fan-in. They find that the usual start, Init[A], allows larger learning rates.
+    fan-in (the rank that was asked, of which a kernel may have got less). They find
+    that the usual start, Init[A], allows larger learning rates.
 
     Args:
         key: a PRNG key.
@@ -125,7 +127,7 @@ def zero_a(key: jax.Array, wanted: Wanted) -> Factors:
     (a, b), dtype = wanted.shapes, wanted.dtype
     return (
         jnp.zeros(a, dtype, out_sharding=wanted.places[0]),
-        kaiming_uniform(key, b, wanted.rank, dtype, wanted.places[1]),
+        kaiming_uniform(key, b, wanted.asked, dtype, wanted.places[1]),
     )
 
 
@@ -136,7 +138,8 @@ def orthogonal(key: jax.Array, wanted: Wanted) -> Factors:
     odd rows are orthogonal to its even ones. `G: (in, rank/2)` and `H: (rank/2, out)`
     are Gaussian. This is PEFT's "orthogonal". Both factors have gradients at the first
     step, and ΔW is zero but for rounding; in bfloat16 the output moves by that of
-    `x·a`, which is 2⁻⁸ of its size. The rank must be even.
+    `x·a`, which is 2⁻⁸ of its size. The rank that is asked must be even; where a kernel
+    gets an odd one `G` has a column more than `H` has rows, and of rank 1 `b` is zero.
 
     Args:
         key: a PRNG key.
@@ -148,9 +151,10 @@ def orthogonal(key: jax.Array, wanted: Wanted) -> Factors:
     """
     (a, b), (place_a, place_b) = wanted.shapes, wanted.places
     n, half = len(wanted.axes.batch), wanted.rank // 2
+    other = wanted.rank - half
     wide = summed_in(wanted.dtype)
     keys, draw = jax.random.split(key, 3), jax.random.normal
-    g = draw(keys[0], (*a[:-1], half), wide, out_sharding=place_a)
+    g = draw(keys[0], (*a[:-1], other), wide, out_sharding=place_a)
     h = draw(keys[1], (*b[:n], half, *b[n + 1 :]), wide, out_sharding=place_b)
     q = jnp.linalg.qr(draw(keys[2], (*a[:n], wanted.rank, wanted.rank), wide)).Q
     if place_a is not None:  # its batch axes must lie as those of the factors
@@ -169,20 +173,20 @@ def orthogonal(key: jax.Array, wanted: Wanted) -> Factors:
     return a.astype(wanted.dtype), b.astype(wanted.dtype)
 
 
-def _with_zero_b(draw: DrawA) -> Initializer:
-    """Makes both factors with an initialiser of `a`."""
+def _with_zero_b(draw: DrawA, size: Callable[[Wanted], int]) -> Initializer:
+    """Makes both factors with an initialiser of `a`, which is drawn as a size says."""
 
     def initialize(key: jax.Array, wanted: Wanted) -> Factors:
         (shape_a, shape_b), (place_a, place_b) = wanted.shapes, wanted.places
-        a = draw(key, shape_a, wanted.fan_in, wanted.dtype, place_a)
+        a = draw(key, shape_a, size(wanted), wanted.dtype, place_a)
         return a, jnp.zeros(shape_b, wanted.dtype, out_sharding=place_b)
 
     return initialize
 
 
 INITIALIZERS: dict[str, Initializer] = {
-    "kaiming_uniform": _with_zero_b(kaiming_uniform),
-    "gaussian": _with_zero_b(gaussian),
+    "kaiming_uniform": _with_zero_b(kaiming_uniform, lambda wanted: wanted.fan_in),
+    "gaussian": _with_zero_b(gaussian, lambda wanted: wanted.asked),
     "orthogonal": orthogonal,
     "zero_a": zero_a,
 }

@@ -44,7 +44,8 @@ from ._init import key_of
 from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
 from ._mix import MIXES
-from ._sharding import factor_spec
+from ._sharding import factor_spec, on_set_mesh
+from ._symbolic import scan_length
 from ._trace import Traced
 from ._view import Program, Step
 
@@ -152,7 +153,7 @@ def _collect(
 
         inputs = list(map(_with_probes, values, probes))
         outputs = list(map(base_of, _walk(program, inputs, tally)))
-        return sum(terms, jnp.float32(0)), outputs
+        return sum(map(on_set_mesh, terms), jnp.float32(0)), outputs
 
     total, pull, outputs = jax.vjp(level, probes, has_aux=True)
     (gathered,) = pull(vary(jnp.float32(1), manual_axes(total)))
@@ -271,7 +272,7 @@ def _scan(eqn: Any, step: Any, values: list[Any], tally: Tally) -> list[Any]:
         body,
         (list(map(base_of, carry)), _nothing(consts)),
         [x.scanned for x in xs],
-        length=params["length"],
+        length=scan_length(params["length"]),
         reverse=params["reverse"],
         unroll=params["unroll"],
     )

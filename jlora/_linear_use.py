@@ -5,7 +5,7 @@ Every use is linear in the kernel, so that a probe `Ω` in the place of the kern
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,13 @@ from jax import lax
 from ._adapted import Adapted, Part, complete, times_place
 from ._analyze import indexed_axes
 from ._axes import Shape, free_axes
-from ._compat import manual_axes, rebind
+from ._compat import manual_axes
+from ._conv import Window, convolve
 from ._dtypes import summed_in
 from ._group import dot
-from ._products import dot_dims
+from ._products import dot_dims, factor_matrix
+from ._ragged import Rows, rows_product
+from ._sharding import without_axes
 
 # A probe, and what it gathers.
 Term = tuple[jax.Array, jax.Array]
@@ -30,8 +33,22 @@ def is_input_side(eqn: Any, operand: int, part: Part, shape: Shape) -> bool:
     A transposed use (a tied head, the backward pass of an inner gradient) sums over the
     output axes: what it multiplies is no input of the kernel.
     """
-    summed = _summed_axes(eqn, operand)
+    own = _own_axes(eqn, operand, part)
+    summed = [i for i in _summed_axes(eqn, operand) if i not in own]
+    if own and all(part.a.shape[i] == 1 for i in summed):
+        return False  # it sums over batch axes alone
     return all(shape[i] == 1 or part.b.shape[i] == 1 for i in summed)
+
+
+def _own_axes(eqn: Any, operand: int, part: Part) -> set[int]:
+    """Returns the batch axes of a kernel that a product sums over.
+
+    Each index along them has inputs of its own: a config names such axes.
+    """
+    if eqn.primitive.name != "dot_general":
+        return set()
+    summed = _summed_axes(eqn, operand)
+    return {i for i in summed if part.a.shape[i] != 1 and part.b.shape[i] != 1}
 
 
 def _summed_axes(eqn: Any, operand: int) -> Sequence[int]:
@@ -52,8 +69,9 @@ def use_terms(
     x = x.astype(summed_in(x.dtype))
     a = _placed(eqn, operand, part)
     probe, ones = a[..., :-1], a[..., -1:]
+    own = _own_axes(eqn, operand, part)
     if eqn.primitive.name == "dot_general":
-        apply = lambda probe: _dot(eqn, operand, x, probe, shape)
+        apply = lambda probe: _dot(eqn, operand, x, probe, shape, own)
         ones = complete(ones, dot_dims(eqn, operand)[1], shape)
     elif eqn.primitive.name == "conv_general_dilated":
         apply = lambda probe: _conv(eqn, x, probe, shape)
@@ -64,7 +82,7 @@ def use_terms(
     # The norm of a complex x·Ω: its gradient is the real part of xᴴ·x·Ω.
     h = lax.conj(h) if jnp.issubdtype(h.dtype, jnp.complexfloating) else h
     yield probe, pull(h)[0] / _copies(part)
-    summed = _summed_axes(eqn, operand)
+    summed = [i for i in _summed_axes(eqn, operand) if i not in own]
     ones = complete(ones, summed, shape)
     yield ones, _counted(ones, _rows(eqn, operand, values), summed)
 
@@ -119,7 +137,8 @@ def _counted(ones: jax.Array, rows: Any, summed: Sequence[int]) -> jax.Array:
     back; where it was padded it is zero.
     """
     here = (ones != 0) & ~jnp.isnan(ones)
-    times = jnp.maximum(here.sum(tuple(summed), keepdims=True), 1)
+    found = here.sum(tuple(summed), keepdims=True, dtype=ones.dtype)
+    times = jnp.maximum(found, 1)
     scale = jnp.where(here, lax.stop_gradient(ones), 1)
     return jnp.where(here, rows / (times * scale), 0)
 
@@ -144,46 +163,56 @@ def _rows(eqn: Any, operand: int, values: Sequence[Any]) -> Any:
 # --- the uses, with a probe in the place of the kernel ---
 
 
-def _dot(eqn: Any, operand: int, x: jax.Array, probe: jax.Array, shape: Shape) -> Any:
-    """The product; the columns of the probe are one more free axis."""
+def _dot(
+    eqn: Any,
+    operand: int,
+    x: jax.Array,
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> Any:
+    """The product; the columns of the probe are one more free axis.
+
+    It sums over no axis of `own`: these are batch axes here.
+    """
     contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
+    pairs = list(zip(contract, x_contract, strict=True))
+    shared = [*zip(batch, x_batch, strict=True), *(p for p in pairs if p[0] in own)]
+    pairs = [pair for pair in pairs if pair[0] not in own]
     probe = complete(probe, [*contract, *batch], shape)
-    axes = (x_contract, contract), (x_batch, batch)
-    return dot(x, probe, *axes, x.dtype, lax.Precision.HIGHEST)
+    sides = lambda pairs: ([j for _, j in pairs], [i for i, _ in pairs])
+    return dot(x, probe, sides(pairs), sides(shared), x.dtype, lax.Precision.HIGHEST)
 
 
 def _conv(eqn: Any, x: jax.Array, probe: jax.Array, shape: Shape) -> jax.Array:
     """The convolution, to as many channels as the probe has columns, in each group."""
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    kernel = _as_kernel(complete(probe, _summed_axes(eqn, 1), shape), out_axis)
-    repeats = [1] * kernel.ndim
-    repeats[out_axis] = eqn.params["feature_group_count"]
-    return _precisely(eqn, [x, jnp.tile(kernel, repeats)])
+    dims, sharding = eqn.params["dimension_numbers"], eqn.params["out_sharding"]
+    _, in_, *space = dims.rhs_spec
+    channels = dims.out_spec[1]
+    if sharding is not None:
+        spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+        sharding = without_axes(sharding, spec, [channels])
+    window = Window.of(
+        eqn, shared=True, computed=x.dtype, result=x.dtype, sharding=sharding
+    )
+    highest = lax.Precision.HIGHEST
+    window = window._replace(precision=(highest, highest))
+    return convolve(window, x, factor_matrix(probe, [*space, in_], shape), "custom")
 
 
 def _ragged(
     eqn: Any, x: jax.Array, rest: Sequence[Any], probe: jax.Array, shape: Shape
 ) -> jax.Array:
     """The ragged product; rows of each group with the probe of that group."""
-    taken = [*_summed_axes(eqn, 1), *_ragged_shared(eqn)]
-    first, *_ = free_axes(len(shape), taken)
-    return _precisely(eqn, [x, _as_kernel(complete(probe, taken, shape), first), *rest])
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (x_contract, contract), (x_batch, _) = dims.dot_dimension_numbers
+    (ragged,) = dims.lhs_ragged_dimensions
+    factor = factor_matrix(probe, [*_ragged_shared(eqn), *contract], shape)
+    highest, dtype = lax.Precision.HIGHEST, x.dtype
+    rows = Rows(x_contract, x_batch, ragged, highest, dtype, dtype)
+    return rows_product(rows, x, factor, rest[0], "custom")
 
 
 def _ragged_shared(eqn: Any) -> list[int]:
     dims = eqn.params["ragged_dot_dimension_numbers"]
     return [*dims.rhs_group_dimensions, *dims.dot_dimension_numbers[1][1]]
-
-
-def _as_kernel(probe: jax.Array, out_axis: int) -> jax.Array:
-    """Puts the columns of a probe where the kernel has an output axis."""
-    return jnp.moveaxis(lax.squeeze(probe, [out_axis]), -1, out_axis)
-
-
-def _precisely(eqn: Any, operands: list[Any]) -> jax.Array:
-    """Evaluates an equation in float32 on float32 operands."""
-    high = lax.Precision.HIGHEST
-    precision = (high, high) if eqn.primitive.name.startswith("conv") else high
-    dtype = operands[0].dtype
-    params = {"precision": precision, "preferred_element_type": dtype}
-    return rebind(eqn.replace(params={**eqn.params, **params}), operands)[0]

@@ -3,6 +3,8 @@
 import dataclasses
 import html
 
+from ._symbolic import are_known
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -126,6 +128,8 @@ def human(size: int | None) -> str:
     """
     if size is None:
         return "unknown"
+    if not are_known([size]):
+        return f"{size} B"
     power = min(max(len(str(size)) - 1, 0) // 3, len(_UNITS) - 1)
     scaled = float(f"{size / 1000**power:.3g}")
     if scaled >= 1000 and power < len(_UNITS) - 1:  # 999.6 kB is 1.00 MB

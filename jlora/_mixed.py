@@ -1,12 +1,13 @@
 """One batch whose examples use different adapters: the body of `Lora.apply_mixed`.
 
-Every example picks its own row of the stacked adapter and is mapped over by `jax.vmap`,
-which leaves the base, mapped over by nothing, one operand of one product.
+Every example gets its own row of the stacked adapter and is mapped over by `jax.vmap`,
+which leaves the base, mapped over by nothing, one operand of one product. What that
+takes on a mesh with Explicit axes is in `_mixed_mesh`.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from jax.core import Tracer
 
 from ._errors import UnsupportedFeatureError
 from ._factors import Adapter, LoraFactors, PyTree
+from ._mixed_mesh import Examples, take_rows, whole_along
 from ._paths import FlatParams
-from ._stack import row_of
 from ._stackable import count_of
 from ._trace import is_array
 
@@ -39,28 +40,109 @@ def run_mixed(
     index = _checked(index, count)
     arguments = _Arguments.of(in_axes, args, kwargs, index.shape[0])
     keys = None if dropout_key is None else _split(dropout_key, index.shape[0])
-    base = FlatParams.of(params).by_path()
+    call = _Call(apply, params, dict(stacked), index, arguments, keys)
     outputs = _Outputs(out_axes)
+    return outputs.rebuild(_on_any_mesh(call, outputs))
 
-    def one(index: jax.Array, own: Sequence[jax.Array], key: Any) -> list[jax.Array]:
+
+class _Call(NamedTuple):
+    """A call, all arrays of which may be moved to another mesh."""
+
+    apply: Callable[..., Any]
+    params: PyTree
+    stacked: dict[str, Any]
+    index: Any
+    arguments: "_Arguments"
+    keys: Any
+
+    @property
+    def pairs(self) -> list[tuple[Any, int]]:
+        """The arrays that have one entry for each example, with the axis of these."""
+        arguments = zip(self.arguments.mapped, self.arguments.mapped_axes, strict=True)
+        keys = [] if self.keys is None else [(self.keys, 0)]
+        return [*arguments, (self.index, 0), *keys]
+
+    def each(self, move: Callable[[Any, int | None], Any]) -> "_Call":
+        """Returns the call with every array moved; those of all examples at None."""
+        whole = lambda tree: jax.tree.map(
+            lambda v: move(v, None) if is_array(v) else v, tree
+        )
+        return self._replace(
+            params=whole(self.params),
+            stacked=whole(self.stacked),
+            index=move(self.index, 0),
+            arguments=self.arguments.each(move),
+            keys=None if self.keys is None else move(self.keys, 0),
+        )
+
+
+def _on_any_mesh(call: _Call, outputs: "_Outputs") -> list[jax.Array]:
+    """Maps over the examples; on a split mesh if the function names that of theirs."""
+    arrays = jax.tree.leaves((call.params, call.stacked))
+    arrays += [array for array, _ in call.pairs]
+    examples = Examples.of(call.pairs, list(filter(is_array, arrays)))
+    if not examples.names:
+        return _mapped(call, outputs, examples)
+    try:
+        return _mapped(call, outputs, examples)
+    except ValueError as error:
+        try:
+            return _mapped_on_split(call, outputs, examples)
+        except Exception as other:
+            raise error from other
+
+
+def _mapped(call: _Call, outputs: "_Outputs", examples: Examples) -> list[jax.Array]:
+    """Returns the outputs of all examples, along axis 0 of each array."""
+    count, arguments = count_of(call.stacked), call.arguments
+    base = FlatParams.of(call.params).by_path()
+
+    def one(
+        index: jax.Array, row: Adapter, own: Sequence[jax.Array], key: Any
+    ) -> list[jax.Array]:
         args, kwargs = arguments.of_one(own)
-        adapter = _picked(stacked, index, count, base)
-        out = apply(params, adapter, *args, lora_dropout_key=key, **kwargs)
+        adapter = _picked(row, index, count, base)
+        out = call.apply(call.params, adapter, *args, lora_dropout_key=key, **kwargs)
         return outputs.strip(out)
 
+    mapped = [examples.laid_out(*pair) for pair in call.pairs]
+    keys = None if call.keys is None else mapped.pop()
+    index = jnp.asarray(mapped.pop())
+    rows = take_rows(call.stacked, jnp.clip(index, 0, count - 1), examples)
     # Out axes are known once `one` has been traced: put where they belong afterwards.
-    each = jax.vmap(one, in_axes=(0, arguments.mapped_axes, 0))
-    return outputs.rebuild(each(index, arguments.mapped, keys))
+    each = jax.vmap(one, in_axes=(0, 0, arguments.mapped_axes, 0))
+    return each(index, rows, mapped, keys)
+
+
+def _mapped_on_split(
+    call: _Call, outputs: "_Outputs", examples: Examples
+) -> list[jax.Array]:
+    """The same on a split mesh, which a compiled program alone can turn to."""
+    arrays: list[Any] = []
+    call.each(lambda array, axis: arrays.append(array))
+
+    @jax.jit
+    def run(arrays: list[Any]) -> list[jax.Array]:
+        split, rest = examples.split(), iter(arrays)
+        with jax.sharding.use_abstract_mesh(split.mesh):
+            moved = call.each(lambda _, axis: examples.onto_split(next(rest), axis))
+            found = _mapped(moved, outputs, split)
+        return [examples.from_split(array) for array in found]
+
+    return run(arrays)
 
 
 def _picked(
-    stacked: Mapping[str, Any], index: jax.Array, count: int, base: Mapping[str, Any]
+    row: Adapter, index: jax.Array, count: int, base: Mapping[str, Any]
 ) -> Adapter:
-    """Returns one adapter; below 0 one that changes nothing, from `count` on NaNs."""
+    """Returns one adapter; below 0 one that changes nothing, from `count` on NaNs.
+
+    Out of range `row` is the nearest one.
+    """
     inside = (index >= 0) & (index < count)
     fill = jnp.where(index < 0, 0.0, jnp.nan)
-    adapter = row_of(dict(stacked), index)
-    for path, entry in adapter.items():
+    adapter = dict(row)
+    for path, entry in row.items():
         if isinstance(entry, LoraFactors):
             # Both zero: the nearest row, which is read below 0, may hold NaNs in a.
             a = jnp.where(index < 0, 0, entry.a).astype(entry.a.dtype)
@@ -152,6 +234,12 @@ class _Arguments:
     def mapped_axes(self) -> list[int]:
         """The axes of the examples of these leaves."""
         return [self.axes[i] for i in self._places]
+
+    def each(self, move: Callable[[Any, int | None], Any]) -> "_Arguments":
+        """Returns the arguments with every array moved."""
+        pairs = zip(self.leaves, self.axes, strict=True)
+        moved = [move(v, axis) if is_array(v) else v for v, axis in pairs]
+        return dataclasses.replace(self, leaves=moved)
 
     def of_one(self, own: Sequence[jax.Array]) -> Any:
         """Returns the `(args, kwargs)` of an example, from its entries of `mapped`."""
@@ -268,7 +356,7 @@ class _Outputs:
                 wrong.append(f"output {name} of shape {leaf.shape}: axis {axis}")
             elif axis is not None:
                 self.axes[i] = axis % leaf.ndim
-                leaf = jnp.squeeze(leaf, axis)
+                leaf = jnp.squeeze(whole_along(leaf, axis), axis)
             arrays.append(leaf)
         if wrong:
             raise ValueError(

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from ._axes import KernelAxes
 from ._dora import kernel_norm
 from ._dtypes import widest
+from ._entries import taken_rows
 from ._errors import TargetError
 from ._init import INITIALIZERS, Initializer, Wanted, key_of
 from ._placement import factor_shardings
 from ._quantized import arrays_of, dequantized
 from ._sharding import set_sharding
-from ._target import Target, entry_of
+from ._target import Target, capped_rank, entry_of
 
 
 def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
@@ -32,15 +33,15 @@ def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
     if axes is None:
         return leaf.astype(config.dtype)
     if config.rows is not None:
-        taken = jnp.take(leaf, jnp.array(config.rows), axis=axes.in_[0])
-        values = jnp.moveaxis(taken, axes.in_[0], 0).astype(config.dtype)
+        values = taken_rows(leaf, axes, config.rows).astype(config.dtype)
         return entry_of(target, {"values": values})
     # On an Explicit mesh layouts are part of the types, and the kernel's is known here.
     kernel = set_sharding(arrays_of(leaf)[0])
     places: Any = (None, None)
     if kernel and config.slices is None:
         places = factor_shardings(kernel, axes, shapes["a"], shapes["b"])
-    wanted = Wanted(axes, target.shape, config.rank, config.dtype, places)
+    rank = capped_rank(config, axes, target.shape)
+    wanted = Wanted(axes, target.shape, rank, config.rank, config.dtype, places)
     make, own_key = INITIALIZERS[config.init], key_of(key, target.path)
     if config.slices is not None:
         a, b = _each_slice(make, own_key, wanted, config.slices)

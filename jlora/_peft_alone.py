@@ -27,8 +27,9 @@ def adapter_alone(files: AdapterFiles) -> tuple[Configs, dict[str, Any]]:
     """
     shapes, rules = params_alone(files)
     own = dataclasses.replace(files, whole=_trained_whole(files))
-    entries = adapter_of(own, Base.of(shapes, rules))
-    return configs_of(entries, files.config, list(shapes)), entries
+    base = Base.of(shapes, rules)
+    entries = adapter_of(own, base)
+    return configs_of(entries, files.config, base), entries
 
 
 def params_alone(files: AdapterFiles) -> tuple[Shapes, Rules]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ._base import Base
 from ._config import LoraConfig
 from ._factors import LoraFactors
 from ._paths import matching
@@ -11,27 +12,55 @@ from ._peft_config import PeftConfig
 
 
 def configs_of(
-    entries: Mapping[str, Any], said: PeftConfig, paths: Sequence[str]
+    entries: Mapping[str, Any], said: PeftConfig, base: Base
 ) -> LoraConfig | tuple[LoraConfig, ...]:
     """Returns one config, or one for each kind of target.
+
+    Experts have factors of their own in the file, and so in any program that the
+    configs are for.
 
     Args:
         entries: the adapter.
         said: what the file's config says.
-        paths: all leaves of the params.
+        base: the params.
     """
+    paths = list(base.params.paths)
     kinds: dict[tuple[Any, ...], list[str]] = {}
-    for path, entry in entries.items():
-        kinds.setdefault(_kind(entry), []).append(path)
+    for path, kind in _asked(entries, base).items():
+        kinds.setdefault(kind, []).append(path)
     configs = [_config(kind, own, said, paths) for kind, own in kinds.items()]
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 
-def _kind(entry: Any) -> tuple[Any, ...]:
+def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
     if isinstance(entry, LoraFactors):
         dora = entry.magnitude is not None
-        return entry.rank, entry.scaling, str(entry.a.dtype), dora
+        return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch
     return (str(entry.dtype),)
+
+
+def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]:
+    """Returns for each path the kind whose config gives its entry.
+
+    Factors whose rank is all that their kernel allows may have been asked for with a
+    larger one: the least that others of the same scaling have.
+    """
+    kinds = {path: _kind(e, base.experts(path)) for path, e in entries.items()}
+    capped = {path for path, entry in entries.items() if _may_be_capped(entry)}
+    free = {kind for path, kind in kinds.items() if path not in capped}
+    found = dict(kinds)
+    for path in capped:
+        rank, *rest = kinds[path]
+        alike = [k for k in free if [*k[1:]] == rest and k[0] >= rank]
+        others = [kinds[p] for p in capped if [*kinds[p][1:]] == rest]
+        found[path] = min(alike) if alike else max(others)
+    return found
+
+
+def _may_be_capped(entry: Any) -> bool:
+    if not isinstance(entry, LoraFactors):
+        return False
+    return entry.rank == min(entry.axes.fans(entry.kernel_shape))
 
 
 def _config(
@@ -40,12 +69,13 @@ def _config(
     target = _patterns(own, paths)
     if len(kind) == 1:
         return LoraConfig(target, full=True, dtype=kind[0])
-    rank, scaling, dtype, dora = kind
+    rank, scaling, dtype, dora, batch = kind
     own_kind: dict[str, Any] = {
         "rank": rank,
         "dtype": dtype,
         "dora": dora,
         "dropout": float(said.lora_dropout),
+        "batch": batch,
     }
     known = {said.lora_alpha, *said.alpha_pattern.values()}
     for rslora in (said.use_rslora, not said.use_rslora):

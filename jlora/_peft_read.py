@@ -58,6 +58,7 @@ class AdapterFiles:
         whole: the tensors that are no factors.
         where: the name of the file, for messages.
         fan_in_fan_out: whether torch's weights are `(in, out)`.
+        scalings: those that jlora noted, to the last bit.
     """
 
     config: PeftConfig
@@ -65,6 +66,7 @@ class AdapterFiles:
     whole: Mapping[str, np.ndarray]
     where: str
     fan_in_fan_out: bool = False
+    scalings: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     Raises:
         AdapterError: with everything that does not fit the params or the config.
     """
-    factors = read_factors(files.modules, files.config, base, files.where)
+    factors = read_factors(files, base)
     whole = read_whole(files.whole, files.modules, files.config, base, files.where)
     biases = read_lora_biases(
         files.modules, files.whole, files.config, base, files.where
@@ -82,23 +84,15 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     return {path: both[path] for path in base.leaves if path in both}
 
 
-def read_factors(
-    modules: Mapping[str, ModuleTensors], config: PeftConfig, base: Base, where: str
-) -> dict[str, LoraFactors]:
+def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
     """Returns the factors by path.
-
-    Args:
-        modules: the factors by torch module, from `sort_keys`.
-        config: what the file's config says.
-        base: the params.
-        where: the name of the file, for messages.
 
     Raises:
         AdapterError: with everything that does not fit the params or the config.
     """
-    reader = _Reader(config, base)
-    every = parameters_of(modules, config, base)
-    heads = _tied_heads(every, config, base)
+    reader = _Reader(files, base)
+    every = parameters_of(files.modules, files.config, base)
+    heads = _tied_heads(every, files.config, base)
     for found in every:
         if found.name in heads:
             continue
@@ -112,7 +106,7 @@ def read_factors(
             )
     if reader.problems:
         told = "\n".join(reader.problems[:50])
-        raise AdapterError(f"{where} does not fit the params:\n{told}")
+        raise AdapterError(f"{files.where} does not fit the params:\n{told}")
     return adapter
 
 
@@ -197,8 +191,9 @@ def _tied_heads(every: list[Found], config: PeftConfig, base: Base) -> set[str]:
 class _Reader:
     """Collects the pieces of each leaf, and everything that does not fit."""
 
-    def __init__(self, config: PeftConfig, base: Base) -> None:
-        self.config = config
+    def __init__(self, files: AdapterFiles, base: Base) -> None:
+        self.config = files.config
+        self.scalings = files.scalings
         self.base = base
         self.pieces: Pieces = {}
         self.seen: dict[str, str] = {}
@@ -266,15 +261,8 @@ class _Reader:
 
     def _experts(self, binding: Binding) -> int | None:
         """Returns the number of experts that a parameter packs, if it does."""
-        shape = self.base.shape(binding.path)
-        if "experts" not in binding.steps or len(shape) - binding.n_fields < 3:
-            return None
-        if binding.path in self.base.known:
-            batch = self.base.known[binding.path].batch
-            if len(batch) == binding.n_fields:
-                return None
-            return shape[batch[binding.n_fields]]
-        return shape[binding.n_fields]
+        axes = self.base.experts(binding.path)
+        return None if axes is None else self.base.shape(binding.path)[axes[0]]
 
     def _pair(self, found: Found, binding: Binding, tensors: ModuleTensors) -> Pair:
         name, a, b = found.name, a_matrix(tensors.a, binding), b_matrix(tensors.b)
@@ -295,8 +283,10 @@ class _Reader:
             raise AdapterError(
                 f"{name!r} has factors of rank {a.shape[1]}, and the config says {said}"
             )
-        magnitude = self._magnitude(found, binding)
-        return Pair(a, b, self.config.scaling(found.owner, said), magnitude)
+        scaling = self.scalings.get(found.owner)
+        if scaling is None:
+            scaling = self.config.scaling(found.owner, said)
+        return Pair(a, b, scaling, self._magnitude(found, binding))
 
     def _magnitude(self, found: Found, binding: Binding) -> np.ndarray | None:
         magnitude, name = found.tensors.magnitude, found.name

@@ -80,9 +80,7 @@ class Plan:
         gradients = f"gradients {human(own)} instead of {human(full)}"
         if self.flops is None:
             return gradients
-        return (
-            f"a step: {self.flops.ratio:.3f} of full fine-tuning's FLOPs, {gradients}"
-        )
+        return f"a step: {self.flops}, {gradients}"
 
     def memory(
         self,
@@ -261,7 +259,7 @@ def _row(target: Target, trainable: int) -> tuple[str, ...]:
 
 
 def _rank(target: Target) -> str:
-    """Tells how many ranks or rows are trained, and what else the factors have."""
+    """Tells the rank, or what is trained instead, and what else the factors have."""
     config = target.config
     if target.axes is None:
         return "full"
@@ -270,7 +268,8 @@ def _rank(target: Target) -> str:
     told = [" dora"] if config.dora else []
     told += [f" × {len(config.slices)} slices"] if config.slices else []
     told += [f" dropout {config.dropout:g}"] if config.dropout else []
-    return f"{config.rank}" + ",".join(told)
+    asked = f" of {config.rank}" if target.rank != config.rank else ""
+    return f"{target.rank}{asked}" + ",".join(told)
 
 
 def _shape(target: Target) -> str:
@@ -286,9 +285,12 @@ def _axes(target: Target) -> str:
         ("in", target.axes.in_),
         ("out", target.axes.out),
     )
-    return " ".join(
+    told = " ".join(
         f"{name} {','.join(map(str, axes))}" for name, axes in roles if axes
     )
+    given = {i % target.axes.ndim for i in target.config.batch_axes}
+    own = ",".join(map(str, sorted(given)))
+    return f"{told} (batch={own} by config)" if given else told
 
 
 def _uses(target: Target) -> str:

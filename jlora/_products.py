@@ -1,11 +1,11 @@
 """The products of a program with adapted kernels: what `dot_general` becomes.
 
 A kernel's parts are brought to two matrices, `a` over what is contracted and `b` over
-what is free, and all products that share an operand go to `_linear` as one group.
+what is free, and all products that share an operand go to `_linear` as one group. Where
+the factors are no such matrices, each part is a branch of its own, see `_labelled`.
 """
 
 import dataclasses
-import string
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._adapted import Adapted, Part, complete, times_place, whole
+from ._adapted import Adapted, Part, complete, times_place
 from ._axes import free_axes
 from ._branch import Arrays, Static, add_branch
 from ._compat import source_line
 from ._dropout import drop
-from ._dtypes import product_dtype, summands_in, workable
+from ._dtypes import product_dtype, workable
 from ._errors import MaterializationError
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
+from ._labelled import add_labelled
 from ._lazy import called
 from ._linear import low_rank_product
 
@@ -292,7 +293,7 @@ def _apart(
         if matrices is None:
             computed = product_dtype(x.dtype, kernel.dtype, y.dtype)
             dropped = dropped_input(part, workable(x, computed), words, x_batch)
-            y = _any_part(eqn, operand, dropped, part, y)
+            y = add_labelled(eqn, operand, dropped, computed, part, y, derive=derive)
             continue
         a, b, scaling = matrices
         static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
@@ -322,64 +323,3 @@ def dropped_input(
     if part.dropout is None or words is None:
         return x
     return drop(x, words, part.dropout, batch)
-
-
-def _any_part(
-    eqn: Any, index: int, x: jax.Array, part: Part, y: jax.Array
-) -> jax.Array:
-    """Adds a product over part of each group: two einsums, left to autodiff."""
-    part = whole(part)
-    contract, batch, x_contract, x_batch = dot_dims(eqn, index)
-    letters = iter(string.ascii_lowercase)
-    w_labels = [next(letters) for _ in range(part.a.ndim - 1)]
-    x_labels = [next(letters) for _ in range(x.ndim)]
-    for i, j in zip((*contract, *batch), (*x_contract, *x_batch), strict=True):
-        x_labels[j] = w_labels[i]
-    labels = (w_labels, x_labels) if index == 0 else (x_labels, w_labels)
-    lhs_batch = [w_labels[i] for i in batch]
-    summed = {w_labels[i] for i in contract}
-    free = [
-        c for side in labels for c in side if c not in summed and c not in lhs_batch
-    ]
-    out_labels = [*lhs_batch, *free]
-    total = y.astype(summands_in(y.dtype, x.dtype))
-    total = total + _einsum_part(part, x, w_labels, x_labels, out_labels, total)
-    return total.astype(y.dtype)
-
-
-def _einsum_part(
-    part: Part,
-    x: jax.Array,
-    w_labels: list[str],
-    x_labels: list[str],
-    out_labels: list[str],
-    y: jax.Array,
-) -> jax.Array:
-    """Returns `s·(x·a)·b` for any labels, each product over what it can sum."""
-
-    def labelled(factor: jax.Array) -> tuple[jax.Array, list[str]]:
-        absent = [i for i, n in enumerate(factor.shape[:-1]) if n == 1]
-        kept = [c for i, c in enumerate(w_labels) if i not in absent]
-        return jnp.squeeze(factor, absent).astype(y.dtype), [*kept, "R"]
-
-    sides = [labelled(part.a), labelled(part.b)]
-    # The factor that shares most labels with x goes first, so that h is small.
-    sides.sort(key=lambda side: -len(set(side[1]) & set(x_labels)))
-    (first, first_labels), (second, second_labels) = sides
-    later = {*out_labels, *second_labels}
-    h_labels = [c for c in dict.fromkeys([*x_labels, *first_labels]) if c in later]
-    h = _einsum(x, x_labels, first, first_labels, h_labels)
-    have = {*h_labels, *second_labels}
-    short = [c for c in out_labels if c in have]
-    result = _einsum(h, h_labels, second, second_labels, short)
-    result = jnp.expand_dims(
-        result, [i for i, c in enumerate(out_labels) if c not in have]
-    )
-    return jnp.broadcast_to((part.scaling * result).astype(y.dtype), y.shape)
-
-
-def _einsum(
-    x: jax.Array, xs: list[str], w: jax.Array, ws: list[str], out: list[str]
-) -> jax.Array:
-    expression = f"{''.join(xs)},{''.join(ws)}->{''.join(out)}"
-    return jnp.einsum(expression, x, w)

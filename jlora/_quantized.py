@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from ._axes import KernelAxes, Shape
 from ._errors import UnsupportedFeatureError
 from ._paths import is_quantized
+from ._sharding import explicit_sharding, names_of_entry, spec_of
 
 # The 16 quantiles of "NormalFloat", Dettmers et al., QLoRA, Appendix E,
 # <https://arxiv.org/abs/2305.14314>, 2023.
@@ -168,7 +170,9 @@ def _nf4(codes: jax.Array) -> jax.Array:
     An array of them would be a captured constant of every program.
     """
     table = lax.concatenate([lax.full((1,), v, jnp.float32) for v in NF4], 0)
-    return table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+    return table.at[codes.astype(jnp.int32)].get(
+        mode="promise_in_bounds", out_sharding=explicit_sharding(codes)
+    )
 
 
 def _tiled(
@@ -177,12 +181,40 @@ def _tiled(
     """Combines a value with one number per tile."""
     split, ones = [], []
     for n, t in zip(value.shape, tiles.shape, strict=True):
-        apart = 1 < t < n
+        apart = t not in (1, n)  # of symbolic sizes it can be told what is equal
         split += [t, n // t] if apart else [n]
         ones += [t, 1] if apart else [t]
     if len(split) == value.ndim:
         return combine(value, tiles)
-    return combine(value.reshape(split), tiles.reshape(ones)).reshape(value.shape)
+    sharding = explicit_sharding(value)
+    laid = lambda x, sizes: _reshaped(x, sizes, _as_tiles(sharding, value, sizes))
+    return _reshaped(
+        combine(laid(value, split), laid(tiles, ones)), value.shape, sharding
+    )
+
+
+def _reshaped(value: jax.Array, sizes: Sequence[int], sharding: Any) -> jax.Array:
+    return lax.reshape(value, tuple(sizes), out_sharding=sharding)
+
+
+def _as_tiles(sharding: Any, value: jax.Array, sizes: Sequence[int]) -> Any:
+    """Returns how a value with some of its axes split in tiles is laid out.
+
+    On an Explicit mesh a sharded axis stays so if each shard has tiles of its own.
+    """
+    if sharding is None:
+        return None
+    entries: list[Any] = []
+    for n, entry in zip(value.shape, spec_of(value), strict=True):
+        n_tiles = sizes[len(entries)]
+        apart = n_tiles not in (1, n)
+        entries += [_dividing(sharding.mesh, entry, n_tiles)] + [None] * apart
+    return sharding.update(spec=PartitionSpec(*entries))
+
+
+def _dividing(mesh: Any, entry: Any, size: int) -> Any:
+    parts = math.prod(mesh.shape[name] for name in names_of_entry(entry))
+    return entry if size % parts == 0 else None
 
 
 # --- the tiles that `quantize` makes ---

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from ._axes import Shape, reshape_groups
 from ._compat import rebind
 from ._gather import RowLayout, gather_rows, row_layout
 from ._quantized import Quantized
+from ._sharding import names_of_entry
 
 Moved = Sequence[Quantized] | None
 
@@ -227,6 +229,19 @@ def _constrain(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
     return [dataclasses.replace(q, qvalue=rebind(eqn, [q.qvalue])[0])]
 
 
+def _reshard(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
+    """Each array is laid out as the value, whole along axes that do not divide."""
+    place = eqn.params["dst_sharding"]
+    shards = lambda entry: math.prod(place.mesh.shape[n] for n in names_of_entry(entry))
+
+    def move(array: jax.Array) -> jax.Array:
+        pairs = zip(place.spec, array.shape, strict=False)
+        fit = [None if n % shards(entry) else entry for entry, n in pairs]
+        return jax.sharding.reshard(array, place.update(spec=PartitionSpec(*fit)))
+
+    return [q.each(move)]
+
+
 MOVES: dict[str, Callable[[Any, Quantized, list[Any]], Moved]] = {
     "transpose": _transpose,
     "squeeze": _squeeze,
@@ -241,6 +256,7 @@ MOVES: dict[str, Callable[[Any, Quantized, list[Any]], Moved]] = {
         q.each(lambda v: lax.rev(v, eqn.params["dimensions"]))
     ],
     "sharding_constraint": _constrain,
+    "reshard": _reshard,
     "pvary": _each,
     "pcast": _each,
 }

@@ -19,6 +19,7 @@ from ._layout import unboxed
 from ._match import check_adapter
 from ._paths import FlatParams, matching
 from ._record import Entry, Record, arrays_of, entry_with
+from ._target import capped_rank
 
 
 def record_of(
@@ -138,7 +139,9 @@ def _explains(config: LoraConfig, path: str, entry: Any) -> bool:
         return False
     same = math.isclose(config.scaling, entry.scaling, rel_tol=1e-6)
     dora = config.dora == (getattr(entry, "magnitude", None) is not None)
-    return not config.full and config.rank == entry.rank and same and dora
+    # One that a file brought may have the rank that was asked all the same.
+    capped = capped_rank(config, entry.axes, entry.kernel_shape)
+    return not config.full and entry.rank in (capped, config.rank) and same and dora
 
 
 def _unexplained(path: str, entry: Any) -> str:

@@ -59,7 +59,9 @@ class Rule:
             - "fan_in_fan_out": torch, too, keeps `(in, out)`, as the `Conv1D` of GPT-2.
             - "experts": the template names a parameter, not a module, with an axis of
               experts: PEFT's `target_parameters`. List such rules in the order in which
-              torch's module defines its parameters.
+              torch's module defines its parameters. Of a leaf of three axes or more it
+              is the batch axis behind those that the name counts, or the first axis
+              there where the program does not tell.
             - "mha": a part of the fused input projection of torch's MultiheadAttention,
               `attn[0]`, `attn[1]`, `attn[2]` for queries, keys and values. PEFT adapts
               `attn.out_proj` along with it.

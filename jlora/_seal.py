@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,10 +38,15 @@ def check_seal(
     tensors: Mapping[str, np.ndarray],
     config: PeftConfig,
     where: str,
-) -> None:
-    """Compares the files with what jlora noted in them, if jlora wrote them."""
+) -> dict[str, float]:
+    """Compares the files with what jlora noted in them, if jlora wrote them.
+
+    Returns:
+        The scalings by module. Those that the config gives may differ in the last bit:
+        not every float is some alpha by a rank.
+    """
     if "jlora" not in metadata:
-        return
+        return {}
     seal = parse_json(metadata["jlora"].encode(), f"the metadata of {where}")
     version = seal.get("version") if isinstance(seal, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -58,9 +64,15 @@ def check_seal(
     if not isinstance(scalings, dict):
         raise CorruptFileError(f"{where}: jlora's metadata has no scalings")
     said = {name: config.scaling(name, config.rank(name)) for name in scalings}
-    changed = {n: (s, said[n]) for n, s in scalings.items() if s != said[n]}
+    changed = {n: (s, said[n]) for n, s in scalings.items() if not _same(s, said[n])}
     if changed:
         raise CorruptFileError(
             f"{where}: adapter_config.json is not the one saved; scalings were "
             f"and are {dict(list(changed.items())[:5])}"
         )
+    return scalings
+
+
+def _same(noted: object, said: float) -> bool:
+    is_number = isinstance(noted, int | float)
+    return is_number and math.isclose(noted, said, rel_tol=1e-14)

@@ -33,6 +33,17 @@ def set_sharding(array: Any) -> NamedSharding | None:
     return explicit_sharding(array) if is_set else None
 
 
+def on_set_mesh(scalar: jax.Array) -> jax.Array:
+    """Returns a scalar of a region whose axes JAX has made Auto on the mesh around it.
+
+    A lookup with `out_sharding` is such a region on an Explicit mesh.
+    """
+    around, own = jax.sharding.get_abstract_mesh(), jax.typeof(scalar).sharding.mesh
+    if around.empty or own.empty or own.axis_types == around.axis_types:
+        return scalar
+    return jax.sharding.reshard(scalar, NamedSharding(around, PartitionSpec()))
+
+
 def names_of_entry(entry: Any) -> tuple[str, ...]:
     """Returns the mesh axes that one entry of a spec names: none, one or several."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:

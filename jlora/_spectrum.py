@@ -133,7 +133,7 @@ def effective_rank(values: Any, energy: float = 0.99) -> Array:
     squares = _relative(values) ** 2
     held = squares.__array_namespace__().cumsum(squares, axis=-1)
     short = held < energy * held[..., -1:]
-    return short.sum(axis=-1) + (held[..., -1] > 0)
+    return short.sum(axis=-1) + (held[..., -1] > 0).astype(int)
 
 
 def energy_kept(values: Any, rank: int) -> Array:
@@ -161,7 +161,7 @@ def energy_kept(values: Any, rank: int) -> Array:
     squares = _relative(values) ** 2
     total = squares.sum(axis=-1)
     lost = squares[..., rank:].sum(axis=-1)
-    return 1 - lost / (total + (total == 0))
+    return 1 - lost / (total + (total == 0).astype(total.dtype))
 
 
 def stable_rank(values: Any) -> Array:
@@ -206,9 +206,10 @@ def entropy_rank(values: Any) -> Array:
     relative = _relative(values)
     xp = relative.__array_namespace__()
     total = relative.sum(axis=-1, keepdims=True)
-    shares = relative / (total + (total == 0))
-    logs = xp.log(shares + (shares == 0))  # p·log p is 0 at 0
-    return xp.exp(-(shares * logs).sum(axis=-1)) * (total[..., 0] > 0)
+    shares = relative / (total + (total == 0).astype(total.dtype))
+    logs = xp.log(shares + (shares == 0).astype(shares.dtype))  # p·log p is 0 at 0
+    some = (total[..., 0] > 0).astype(total.dtype)
+    return xp.exp(-(shares * logs).sum(axis=-1)) * some
 
 
 def check_energy(caller: str, energy: float) -> None:
@@ -224,4 +225,4 @@ def _relative(values: Any) -> Array:
     """Returns the values over the largest, so that no square underflows."""
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     largest = values[..., :1]
-    return values / (largest + (largest == 0))
+    return values / (largest + (largest == 0).astype(largest.dtype))

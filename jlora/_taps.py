@@ -22,7 +22,7 @@ class Reach(NamedTuple):
     step: int
     stride: int
     dilation: int
-    count: int
+    length: int
 
 
 def dilated(size: int, dilation: int) -> int:
@@ -38,9 +38,9 @@ def turned(reach: Reach, size: int) -> Reach:
 
 def met(value: jax.Array, axis: int, reach: Reach) -> list[jax.Array]:
     """Returns the entries that each tap meets along an axis."""
-    taps, start, step, stride, dilation, count = reach
+    taps, start, step, stride, dilation, length = reach
     starts = [start + k * step for k in range(taps)]
-    low, span = min(starts), (count - 1) * stride + 1
+    low, span = min(starts), (length - 1) * stride + 1
     size = dilated(value.shape[axis], dilation)
     config = [(0, 0, 0)] * value.ndim
     config[axis] = (-low, max(starts) + span - size, dilation - 1)
@@ -70,7 +70,7 @@ def placed(
     value: jax.Array, axis: int, reach: Reach, counts: Sequence[int]
 ) -> jax.Array:
     """The transpose of `spread` along one axis: adds up taps, the last axis but one."""
-    taps, start, step, stride, dilation, count = reach
+    taps, start, step, stride, dilation, length = reach
     starts = [start + k * step for k in range(taps)]
     low, high = min(starts), max(starts)
     zero, config = jnp.zeros((), value.dtype), [(0, 0, 0)] * (value.ndim - 1)
@@ -84,6 +84,6 @@ def placed(
         for s, piece in zip(starts, jnp.unstack(value, axis=-2), strict=True)
     ]
     wanted = dilated(counts[axis - 1], dilation)
-    span = high - low + (count - 1) * stride + 1
+    span = high - low + (length - 1) * stride + 1
     total = padded(functools.reduce(jnp.add, pieces), low, wanted - low - span, 0)
     return lax.slice_in_dim(total, 0, wanted, dilation, axis)

@@ -45,8 +45,13 @@ class Target:
 
     @property
     def rank(self) -> int | None:
-        """The rank, or None if the leaf or rows of it are trained whole."""
-        return self.config.rank if self.is_low_rank else None
+        """The rank, or None if the leaf or rows of it are trained whole.
+
+        That of the config, or less where the kernel maps fewer features.
+        """
+        if self.axes is None or not self.is_low_rank:
+            return None
+        return capped_rank(self.config, self.axes, self.shape)
 
     @property
     def scaling(self) -> float | None:
@@ -67,9 +72,10 @@ class Target:
         if config.rows is not None:
             out = tuple(shape[i] for i in axes.out)
             return {"values": (len(tuple(config.rows)), *out)}
+        rank = capped_rank(config, axes, shape)
         if config.slices is not None:
-            return sliced_shapes(axes, shape, tuple(config.slices), config.rank)
-        a, b = axes.factor_shapes(shape, config.rank)
+            return sliced_shapes(axes, shape, tuple(config.slices), rank)
+        a, b = axes.factor_shapes(shape, rank)
         if not config.dora:
             return {"a": a, "b": b}
         return {"a": a, "b": b, "magnitude": axes.magnitude_shape(shape)}
@@ -83,6 +89,23 @@ class Target:
             wide = widest(found["a"])
             found["magnitude"] = jax.ShapeDtypeStruct(shapes["magnitude"], wide)
         return found
+
+
+def capped_rank(config: LoraConfig, axes: KernelAxes, shape: Shape) -> int:
+    """Returns the rank of the factors that a config gives a kernel.
+
+    No ΔW has a larger rank than the number of features that its kernel maps from or
+    to, or each of its slices: more columns would train nothing else. The scaling stays
+    that of the rank that was asked, so that one learning rate suits all kernels.
+
+    >>> axes = KernelAxes(batch=(0,), in_=(1,), out=(2, 3))
+    >>> [capped_rank(LoraConfig(rank=8), axes, (12, 64, 2, n)) for n in (1, 3, 5)]
+    [2, 6, 8]
+    """
+    fan_in, fan_out = axes.fans(shape)
+    if config.slices is not None:
+        fan_out = min(stop - first for first, stop in config.slices)
+    return min(config.rank, fan_in, fan_out)
 
 
 @dataclasses.dataclass(frozen=True)

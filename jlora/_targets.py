@@ -2,17 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from ._alternatives import alternatives
-from ._axes import KernelAxes, Shape
+from ._axes import KernelAxes, Shape, with_batch
 from ._carry import CARRY
 from ._choice import Contraction
 from ._compat import OWN_DERIVATIVE
 from ._config import LoraConfig
+from ._conflicts import conflicts, no_batch, other_batch, other_roles
 from ._consume import CONSUME
 from ._decide import OF_DORA, OF_SCALE, OF_SUM, decide
 from ._discover import discover, settle
@@ -22,7 +23,7 @@ from ._paths import FlatParams, is_quantized, matching, names
 from ._quantized import qtype_of
 from ._target import Target, Unusable
 from ._trace import Traced, is_array
-from ._unfit import DOUBT, FROZEN, check, several
+from ._unfit import DOUBT, EMPTY, FROZEN, NO_BATCH, check, several
 from ._view import Flow, Log, Use, Value, View, Vote
 
 
@@ -37,8 +38,8 @@ def resolve(
         traced: the traced program, or None to rely on names and shapes alone.
 
     Raises:
-        TargetError: if a pattern matches no usable leaf, a config is shadowed by those
-            before it, or a rank is too large. All offenders are collected.
+        TargetError: if a pattern matches no usable leaf, or a config is shadowed by
+            those before it. All offenders are collected.
     """
     matches = [_match(config, params) for config in configs]
     wanted = set().union(*matches)
@@ -55,11 +56,7 @@ def resolve(
         # kernel is left for a later config that trains it whole.
         targets.extend(usable[:1])
         unusable.extend([] if usable else _first(tried))
-    narrow = [
-        _narrow(config, {path: kernels[path] for path in matched}, leaves)
-        for config, matched in zip(configs, matches, strict=True)
-    ]
-    check(configs, matches, targets, unusable, narrow, params.paths)
+    check(configs, matches, targets, unusable, params.paths)
     targets += _biases(configs, targets, params)
     trained = {target.path for target in targets}
     order = {path: i for i, path in enumerate(params.paths)}
@@ -84,7 +81,7 @@ def _biases(
             every = config.bias == "all" and params.collection(path) is None
             wanted = every or module in own
             wanted = wanted and name == "bias" and path not in left_out
-            if wanted and _is_floating(leaf):
+            if wanted and _is_floating(leaf) and not _is_empty(leaf):
                 shape = tuple(leaf.shape)
                 found.setdefault(path, Target(path, shape, leaf.dtype, None, config))
     return list(found.values())
@@ -154,7 +151,9 @@ def _discover(
     shapes = {
         path: tuple(leaves[path].shape)
         for path in wanted & set(traced.positions)
-        if _is_floating(leaves[path]) and leaves[path].shape
+        if _is_floating(leaves[path])
+        and leaves[path].shape
+        and not _is_empty(leaves[path])
     }
     votes, log = discover(traced.jaxpr, _known(traced, shapes))
     return {p: _learnt(p, leaves[p], votes.get(p, []), log) for p in wanted}
@@ -164,10 +163,16 @@ def _is_floating(leaf: Any) -> bool:
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def _is_empty(leaf: Any) -> bool:
+    return 0 in leaf.shape
+
+
 def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     if not _is_floating(leaf):
         kind = leaf.dtype if is_array(leaf) else type(leaf).__name__
         return _Kernel(None, f"is {kind}, not floating")
+    if _is_empty(leaf):
+        return _Kernel(None, EMPTY)
     axes = settle(votes, leaf.shape)
     if axes is not None:
         return _Kernel(axes, looked_up=any(v.kind == "lookup" for v in votes))
@@ -179,8 +184,12 @@ def _learnt(path: str, leaf: Any, votes: Sequence[Vote], log: Log) -> _Kernel:
     opaque = [use for use in reached if use.is_matrix and not _is_known(use.primitive)]
     first = [*opaque, *reached][0]
     where = f"reaches {first.kind} at {first.source}"
-    reason = f"{where}, which has no low-rank rule"
-    return _Kernel(None, reason, is_opaque=bool(opaque))
+    # A norm scale beside the input of a product has no output axis there.
+    why = "gives it no roles of a kernel" if first.primitive in CONSUME else _NO_RULE
+    return _Kernel(None, f"{where}, which {why}", is_opaque=bool(opaque))
+
+
+_NO_RULE = "has no low-rank rule"
 
 
 def _disagreement(votes: Sequence[Vote]) -> str:
@@ -218,6 +227,8 @@ def _guess(leaves: Mapping[str, Any], wanted: set[str]) -> dict[str, _Kernel]:
 def _named(path: str, leaf: Any) -> _Kernel:
     if not _is_floating(leaf):
         return _Kernel(None, "is not a floating array")
+    if _is_empty(leaf):
+        return _Kernel(None, EMPTY)
     *module, name = path.split("/")
     ndim = len(leaf.shape)
     if name == "kernel" and ndim == 2:
@@ -254,46 +265,25 @@ def _target(
     if config.full and is_quantized(leaf):
         return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {FROZEN}")
     if config.full:
-        if _is_floating(leaf):
+        if _is_floating(leaf) and not _is_empty(leaf):
             return Target(path, shape, leaf.dtype, None, config)
         return Unusable(path, shape, known.reason)
     if known.axes is None:
         opaque = known.is_opaque and config.target is not None
         return Unusable(path, shape, known.reason, is_opaque=opaque)
-    fans = known.axes.fans(shape)
-    reason = _misfit(config, known.axes, shape)
+    axes = with_batch(known.axes, config.batch_axes)
+    if axes is None:
+        reason = no_batch(known.axes, config.batch_axes)
+        return Unusable(path, shape, f"{reason}{NO_BATCH}")
+    reason = _misfit(config, axes, shape)
     if reason:
         return Unusable(path, shape, reason)
     if config.target is None and known.looked_up:
         return Unusable(
             path, shape, "is a table that is looked up; name it to adapt it"
         )
-    if _is_narrow(config, fans):
-        reason = f"is {fans[0]} to {fans[1]}, less than the rank {config.rank}"
-        return Unusable(path, shape, reason)
     qtype = qtype_of(leaf) if is_quantized(leaf) else None
-    return Target(path, shape, leaf.dtype, known.axes, config, qtype=qtype)
-
-
-def _is_narrow(config: LoraConfig, fans: tuple[int, int]) -> bool:
-    """Whether a config for all kernels leaves one out, as its rank is too large."""
-    low = config.rows is None and not config.full
-    return config.target is None and low and config.rank > min(fans)
-
-
-def _narrow(
-    config: LoraConfig, kernels: Mapping[str, _Kernel], leaves: Mapping[str, Any]
-) -> dict[str, tuple[int, int]]:
-    """Returns the kernels that a config leaves out for its rank alone, with fans."""
-    found = {}
-    for path, known in kernels.items():
-        if known.axes is None or known.looked_up:
-            continue
-        shape = tuple(leaves[path].shape)
-        fans = known.axes.fans(shape)
-        if _is_narrow(config, fans) and not _misfit(config, known.axes, shape):
-            found[path] = fans
-    return found
+    return Target(path, shape, leaf.dtype, axes, config, qtype=qtype)
 
 
 def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
@@ -321,7 +311,9 @@ def with_uses(
     axes = {t.path: t.axes for t in targets if t.axes is not None}
     dora = {t.path for t in targets if t.config.dora}
     whole = {t.path for t in targets if t.axes is None}
-    _, log = program_of(traced, axes, materialize, contraction, dora, whole)
+    _, log = program_of(
+        traced, axes, materialize, contraction, dora, whole, misfit=other_batch
+    )
     seen = [*log.uses, *log.obstacles]
     return [
         dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
@@ -336,6 +328,8 @@ def program_of(
     contraction: Contraction,
     dora: Collection[str] = (),
     whole: Collection[str] = (),
+    *,
+    misfit: Callable[[list[str]], Exception] | None = None,
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
@@ -346,8 +340,12 @@ def program_of(
         contraction: likewise.
         dora: the paths of the kernels that have DoRA's scale.
         whole: the paths of the leaves that are trained whole.
+        misfit: makes the error for kernels that could be evaluated with other roles; it
+            is about the adapter by default.
 
     Raises:
+        AdapterError: if the roles in the adapter are not those of the program, and keep
+            it from being evaluated.
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
             or one of `dora` a use that has none for DoRA, and `materialize` is "error".
     """
@@ -355,6 +353,9 @@ def program_of(
     inputs = _known(traced, shapes, whole)
     program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
     if log.obstacles and materialize == "error":
+        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, dora)
+        if told:
+            raise (misfit or other_roles)(told)
         raise MaterializationError(_obstacles(log.obstacles, shapes))
     return program, log
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._axes import KernelAxes
+from ._axes import KernelAxes, with_batch
 from ._errors import AdapterError
 from ._factors import LoraFactors
 from ._rules import TABLES, Binding
@@ -117,6 +117,58 @@ def guess_axes(
     return KernelAxes(
         batch, tuple(range(n_batch, ends[0])), tuple(range(ends[0], len(shape)))
     )
+
+
+def with_experts(axes: KernelAxes, binding: Binding) -> KernelAxes:
+    """Returns the roles with torch's axis of experts among the batch axes.
+
+    A program that computes all experts for every token has it among the outputs.
+    It is then the first axis behind those that the name counts.
+
+    Raises:
+        AdapterError: if that axis cannot be one of experts.
+    """
+    n = binding.n_fields
+    told = "experts" not in binding.steps or len(axes.batch) != n
+    if told or axes.ndim - n < 3:
+        return axes
+    first = min(axes.in_ + axes.out)
+    found = with_batch(axes, [first])
+    if found is None or first < max(axes.batch, default=0):
+        raise AdapterError(
+            f"{binding.path!r} is a parameter of experts in torch, and which of its "
+            f"axes counts them cannot be told: axis {first} is the first that its name "
+            f"leaves, and its roles are {axes}. Adapt it with `LoraConfig(batch=...)`"
+        )
+    return found
+
+
+def spread(factors: LoraFactors, axes: KernelAxes) -> LoraFactors:
+    """Returns the same delta with roles that have more batch axes.
+
+    A factor that does not vary along such an axis is repeated. On the host.
+    """
+    if factors.axes == axes:
+        return factors
+    old, shape = factors.axes, factors.kernel_shape
+
+    def laid_out(array: Any, has: Sequence[int], wants: Sequence[int]) -> Any:
+        array, has = np.asarray(array), [*has, *(i for i in wants if i not in has)]
+        array = array.reshape(array.shape + (1,) * (len(has) - array.ndim))
+        array = array.transpose([has.index(i) for i in wants])
+        rank = array.shape[wants.index(-1)] if -1 in wants else 0
+        return np.broadcast_to(array, [rank if i < 0 else shape[i] for i in wants])
+
+    sides = lambda axes: (
+        (*axes.batch, *axes.in_, -1),
+        (*axes.batch, -1, *axes.out),
+        (*axes.batch, *axes.out),
+    )
+    rows = zip(
+        (factors.a, factors.b, factors.magnitude), sides(old), sides(axes), strict=True
+    )
+    a, b, magnitude = (None if v is None else laid_out(v, *pair) for v, *pair in rows)
+    return LoraFactors(a, b, axes, factors.scaling, magnitude)  # type: ignore[arg-type]
 
 
 # --- torch's side ---

@@ -129,7 +129,8 @@ class Lora:
             **kwargs: the keyword arguments of `fn`.
 
         Raises:
-            AdapterError: if the adapter does not belong to `params`.
+            AdapterError: if the adapter does not belong to `params`, or the roles that
+                it gives to axes are not those of `fn` and keep it from being evaluated.
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
         """

@@ -9,6 +9,8 @@ from ._paths import matching, nearest
 from ._target import Target, Unusable
 
 FROZEN = "its values are frozen and cannot be trained whole"
+EMPTY = "is empty"
+NO_BATCH = ", and so it cannot have factors of its own there"
 DOUBT = "has axes whose roles cannot be told from its name and shape"
 
 
@@ -24,7 +26,6 @@ def check(
     matches: Sequence[set[str]],
     targets: Sequence[Target],
     unusable: Sequence[Unusable],
-    narrow: Sequence[Mapping[str, tuple[int, int]]],
     paths: Sequence[str],
 ) -> None:
     """Raises one error that lists everything that does not fit.
@@ -34,8 +35,6 @@ def check(
         matches: the paths that each matches.
         targets: the leaves that will be trained.
         unusable: the leaves that were matched in vain.
-        narrow: for each config the kernels that its rank alone keeps it from, with
-            the sizes of their inputs and outputs.
         paths: all paths of the params.
 
     Raises:
@@ -43,17 +42,20 @@ def check(
     """
     problems = [
         problem
-        for config, matched, small in zip(configs, matches, narrow, strict=True)
-        for problem in _config_problems(
-            config, matched, small, targets, unusable, paths
-        )
+        for config, matched in zip(configs, matches, strict=True)
+        for problem in _config_problems(config, matched, targets, unusable, paths)
     ]
-    problems += [p for target in targets if (p := _rank_problem(target))]
     frozen = [u for u in unusable if u.reason.endswith(FROZEN)]
     problems += [
         f"`LoraConfig(full=True)` matches {u.path!r}, which {u.reason}. Leave it out "
         "with `exclude`, or adapt it"
         for u in frozen
+    ]
+    problems += [
+        f"{u.path!r} {u.shape} {u.reason}. Give `LoraConfig(batch=...)` for the "
+        "kernels alone that have such an axis besides"
+        for u in unusable
+        if u.reason.endswith(NO_BATCH)
     ]
     doubtful = [u.path for u in unusable if u.reason == DOUBT]
     if doubtful:
@@ -81,7 +83,6 @@ def left_out(unusable: Sequence[Unusable]) -> str | None:
 def _config_problems(
     config: LoraConfig,
     matched: set[str],
-    narrow: Mapping[str, tuple[int, int]],
     targets: Sequence[Target],
     unusable: Sequence[Unusable],
     paths: Sequence[str],
@@ -93,6 +94,8 @@ def _config_problems(
         finds = lambda one: bool(usable & set(matching(one, paths)))
         for one, said in _failing("target", pattern, finds):
             hits = matching(one, paths)
+            if _told_apart(hits, reasons):
+                continue
             problems.append(
                 _useless(said, hits, reasons, len(paths))
                 if hits
@@ -102,9 +105,17 @@ def _config_problems(
         finds = lambda one: bool(matching(one, paths))
         for one, said in _failing("exclude", pattern, finds):
             problems.append(_dead(said, one, paths))
-    if not problems and not any(t.config is config for t in targets):
-        problems.append(_nothing(config, matched, usable, narrow))
+    apart = any(_told_apart([path], reasons) for path in matched)
+    if not (problems or apart or any(t.config is config for t in targets)):
+        problems.append(_nothing(config, matched, usable))
     return problems
+
+
+def _told_apart(hits: Sequence[str], reasons: Mapping[str, Unusable]) -> bool:
+    """Whether all that a pattern matches is told by lines of its own."""
+    return bool(hits) and all(
+        hit in reasons and reasons[hit].reason.endswith(NO_BATCH) for hit in hits
+    )
 
 
 def _failing(
@@ -146,19 +157,7 @@ def _why(path: str, found: Unusable | None) -> str:
     return f"{path!r} {found.shape} {found.reason}"
 
 
-def _nothing(
-    config: LoraConfig,
-    matched: set[str],
-    usable: set[str],
-    narrow: Mapping[str, tuple[int, int]],
-) -> str:
-    if narrow:
-        path, (fan_in, fan_out) = max(narrow.items(), key=lambda item: min(item[1]))
-        return (
-            f"`LoraConfig.rank` {config.rank} is larger than any kernel allows that is "
-            f"left to {config}: the largest is {path!r}, which maps {fan_in} to "
-            f"{fan_out}. Give a rank of at most {min(fan_in, fan_out)}"
-        )
+def _nothing(config: LoraConfig, matched: set[str], usable: set[str]) -> str:
     if matched & usable:
         return (
             f"{config} decides for no leaf: an earlier config takes each of "
@@ -166,18 +165,3 @@ def _nothing(
             "that can use a leaf decides; put the narrower one first"
         )
     return f"{config} matches no kernel that the function uses in a product"
-
-
-def _rank_problem(target: Target) -> str | None:
-    if target.axes is None or not target.is_low_rank:
-        return None
-    fan_in, fan_out = target.axes.fans(target.shape)
-    if target.config.slices is not None:
-        fan_out = min(stop - first for first, stop in target.config.slices)
-    if target.config.rank <= min(fan_in, fan_out):
-        return None
-    return (
-        f"`LoraConfig.rank` {target.config.rank} is larger than {target.path!r} "
-        f"{target.shape} allows: it maps {fan_in} to {fan_out}. Give it a config with "
-        f"a rank of at most {min(fan_in, fan_out)}, or train it whole with `full=True`"
-    )

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ._config import LoraConfig
+from ._errors import UnsupportedFeatureError
 from ._factors import Adapter
 from ._merge import merge
 from ._paths import FlatParams
@@ -85,7 +87,7 @@ def wrap(
         >>> grads, rest = jax.grad(loss, has_aux=True)(adapter, params, rest, x)
         >>> list(grads)
         ['up/kernel']
-        >>> tuned = jlora.nnx.merge_into(model, adapter)
+        >>> tuned = jlora.nnx.merge_into(model, adapter, rest)
     """
     _, params, rest = split(model)
     adapted = lora(
@@ -157,28 +159,111 @@ def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
 
     Raises:
         TypeError: if `model` is no NNX module.
+        UnsupportedFeatureError: if it has variables that are references or hijax
+            types; all are named.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"`model` must be an NNX module, got {type(model).__name__}")
+    _check_variables(model)
     own = nnx.clone(model)
     nnx.pop(own, nnx.Intermediate)
     graphdef, params, rest = nnx.split(own, nnx.Param, ...)
     return graphdef, params, rest
 
 
-def merge_into(model: nnx.Module, adapter: Adapter) -> nnx.Module:
+def merge_into(
+    model: nnx.Module,
+    adapter: Adapter,
+    rest: nnx.State | None = None,
+    *,
+    params: nnx.State | None = None,
+    dequantize: bool = False,
+) -> nnx.Module:
     """Returns a new model with `W + ΔW` in place of each adapted kernel `W`.
+
+    Give back what training returned: a model whose batch statistics, caches or counts
+    moved does not compute the same with those that it had before.
 
     Args:
         model: the model; it is not changed and shares no variable with the result.
         adapter: the factors by path.
+        rest: every variable that is no `nnx.Param`, as `apply` returned it last; those
+            of `model` by default.
+        params: the params that `adapter` was trained beside, where they are not those
+            of `model`: `jlora.pissa` and its relatives move them.
+        dequantize: as for `jlora.merge`.
 
     Raises:
         TypeError: if `model` is no NNX module.
         AdapterError: if the adapter does not belong to the model.
+        ValueError: if `rest` or `params` are not of the model's structure.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora, jlora.nnx
+        >>> from flax import nnx
+        >>> class Normed(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.up = nnx.Linear(5, 7, rngs=rngs)
+        ...         self.norm = nnx.BatchNorm(7, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.norm(self.up(x))
+        >>> model, x = Normed(nnx.Rngs(0)), jnp.arange(20.0).reshape(4, 5)
+        >>> config = jlora.LoraConfig("up", rank=2)
+        >>> lora, params, adapter, rest = jlora.nnx.wrap(model, config, x)
+        >>> out, rest = lora.apply(params, adapter, rest, x)
+        >>> tuned = jlora.nnx.merge_into(model, adapter, rest)
+        >>> bool((tuned.norm.mean[...] == rest["norm"]["mean"][...]).all())
+        True
     """
-    graphdef, params, rest = split(model)
-    return nnx.merge(graphdef, merge(params, adapter), rest)
+    graphdef, own_params, own_rest = split(model)
+    params = own_params if params is None else params
+    rest = own_rest if rest is None else rest
+    for name, given, own in (("params", params, own_params), ("rest", rest, own_rest)):
+        _check_like(name, given, own)
+    merged = merge(params, adapter, dequantize=dequantize)
+    return nnx.merge(graphdef, merged, rest, copy=True)
+
+
+def _check_like(name: str, given: Any, own: Any) -> None:
+    """Raises if a state does not have the paths and shapes that the model has."""
+    found, expected = (
+        {
+            path: tuple(np.shape(leaf))
+            for path, leaf in FlatParams.of(v).by_path().items()
+        }
+        for v in (given, own)
+    )
+    differ = sorted(p for p in found | expected if found.get(p) != expected.get(p))
+    if not differ:
+        return
+    told = [f"{p!r}: {found.get(p)} for {expected.get(p)}" for p in differ[:5]]
+    more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+    raise ValueError(
+        f"`jlora.nnx.merge_into`: `{name}` is not that of the model (shape given "
+        f"for shape of the model): {', '.join(told)}{more}. Pass the {name} that "
+        "`jlora.nnx.wrap` and `apply` returned for this model"
+    )
+
+
+def _check_variables(model: nnx.Module) -> None:
+    """Raises with variables that are no arrays: what is traced could not hold them."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    found = []
+    for path, variable in flat:
+        kinds = [k for k in ("hijax", "ref") if getattr(variable, k, False)]
+        if kinds:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.append(f"{name!r} ({', '.join(kinds)})")
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UnsupportedFeatureError(
+            f"{', '.join(found[:5])}{more} of {type(model).__name__} are variables of "
+            "arrays in references or of hijax types, which `jlora.nnx` cannot adapt. "
+            "Give it `nnx.with_vars(model, hijax=False, ref=False)`, or make the model "
+            "under `nnx.var_defaults(hijax=False, ref=False)`"
+        )
 
 
 def _method_of(model: nnx.Module, method: Method) -> Callable[..., Any]:

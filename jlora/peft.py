@@ -52,6 +52,7 @@ from ._quantized import dequantized
 from ._rules import Names, bind_all
 from ._rules import Rule as Rule
 from ._seal import check_seal, seal_of
+from ._torch_layout import spread
 from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
 from ._untrusted import JSON_LIMIT, check_header, check_regular, parse_json, read_file
 
@@ -85,7 +86,9 @@ def load(
     Returns:
         The config, or several where targets differ, for `jlora.lora`; and the adapter,
         with the values and dtypes of the file. Layers of a stack that the file does not
-        adapt have zeros in both factors: no delta, no gradient.
+        adapt have zeros in both factors: no delta, no gradient. Experts have factors of
+        their own, and the configs say so by `batch`: both are for programs that compute
+        all experts for every token, too.
 
     Raises:
         UnsafeFormatError: if a file is a pickle or a link.
@@ -100,7 +103,7 @@ def load(
     base = Base.of(params_or_plan, names)
     entries = adapter_of(found, base)
     adapter = jax.tree.map(_on_device, entries)
-    return configs_of(entries, found.config, list(base.params.paths)), adapter
+    return configs_of(entries, found.config, base), adapter
 
 
 def read_files(
@@ -128,12 +131,12 @@ def read_files(
     values = parse_json(text, str(config_file))
     config = parse_config(values, str(config_file), ignore)
     tensors, metadata = _read_tensors(weights_file, max_bytes)
-    check_seal(metadata, tensors, config, str(folder))
+    scalings = check_seal(metadata, tensors, config, str(folder))
     if not allow_nonfinite:
         _check_finite(tensors, str(weights_file))
     modules, whole = sort_keys(tensors, str(weights_file))
     turned = values.get("fan_in_fan_out") is True
-    return AdapterFiles(config, modules, whole, str(weights_file), turned)
+    return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
 
 
 def save(
@@ -153,6 +156,9 @@ def save(
     Values and dtypes are those of the adapter; factors of different dtypes that become
     one module's are written in one that holds the values of all. The same adapter gives
     the same bytes, in whatever order its paths are.
+
+    Experts have factors of their own in PEFT. Where those of an adapter share one, as
+    they do in a program that computes all of them for every token, it is repeated.
 
     PEFT trains modules whole, with all that is below them, and those whose names end
     with the name of one. What of these the adapter lacks is written along, with the
@@ -194,6 +200,7 @@ def save(
     check_adapter(base.params, adapter)
     bind_all(list(entries), names)
     _check_finite(_named_arrays(entries), "the adapter")
+    factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
     modules = modules_of(factors, base)
     check_some(modules, entries)
     if profile == "vllm":
@@ -204,8 +211,9 @@ def save(
     tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
     plain = [m.binding.steps for m in modules if not m.is_parameter]
     turned = any("fan_in_fan_out" in steps for steps in plain)
+    scalings = {m.name: m.scaling for m in modules if not m.is_brought}
     files = {
-        WEIGHTS: _file_bytes(tensors, {m.name: m.scaling for m in modules}),
+        WEIGHTS: _file_bytes(tensors, scalings),
         CONFIG: config_json(
             said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
         ),

@@ -19,6 +19,7 @@ from ._factors import PyTree
 from ._layout import AnyMesh, Layout, Rules
 from ._paths import FlatParams, is_quantized
 from ._placement import fitting
+from ._sharding import explicit_sharding
 from ._trace import is_array
 
 
@@ -83,11 +84,15 @@ def quantize_leaf(
     run: Any = functools.partial(_quantize, qtype=qtype, tiles=tiles, dtype=dtype)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return _abstract(run, leaf)
+    if place := explicit_sharding(leaf):  # tiles are cut where they lie
+        run = jax.sharding.auto_axes(run, out_sharding=_places(run, leaf, place))
     if isinstance(leaf, Tracer):
         return run(leaf)
     place = getattr(leaf, "sharding", None)
     if place is None or len(place.device_set) == 1:
         return jax.jit(run)(leaf)  # stays where it is, committed or not
+    if explicit_sharding(leaf):
+        return jax.jit(run)(leaf)
     return jax.jit(run, out_shardings=_places(run, leaf, place))(leaf)
 
 
@@ -104,7 +109,8 @@ def _quantize(
 
 def _places(run: Any, leaf: Any, place: Any) -> Any:
     """Returns the shardings of a quantised leaf."""
-    return _each(jax.eval_shape(run, leaf), lambda v: fitting(place, v.shape))
+    abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return _each(jax.eval_shape(run, abstract), lambda v: fitting(place, v.shape))
 
 
 def _abstract(run: Any, leaf: jax.ShapeDtypeStruct) -> Any:

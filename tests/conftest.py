@@ -20,6 +20,9 @@ collect_ignore = ["peft_oracle"]
 
 # What is one test for each use of a kernel, each wrapper of a function, or each model.
 CROSSED = (
+    "test_mesh_surface.py",
+    "test_strict_promotion.py",
+    "test_symbolic.py",
     "test_uses.py",
     "test_wrappers.py",
     "test_zoo.py",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,14 +110,10 @@ def test_a_list_and_alternatives_are_one_wish() -> None:
             plan(target)
 
 
-@jax.custom_vjp
 def fused(h: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.tanh(h) @ w
-
-
-fused.defvjp(
-    lambda h, w: (fused(h, w), (h, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
-)
+    """A product in code that JAX cannot see into."""
+    shape = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    return jax.pure_callback(lambda h, w: np.tanh(h) @ w, shape, h, w)
 
 
 @jax.custom_vjp
@@ -132,9 +129,7 @@ OPAQUE = {
     "custom_vjp": fused,
     "cumsum": lambda h, w: h + jnp.cumsum(w, 0)[: len(h)],
     "sort": lambda h, w: h + jnp.sort(w, 1)[: len(h)],
-    "callback": lambda h, w: jax.pure_callback(
-        lambda h, w: h @ w, jax.ShapeDtypeStruct(h.shape, h.dtype), h, w
-    ),
+    "callback": fused,
 }
 NO_KERNELS = {
     "bias": lambda h, w: h + w[:1],

@@ -7,6 +7,7 @@ from jax import lax
 from jaxpr_checks import (
     assert_not_materialized,
     base_indices,
+    formed_by_size,
     materialized,
     slice_shapes,
 )
@@ -193,3 +194,21 @@ def test_a_kernel_that_looks_like_a_vector_is_refused():
     traced = jax.make_jaxpr(lambda w: w)(jnp.ones((7, 1)))
     with pytest.raises(ValueError, match="vector"):
         materialized(traced, [0], [(7, 1)])
+
+
+def test_by_size_only_what_depends_on_more_than_the_base_counts():
+    w, m, a, x = jnp.ones((7, 11)), jnp.ones((7, 7)), jnp.ones((7, 2)), jnp.ones((5, 7))
+
+    def factored(params, a, i, x):
+        w, m = params
+        mixed = jnp.where(i > 0, m @ w, w[::-1])  # of frozen leaves, whichever it is
+        return x @ mixed + (x @ a) @ jnp.ones((2, 11))
+
+    def formed(params, a, i, x):
+        return x @ (params[0] + a @ jnp.ones((2, 11))).T.T
+
+    args = (w, m), a, 1, x
+    indices = base_indices(*args)
+    found = lambda fn: formed_by_size(jax.make_jaxpr(fn)(*args), indices, {77})
+    assert not found(factored)
+    assert len(found(formed)) == 4  # the delta, the sum, and both transposed

@@ -274,6 +274,60 @@ def test_the_merged_model_computes_what_apply_computes() -> None:
     jax.tree.map(np.testing.assert_array_equal, floats(after), floats(rest))
 
 
+def moved(case: Case, calls: int = 3) -> tuple[nnx.Module, Any, Any, Any]:
+    """A model, its params, an adapter, and the rest after some calls of training."""
+    model, (lora, params, adapter, rest) = built(case)
+    for _ in range(calls):
+        _, rest = jax.jit(lora.apply)(params, adapter, rest, case.x)
+    return model, params, adapter, rest
+
+
+@pytest.mark.parametrize("name", ["batchnorm-dropout", "own-variables", "cache"])
+def test_merge_into_takes_the_rest_that_training_returned(name: str) -> None:
+    case = BY_NAME[name]
+    model, params, adapter, rest = moved(case)
+    merged = jlora.nnx.merge_into(model, adapter, rest)
+    of_merged = jlora.nnx.split(merged)
+    jax.tree.map(np.testing.assert_array_equal, floats(of_merged[2]), floats(rest))
+    differ = [
+        not np.array_equal(new, old)
+        for new, old in zip(floats(rest), floats(built(case)[1].rest), strict=True)
+    ]
+    assert any(differ)
+    # The next call of the merged model is the next call of training.
+    lora = jlora.nnx.lora(model, config(case.target), method=case.method)
+    expected, after = jax.jit(lora.apply)(params, adapter, rest, case.x)
+    before = floats(rest)
+    assert_close(nnx.jit(lambda m, x: m(x))(merged, case.x), expected, rtol=1e-4)
+    now = floats(jlora.nnx.split(merged)[2])
+    assert_close(now, floats(after), rtol=1e-4)
+    # And it moves the merged model alone.
+    jax.tree.map(np.testing.assert_array_equal, floats(rest), before)
+
+
+def test_merge_into_takes_params_that_an_initialiser_moved() -> None:
+    model, x = nnx.Linear(WIDTH, 4, rngs=nnx.Rngs(0)), values(2, WIDTH)
+    lora, params, adapter, rest = jlora.nnx.wrap(model, config("kernel"), x)
+    params, adapter = jlora.pissa(params, adapter)
+    merged = jlora.nnx.merge_into(model, adapter, rest, params=params)
+    assert_close(merged(x), model(x), rtol=1e-4)
+    assert_close(merged(x), lora.apply(params, adapter, rest, x)[0], rtol=1e-4)
+
+
+def test_merge_into_refuses_the_state_of_another_model() -> None:
+    model, x = nnx.Linear(WIDTH, 4, rngs=nnx.Rngs(0)), values(2, WIDTH)
+    _, params, adapter, rest = jlora.nnx.wrap(model, config("kernel"), x)
+    other = jlora.nnx.split(ConvNet(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"`rest`.*'drop/rngs/count': \(\) for None"):
+        jlora.nnx.merge_into(model, adapter, other[2])
+    wide = jlora.nnx.split(nnx.Linear(WIDTH, 5, rngs=nnx.Rngs(0)))[1]
+    with pytest.raises(ValueError, match=r"`params`.*'bias': \(5,\) for \(4,\)"):
+        jlora.nnx.merge_into(model, adapter, rest, params=wide)
+    with pytest.raises(ValueError, match=r"`params`"):
+        jlora.nnx.merge_into(model, adapter, params=rest)
+    assert jlora.nnx.merge_into(model, adapter, rest, params=params)(x).shape == (2, 4)
+
+
 @cases
 def test_params_are_the_frozen_params_and_rest_is_everything_else(case: Case) -> None:
     model, wrapped = built(case)

@@ -20,26 +20,25 @@ each_module = pytest.mark.parametrize("name", TREES)
 
 # A module imports only from those above it.
 ORDER = """
-_axes _decompose _dtypes _errors _frames _memory _mosaic _paths _patterns _taps
-_alternatives _compat _factors _files _fuse _init _peft_config _quantized _rules
-_untrusted
-_config _elementwise _entries _families _flops _lazy _peft_keys _peft_stack _seal
-_sharding _torch_layout _trace
-_fingerprint _group _layout _match _matrices _peft_configs _stackable
-_channels _choice _conv _dora _dropout _forms _placement _ragged _record _spectrum
-_stack _view
-_adapted _algebra _branch _compare _linear _merge _mixed _moving _norms _recall
-_recording _restoring _target
-_broadcast _combine _emit _gather _measure _moving_init _new_entry _products _triplets
-_unfit
-_allocation _consume _dora_uses _plan _quantized_moves _siblings
-_adalora _base _lazy_moves
-_mix _moves _peft_write _select _torch_params
+_axes _decompose _dtypes _errors _frames _mosaic _paths _patterns _symbolic _taps
+_alternatives _compat _factors _files _fuse _init _memory _peft_config _rules _untrusted
+_config _elementwise _families _flops _peft_keys _peft_stack _seal _sharding
+_torch_layout
+_entries _group _layout _mixed_mesh _quantized
+_channels _choice _conv _dora _dropout _forms _lazy _placement _ragged _trace _view
+_adapted _branch _fingerprint _linear _match _matrices _recall _stackable _target
+_broadcast _emit _gather _labelled _measure _merge _mixed _moving _new_entry _norms
+_record _spectrum _stack _unfit
+_algebra _compare _moving_init _plan _products _quantized_moves _recording _restoring
+_triplets
+_allocation _base _combine _consume _dora_uses _lazy_moves _siblings
+_adalora _mix _moves _peft_configs _peft_write _select _torch_params
 _analyze _collectives _peft_lora_bias _peft_vllm _peft_whole _sum
 _carry _control_flow _linear_use _peft_read
 _decide _discover _interpret _peft_alone
-_inputs _targets
-_data_init _quantize _transform
+_conflicts _inputs
+_data_init _targets
+_quantize _transform
 """.split()
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}

@@ -4,10 +4,10 @@ The merge is written here: `W + s·a·b` in float64, from the axes that an entry
 The gradients of the factors come from the kernel's by the chain rule, in float64 too.
 """
 
-import collections
 import contextlib
 import dataclasses
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxpr_checks import base_indices, formed_by_size
 
 import jlora
 from programs.build import RANK, TOKENS, Unfit, Written
+from programs.compare import apart, delta, difference, factor_gradients, largest
 from programs.evaluate import closed
 from programs.generate import Program, write
 
@@ -117,8 +118,7 @@ class Run:
         rng = np.random.default_rng(0)
         draw = lambda y: rng.uniform(0.5, 1.5, y.shape).astype(np.float32)
         self.weights = jax.tree.map(draw, self.shapes)
-        wide = {n: v.astype(np.float32) for n, v in self.data.params.items()}
-        trained = {n: wide[n] for n in self.adapted}
+        trained, wide, _ = self.arguments()
         self.merged = self.traced(self.wide, trained, wide)
         if self.program.mesh == "Explicit":  # where more than shapes must fit
             with self.mesh():
@@ -126,6 +126,11 @@ class Run:
                     lambda params, _, *inputs: self.fn(params, *inputs)
                 )
                 jax.eval_shape(graded, params, None, inputs)
+
+    def arguments(self) -> tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]:
+        """The kernels to merge, all params, and the inputs, in float32."""
+        wide = {n: v.astype(np.float32) for n, v in self.data.params.items()}
+        return {n: wide[n] for n in self.adapted}, wide, self.data.inputs
 
     def traced(self, fn: Callable[..., Any], trained: Any, params: Any) -> Any:
         """Traces a function of params with its gradients, those of what is trained."""
@@ -291,7 +296,7 @@ class Run:
             allowed = max(TOLERANCE[self.narrow], 4 * apart(narrow, expected, scale))
             # Eight bits overflow to NaN.
             expected = np.where(np.isnan(narrow), np.nan, expected)
-            bad += told(name, measured[name], expected, scale, allowed)
+            bad += difference(name, measured[name], expected, scale, allowed)
         return Outcome("failed", "; ".join(bad)) if bad else Outcome("right")
 
     def measured(self, adapter: Any, got: Any) -> dict[str, np.ndarray]:
@@ -311,8 +316,7 @@ class Run:
         self, adapter: Any, *, narrow: bool
     ) -> dict[str, tuple[np.ndarray, float]]:
         """What the merged program gives, and the size of its terms, by name."""
-        params = {n: v.astype(np.float32) for n, v in self.data.params.items()}
-        merged = {n: params[n] for n in self.adapted}
+        merged, params, _ = self.arguments()
         for name, entry in adapter.items():
             total = params[name].astype(np.float64) + delta(entry)
             merged[name] = total.astype(np.float32)
@@ -334,79 +338,15 @@ class Run:
         return found
 
 
-def factor_gradients(name: str, entry: Any, kernel: Any) -> dict[str, Any]:
-    """The gradients of a and b from the kernel's, and the sizes of their terms."""
-    kernel, a, b = (np.asarray(v, np.float64) for v in (kernel, entry.a, entry.b))
-    to_a, to_b = letters(entry.axes)
-    full = "abcdefgh"[: kernel.ndim]
-    found = {}
-    for side, spec, other in (
-        ("a", f"{full},{to_b}->{to_a}", b),
-        ("b", f"{full},{to_a}->{to_b}", a),
-    ):
-        value = entry.scaling * np.einsum(spec, kernel, other)
-        terms = entry.scaling * np.einsum(spec, np.abs(kernel), np.abs(other))
-        found[f"gradient of {side} of {name}"] = value, largest(terms)
-    return found
-
-
-def largest(x: Any) -> float:
-    """The largest absolute value that is no NaN."""
-    x = np.abs(np.asarray(x, np.complex128))
-    return float(x[~np.isnan(x)].max(initial=0.0))
-
-
-def apart(actual: Any, expected: Any, scale: float) -> float:
-    """The largest difference by the scale, where neither is NaN."""
-    x, y = (np.asarray(v).astype(np.complex128) for v in (actual, expected))
-    there = ~np.isnan(x) & ~np.isnan(y)
-    return float(np.abs(x - y)[there].max(initial=0.0) / max(scale, 1e-6))
-
-
-def told(
-    name: str, actual: Any, expected: Any, scale: float, allowed: float
-) -> list[str]:
-    """A line if two arrays differ; a gradient may be NaN where plain JAX's is."""
-    x, y = (np.isnan(np.asarray(v).astype(np.complex128)) for v in (actual, expected))
-    if (x & ~y).any():
-        return [f"{name} is NaN where it should not be"]
-    if name.startswith("output") and (y & ~x).any():
-        return [f"{name} is not NaN where it should be"]
-    error = apart(actual, expected, scale)
-    return [] if error <= allowed else [f"{name} is off by {error:.1e}"]
-
-
 def evaluated(traced: Any, *args: Any) -> Any:
     """The outputs of a traced function, by NumPy."""
     outs = closed(traced.jaxpr, jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(traced.out_info), outs)
 
 
-def letters(axes: jlora.KernelAxes) -> tuple[str, str]:
-    """The letters of a and b, those of the kernel being a, b, c, ...; r is the rank."""
-    names = "abcdefgh"
-    batch, in_, out = (
-        "".join(names[i] for i in group) for group in (axes.batch, axes.in_, axes.out)
-    )
-    return f"{batch}{in_}r", f"{batch}r{out}"
-
-
-def delta(entry: jlora.LoraFactors) -> np.ndarray:
-    """`s·a·b` in float64, in the layout of the kernel."""
-    a, b = letters(entry.axes)
-    kernel = "abcdefgh"[: entry.axes.ndim]
-    factors = (np.asarray(v, np.float64) for v in (entry.a, entry.b))
-    return entry.scaling * np.einsum(f"{a},{b}->{kernel}", *factors)
-
-
 def _untyped(error: Exception) -> str:
-    import traceback
-
+    """An error that is none of jlora's, and where in jlora it came up."""
     last = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in last if "/jlora/" in frame.filename]
     where = f" at {ours[-1].name}:{ours[-1].lineno}" if ours else ""
     return f"untyped {type(error).__name__}{where}: {str(error)[:300]}"
-
-
-def tally(outcomes: list[Outcome]) -> dict[str, int]:
-    return dict(collections.Counter(outcome.kind for outcome in outcomes))

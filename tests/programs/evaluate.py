@@ -109,9 +109,16 @@ def _scan(eqn: jex.JaxprEqn, ins: Values) -> Values:
 def _while(eqn: jex.JaxprEqn, ins: Values) -> Values:
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_cond, of_body, carry = ins[:n], ins[n : n + m], ins[n + m :]
-    while bool(closed(eqn.params["cond_jaxpr"], [*of_cond, *carry])[0]):
-        carry = closed(eqn.params["body_jaxpr"], [*of_body, *carry])
-    return carry
+    while True:
+        (again,) = closed(eqn.params["cond_jaxpr"], [*of_cond, *carry])
+        if not again.any():
+            return carry
+        new = closed(eqn.params["body_jaxpr"], [*of_body, *carry])
+        # Under vmap there is a condition for each example, which stops by itself.
+        at = lambda x, again=again: again.reshape(
+            again.shape + (1,) * (x.ndim - again.ndim)
+        )
+        carry = [np.where(at(x), x, old) for x, old in zip(new, carry, strict=True)]
 
 
 def _cond(eqn: jex.JaxprEqn, ins: Values) -> Values:

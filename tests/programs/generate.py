@@ -5,6 +5,8 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 
+from programs import steps_lookup as steps_lookup  # which adds to USE
+from programs import steps_scale as steps_scale  # which adds to CARRY
 from programs.build import Builder, Unfit, Written
 from programs.steps_carry import CARRY
 from programs.steps_use import USE

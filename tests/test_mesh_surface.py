@@ -1,0 +1,44 @@
+"""Every feature of the public surface on meshes of two axes, Auto and Explicit.
+
+The reference is the same call without a mesh.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from surface import FEATURES, Place
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+PLACES = [
+    Place(AUTO, "in", batch=True),
+    Place(AUTO, "both", batch=False, follow=False),
+    Place(EXPLICIT, "in", batch=True),
+    Place(EXPLICIT, "out", batch=True),
+    Place(EXPLICIT, "both", batch=True),
+    Place(EXPLICIT, "both", batch=False, follow=False),
+]
+
+
+@functools.cache
+def expected(name: str) -> Any:
+    """What a feature gives without a mesh, on the host."""
+    return jax.tree.map(np.asarray, FEATURES[name](Place()))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_gives_on_a_mesh_what_it_gives_without(name: str, place: Place):
+    wanted = expected(name)
+    with jax.set_mesh(place.mesh):
+        found = jax.tree.map(np.asarray, FEATURES[name](place))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        scale = max(np.abs(want).max(initial=0), 1e-3)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * float(scale))
