@@ -26,7 +26,8 @@ _untrusted
 _config _entries _families _group _layout _mixed_mesh _peft_keys _peft_stack
 _quantized _seal _torch_layout
 _choice _dora _dropout _forms _lazy _peft_configs _placement _trace
-_adapted _branch _fingerprint _linear _match _matrices _stackable
+_adapted _branch _fingerprint _linear _match _matrices _mixed_arguments
+_stackable
 _gather _merge _mixed _moving _norms _products _record _spectrum _stack
 _algebra _analyze _compare _consume _dora_uses _moving_init _quantized_moves
 _recording _restoring _siblings _triplets
