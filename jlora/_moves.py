@@ -8,6 +8,7 @@ them in its table.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from jax import lax
 from ._adapted import Adapted, Part, base_of, complete
 from ._axes import Shape, reshape_groups
 from ._lazy_moves import carried
+
+# A prime that is the size of no axis.
+_NO_SIZE = 2**61 - 1
 
 # For each axis of a value, the axes of another value that it comes from.
 AxisMap = list[frozenset[int]]
@@ -82,20 +86,32 @@ def broadcast(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Ar
 def reshape_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
     """Each axis comes from all the axes of its group."""
     old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
-    if eqn.params.get("dimensions") is not None or 0 in old:
+    if eqn.params.get("dimensions") is not None or not _same_size(old, new):
         return None
     origins: AxisMap = [frozenset()] * len(new)
-    for took, gave in reshape_groups(old, new):
+    for took, gave in reshape_groups(_with_size(old), _with_size(new)):
         for j in gave:
             origins[j] = frozenset(took)
     return [origins]
+
+
+def _with_size(shape: Shape) -> Shape:
+    """Returns a shape in which an axis of size zero has a size that no other has."""
+    return tuple(_NO_SIZE if isinstance(n, int) and n == 0 else n for n in shape)
+
+
+def _same_size(old: Shape, new: Shape) -> bool:
+    """Whether axes of size zero, if there are any, go over into each other."""
+    if 0 not in (*old, *new):
+        return True
+    return math.prod(_with_size(old)) == math.prod(_with_size(new))
 
 
 def reshape(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
     """Reshapes a factor group by group, where it has the axes of the group."""
     new = eqn.params["new_sizes"]
     sizes = [1] * len(new)
-    for took, gave in reshape_groups(shape, new):
+    for took, gave in reshape_groups(_with_size(shape), _with_size(new)):
         if all(factor.shape[i] == 1 for i in took):
             continue
         factor = complete(factor, took, shape)

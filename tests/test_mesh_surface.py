@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from surface import FEATURES, Place
+from surface_all import FEATURES, Place
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from surface import FEATURES, Place
+from surface_all import FEATURES, Place
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

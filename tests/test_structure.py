@@ -26,7 +26,8 @@ _config _elementwise _families _flops _peft_keys _peft_stack _seal _sharding
 _torch_layout
 _entries _group _layout _mixed_mesh _quantized
 _channels _choice _conv _dora _dropout _forms _lazy _placement _ragged _trace _view
-_adapted _branch _fingerprint _linear _match _matrices _recall _stackable _target
+_adapted _branch _fingerprint _linear _match _matrices _mixed_arguments _recall
+_stackable _target
 _broadcast _emit _gather _labelled _measure _merge _mixed _moving _new_entry _norms
 _record _spectrum _stack _unfit
 _algebra _compare _moving_init _plan _products _quantized_moves _recording _restoring
