@@ -59,9 +59,8 @@ def body(
 
 
 def sliceable(b: Builder, k: str) -> bool:
-    """Whether slices along an axis are kernels, or, seldom, vectors."""
-    ndim = len(b.shape(k))
-    return ndim > 2 or (ndim == 2 and b.flip(0.1))
+    """Whether slices along an axis are kernels: rows are looked up, all of them."""
+    return len(b.shape(k)) > 2
 
 
 def operands(k: str, scope: Scope, *, passed: bool) -> str:
