@@ -59,7 +59,7 @@ def test_the_script_prints_a_plan(patched: Path) -> None:
 
 def test_the_use_stays_factored(patched: Path) -> None:
     """Outputs, gradients, and no value of the kernel's shape, as for all uses."""
-    command = ("-m", "pytest", "-p", "no:cacheprovider", "-k", "tile_out")
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "-k", "cumsum_in")
     done = run(
         patched, sys.executable, *command, "tests/test_uses.py", PYTEST_ADDOPTS=""
     )
