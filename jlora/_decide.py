@@ -122,7 +122,7 @@ class Decision(Analysis):
         if any_active(others).adapter:
             # A product with what the adapter moves is a use, in the next run: its
             # gradient needs the kernel as it is.
-            self.log.lost[self.place] = "order"
+            self.log.lost[self.place] = "moved"
         return True
 
     def arranged(self, steps: list[Step]) -> list[Step]:
@@ -383,7 +383,8 @@ def decide(
     ends = found.ends
     while True:
         program, log = run(ends)
-        more = ends | (ends_of(log) - found.passed_on)
+        moved = {place for place, kind in log.lost.items() if kind == "moved"}
+        more = ends | moved | (ends_of(log) - found.passed_on)
         if more == ends:
             return program, log
         ends = more
