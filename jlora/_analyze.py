@@ -122,6 +122,7 @@ class Analysis(abc.ABC):
         self.log.obstacles += log.obstacles
         self.log.votes += log.votes
         self.log.met |= log.met
+        self.log.needed |= log.needed
         self.log.lost.update(log.lost)
 
     def _program(self, jaxpr: Any, inputs: Sequence[Value]) -> Body:
@@ -221,16 +222,20 @@ class Analysis(abc.ABC):
         if before is not None:
             self.log.lost[before.place] = before.kind
             return False
-        self.meets(view, features=active or holds_features(eqn, operand))
+        features = active or holds_features(eqn, operand)
+        self.meets(view, features=features, active=active)
         return True
 
-    def meets(self, view: View, *, features: bool = True) -> None:
+    def meets(self, view: View, *, features: bool = True, active: bool = True) -> None:
         """Notes that a view has come to its use.
 
         Args:
             view: the view.
             features: whether what it is multiplied by are features, active or frozen.
+            active: whether they depend on activations.
         """
+        if active:
+            self.log.needed.update(passed.place for passed in view.passed)
         for passed in view.passed:
             if passed.kind != "order" or features:
                 self.log.met.add(passed.place)

@@ -77,7 +77,7 @@ class Decision(Analysis):
         eqn, along = narrowed(eqn, values)
         if not self._scale_follows(eqn, values):
             where = _moved(eqn, values) or OF_DORA
-            self.materialized(eqn, values, where, used=True)
+            self.materialized(eqn, values, where)
             return Step("materialize"), nothing
         if self._passes_on(eqn, values):
             outputs = self._carried(eqn, values)
@@ -90,7 +90,7 @@ class Decision(Analysis):
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
             where = _moved(eqn, values) or OF_DORA
-            self.materialized(eqn, values, where, used=True)
+            self.materialized(eqn, values, where)
             return Step("materialize"), nothing
         if kinds:
             return self._use(eqn, values, kinds), nothing

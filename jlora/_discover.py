@@ -226,8 +226,8 @@ class Discovered:
 
     @property
     def passed_on(self) -> frozenset[Place]:
-        """The places that kernels pass on their way to a use."""
-        return frozenset(self.log.met) - self.ends
+        """The places that kernels pass on their way to a use with activations."""
+        return frozenset(self.log.needed) - self.ends
 
 
 def discover(jaxpr: Any, inputs: Sequence[Value]) -> Discovered:

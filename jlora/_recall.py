@@ -118,7 +118,8 @@ class Renaming:
             uses=list(map(path, log.uses)),
             obstacles=list(map(path, log.obstacles)),
             votes=[at(path(vote)) for vote in log.votes],
-            met={self.place(place) for place in log.met},
+            met=set(map(self.place, log.met)),
+            needed=set(map(self.place, log.needed)),
             lost={self.place(place): kind for place, kind in log.lost.items()},
         )
 

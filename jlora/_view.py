@@ -261,6 +261,7 @@ class Log:
         obstacles: those that cannot.
         votes: what the uses say about roles.
         met: operations that a kernel has passed on its way to a use.
+        needed: those on its way to a use with activations.
         lost: those that it has passed on its way to no use, with their kinds.
     """
 
@@ -268,6 +269,7 @@ class Log:
     obstacles: list[Use] = dataclasses.field(default_factory=list)
     votes: list[Vote] = dataclasses.field(default_factory=list)
     met: set[Place] = dataclasses.field(default_factory=set)
+    needed: set[Place] = dataclasses.field(default_factory=set)
     lost: dict[Place, str] = dataclasses.field(default_factory=dict)
 
 
