@@ -7,7 +7,7 @@ what evaluates it; products are evaluated in groups, by `_products.run_products`
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from ._conv import Window, convolve
 from ._dtypes import is_workable, product_dtype, summed_in
 from ._errors import MaterializationError
 from ._gather import select
-from ._lazy import called, dense
+from ._lazy import called, dense, is_lazy, made_again
 from ._products import (
     contracted_first,
     dot_roles,
@@ -233,16 +233,24 @@ def _ragged_dot(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
 def _ragged_base(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
     """The base product; on Explicit meshes with derivatives, which JAX's has not."""
     x, w, sizes, *_ = operands
-    if derive != "custom" or explicit_mesh(x, w) is None:
+    if derive != "custom" or explicit_mesh(x, *jax.tree.leaves(w)) is None:
         return called(eqn, operands, derive)[0]
     dims, precision = _ragged_dims(eqn), eqn.params["precision"]
     (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
     shared, (ragged,) = [*dims.rhs_group_dimensions, *batch], dims.lhs_ragged_dimensions
     order = (*shared, *contract, *free_axes(w.ndim, contract, shared))
-    dtype, result = jnp.result_type(x, w), eqn.outvars[0].aval.dtype
+    dtype, result = jnp.result_type(x.dtype, w.dtype), eqn.outvars[0].aval.dtype
     sharding = eqn.params["out_sharding"]
     rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
-    return rows_product(rows, x, jnp.transpose(w, order), sizes, derive)
+
+    def product(values: Sequence[Any]) -> list[jax.Array]:
+        x, w, sizes = values
+        return [rows_product(rows, x, jnp.transpose(dense(w), order), sizes, derive)]
+
+    values = [x, w, sizes]
+    return (
+        made_again(product, values, derive) if is_lazy(values) else product(values)
+    )[0]
 
 
 def _ragged_scaled(
