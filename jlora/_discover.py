@@ -193,15 +193,17 @@ def _takes_many(eqn: Any) -> bool:
 def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:
     """Returns the roles that a use gives to the axes of a kernel that it sees.
 
-    An axis that a frozen operand has summed over tells its side only where the other
-    axes tell but one: a basis of kernels has factors for each of them.
+    An axis that a frozen operand has summed over has the role of what came from it, but
+    for the first axis of a whole kernel: a basis of kernels has factors for each of
+    them. If nothing came from it, it is on the side that has no axis.
     """
     seen: dict[int, str] = {}
     for origin, role in zip(view.origins, roles, strict=True):
         for axis in sorted(origin):
             seen.setdefault(axis, role)
     own = {role for axis, role in seen.items() if axis in view.untouched}
-    if {"in", "out"} <= own:
+    first = min(view.untouched, default=0)
+    if {"in", "out"} <= own and all(axis < first for axis in view.mixed):
         return {axis: role for axis, role in seen.items() if axis not in view.mixed}
     for side in ("in", "out"):
         if side not in seen.values():

@@ -64,8 +64,10 @@ def use_before(eqn: Any, operand: int, view: View, active: bool) -> Passed | Non
     """Returns what a view has passed that was its use, if this product is not.
 
     A frozen product is where frozen features went into the kernel, and this product
-    contracts their outputs: the keys `k` in `(q @ w) @ k.T` with learned queries `q`. A
-    sum of frozen values is one of features where it goes into a frozen product.
+    contracts their outputs head by head: the keys `k` of attention whose queries are
+    learned. So it is where an operation without a rule follows, as an activation
+    function does. A sum of frozen values is one of features where it goes into a frozen
+    product.
     """
     kinds = [passed.kind for passed in view.passed]
     if "sum" in kinds:
@@ -73,13 +75,16 @@ def use_before(eqn: Any, operand: int, view: View, active: bool) -> Passed | Non
         if not active or "mix" in kinds[first:]:
             return view.passed[first]
     mixes = [p for p in view.passed if p.kind == "mix" and p.features]
+    if mixes and view.formed:
+        return mixes[-1]
     if not mixes or eqn.primitive.name != "dot_general":
         return None
     contract, batch, _, _ = dot_dims(eqn, operand)
     free = free_axes(len(view.origins), contract, batch)
     own = lambda axes: any(view.origins[i] - view.mixed for i in axes)
     of_features = any(view.origins[i] & view.mixed for i in free)
-    return mixes[-1] if own(contract) and of_features and not own(free) else None
+    by_heads = own(batch) and own(contract) and not own(free)
+    return mixes[-1] if by_heads and of_features else None
 
 
 def mix_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:

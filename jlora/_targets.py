@@ -206,8 +206,10 @@ def _disagreement(votes: Sequence[Vote]) -> str:
         roles = " ".join(f"{role} {axes}" for role, axes in by_role.items() if axes)
         return f"{vote.kind} ({roles})"
 
-    uses = " and ".join(dict.fromkeys(map(told, votes)))
-    return f"has uses that disagree on the roles of its axes: {uses}"
+    uses = list(dict.fromkeys(map(told, votes)))
+    if len(uses) == 1:
+        return f"has a use that leaves it no input or no output axes: {uses[0]}"
+    return f"has uses that disagree on the roles of its axes: {' and '.join(uses)}"
 
 
 def _is_known(primitive: str) -> bool:

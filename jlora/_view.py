@@ -27,9 +27,9 @@ class Passed:
 
     A row that is taken is a lookup if it is wanted for itself, and only a move if it
     goes on to a product. A product with a frozen matrix is a use of the kernel if that
-    matrix holds features (learned queries, say), and a move if the result is what
-    multiplies the activations. A sum with a frozen value is an offset of the kernel if
-    the activations are multiplied by it, and else one of features.
+    matrix holds features (learned queries of several heads, say), and a move if the
+    result is what multiplies the activations. A sum with a frozen value is an offset of
+    the kernel if the activations are multiplied by it, and else one of features.
 
     Attributes:
         place: where it is.
