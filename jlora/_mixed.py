@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from ._errors import UnsupportedFeatureError
 from ._factors import Adapter, LoraFactors, PyTree
+from ._group import as_laid_out
 from ._mixed_arguments import Arguments, Outputs, split_key
 from ._mixed_mesh import Examples, take_rows
 from ._paths import FlatParams
@@ -151,7 +152,8 @@ def _picked(
         elif path in base:  # if it is not, `apply` says so
             own = jnp.asarray(base[path])
             other = jnp.where(index < 0, own, jnp.nan)
-            adapter[path] = jnp.where(inside, entry.astype(own.dtype), other)
+            entry = as_laid_out(entry.astype(own.dtype), own)
+            adapter[path] = jnp.where(inside, entry, other)
     return adapter
 
 

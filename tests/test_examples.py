@@ -232,7 +232,6 @@ def test_the_script_knows_before_training_that_it_cannot_save(
     ("option", "value", "words"),
     [
         ("--target", "querry", "querry"),
-        ("--rank", "1000", "rank"),
         ("--model", "no.gguf", "no.gguf"),
     ],
 )
