@@ -16,7 +16,7 @@ from jax import lax
 from . import _emit
 from ._adapted import Adapted, base_of, materialize
 from ._analyze import Analysis
-from ._compat import JIT, REMAT, scan_counts, staged
+from ._compat import JIT, REMAT, explicit_mesh, scan_counts, staged
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
 from ._select import select
@@ -304,6 +304,7 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
     specs = []
     for i, spec in enumerate(params["in_specs"]):
         values[i], like = specs_like(values[i], spec, params["mesh"])
+        values[i] = _laid_out(values[i], like)
         specs.append(like)
     body = lambda *args: tuple(_formed(run(program, args), step.wanted))
     mapped = jax.shard_map(
@@ -315,6 +316,14 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
         axis_names=params["newly_manual_axes"],
     )
     return staged(mapped)(*values)
+
+
+def _laid_out(value: Any, specs: Any) -> Any:
+    """Lays factors out as they enter a shard_map, which Explicit meshes ask for."""
+    if not isinstance(value, Adapted) or explicit_mesh(value.base) is None:
+        return value
+    rest = value.with_base(None), specs.with_base(None)
+    return jax.tree.map(jax.sharding.reshard, *rest).with_base(value.base)
 
 
 def specs_like(value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:

@@ -80,12 +80,13 @@ class Decision(Analysis):
             self.materialized(eqn, values, where)
             return Step("materialize"), nothing
         if self._passes_on(eqn, values):
-            outputs = self._carried(eqn, values)
+            moved = _is_beside_moved(values)
+            outputs = None if moved else self._carried(eqn, values)
             if outputs is not None:
                 return Step("carry"), outputs
             # It may be a use, which the next run tells, or else it is an obstacle.
             self.log.lost[self.place] = "mix"
-            self.materialized(eqn, values, used=True)
+            self.materialized(eqn, values, OF_SUM if moved else "", used=True)
             return Step("materialize"), nothing
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
@@ -117,13 +118,7 @@ class Decision(Analysis):
     def _passes_on(self, eqn: Any, values: list[Value]) -> bool:
         """Whether an equation is a frozen product that is not the use of its kernel."""
         others = [value for value in values if not value.views]
-        if not is_frozen_product(eqn, others) or self.place in self.ends:
-            return False
-        if any_active(others).adapter:
-            # A product with what the adapter moves is a use, in the next run: its
-            # gradient needs the kernel as it is.
-            self.log.lost[self.place] = "moved"
-        return True
+        return is_frozen_product(eqn, others) and self.place not in self.ends
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
@@ -336,8 +331,12 @@ def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
     Multiplied into the kernel, such a scale would have the gradient of a whole kernel
     as its own. Beside it, as DoRA's is, it is applied to the inputs or the outputs.
     """
-    others = [value for value in values if not value.views]
-    return eqn.primitive.name in ("mul", "div") and any_active(others).adapter
+    return eqn.primitive.name in ("mul", "div") and _is_beside_moved(values)
+
+
+def _is_beside_moved(values: Sequence[Value]) -> bool:
+    """Whether the adapter moves another operand of an equation."""
+    return any_active([value for value in values if not value.views]).adapter
 
 
 def _moved(eqn: Any, values: Sequence[Value]) -> str:
@@ -346,11 +345,10 @@ def _moved(eqn: Any, values: Sequence[Value]) -> str:
     A kernel with a scale beside it is no sum with another value; and a value that is
     added to a kernel would have the gradient of a whole kernel.
     """
-    others = [value for value in values if not value.views]
     if any(view.scaled for value in values for view in value.views):
         return OF_SCALE
-    added = eqn.primitive.name in ("add", "sub") and any_active(others).adapter
-    return OF_SUM if added else ""
+    added = eqn.primitive.name in ("add", "sub")
+    return OF_SUM if added and _is_beside_moved(values) else ""
 
 
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
@@ -380,11 +378,10 @@ def decide(
         return program, log
     # What was passed, or was a use, shows where the kernels go after that.
     found = discover(jaxpr, inputs)
-    ends = found.ends
+    ends, more = frozenset[Place](), found.ends
     while True:
-        program, log = run(ends)
-        moved = {place for place, kind in log.lost.items() if kind == "moved"}
-        more = ends | moved | (ends_of(log) - found.passed_on)
+        more = ends | more | (ends_of(log) - found.passed_on)
         if more == ends:
             return program, log
         ends = more
+        program, log = run(ends)

@@ -185,9 +185,6 @@ CASES = {
         ),
         g=(7,),
     ),
-    "trained_matrix": of_matrix(
-        lambda p, x: x @ (p["w"] @ jnp.tanh(p["m"])), m=(11, 13)
-    ),
     "padded": of_matrix(
         lambda p, x: x @ jnp.pad(p["w"] * p["g"][None], ((0, 0), (2, 1))), g=(11,)
     ),
@@ -277,6 +274,9 @@ REFUSED = {
         g=(11,),
     ),
     "scaled_sum": of_matrix(lambda p, x: x @ (p["w"] * p["g"] + V[None]), g=()),
+    "trained_matrix": of_matrix(
+        lambda p, x: x @ (p["w"] @ jnp.tanh(p["m"])), m=(11, 13)
+    ),
     "moved_sum": of_matrix(lambda p, x: x @ (p["w"] + p["g"][None]), g=(11,)),
     "conv_inputs": Scaled(
         lambda p, x: conv(p["w"] * p["g"][None, :, None], x),
