@@ -19,7 +19,7 @@ from ._axes import Roles, contract_rank, free_axes
 from ._channels import Mixing, mix_channels
 from ._compat import explicit_mesh, source_line
 from ._conv import Window, convolve
-from ._dtypes import is_workable, product_dtype, summed_in
+from ._dtypes import common, is_workable, product_dtype, summed_in
 from ._errors import MaterializationError
 from ._gather import select
 from ._lazy import called, dense, is_lazy, made_again
@@ -239,7 +239,7 @@ def _ragged_base(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
     (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
     shared, (ragged,) = [*dims.rhs_group_dimensions, *batch], dims.lhs_ragged_dimensions
     order = (*shared, *contract, *free_axes(w.ndim, contract, shared))
-    dtype, result = jnp.result_type(x.dtype, w.dtype), eqn.outvars[0].aval.dtype
+    dtype, result = common(x.dtype, w.dtype), eqn.outvars[0].aval.dtype
     sharding = eqn.params["out_sharding"]
     rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
 

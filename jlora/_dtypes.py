@@ -16,6 +16,7 @@ that of a real value, where complex ones flow, is the real part, as in `jax.grad
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -27,9 +28,19 @@ def summed_in(dtype: Any, *operands: Any) -> Any:
     """
     dtype = jnp.dtype(dtype)
     narrow = dtype.itemsize < 4
-    wide = jnp.dtype("float32") if narrow else jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.dtype("float32") if narrow else common(dtype, jnp.float32)
     complex_ones = [kind for kind in operands if _is_complex(kind)]
-    return jnp.promote_types(wide, jnp.complex64) if complex_ones else wide
+    return common(wide, jnp.complex64) if complex_ones else wide
+
+
+def common(*dtypes: Any) -> Any:
+    """Returns the dtype that holds values of all dtypes.
+
+    As JAX promotes by default: where a program forbids promotion
+    (`jax.numpy_dtype_promotion("strict")`), it means its own.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def widest(*arrays: Any) -> Any:
@@ -54,14 +65,14 @@ def product_dtype(x: Any, kernel: Any, result: Any) -> Any:
     """
     flowing = [kind for kind in (x, kernel) if is_workable(kind)]
     if flowing:
-        found = jnp.result_type(*flowing)
+        found = common(*flowing)
     elif is_workable(result):
         found = jnp.dtype(result)
     else:
         eights = any(jnp.issubdtype(kind, jnp.inexact) for kind in (x, kernel))
         found = jnp.dtype(jnp.bfloat16 if eights else jnp.float32)
     if is_workable(result) and not _reaches(found, result):
-        return jnp.promote_types(found, result)
+        return common(found, result)
     return found
 
 

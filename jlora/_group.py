@@ -15,7 +15,14 @@ from jax import lax
 
 from ._axes import free_axes
 from ._compat import RANK_FIRST_ON_CPU
-from ._dtypes import is_workable, product_dtype, summands_in, summed_in, workable
+from ._dtypes import (
+    common,
+    is_workable,
+    product_dtype,
+    summands_in,
+    summed_in,
+    workable,
+)
 from ._sharding import dot_sharding, explicit_sharding
 
 Axes = tuple[int, ...]
@@ -116,7 +123,7 @@ def compute_dtype(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> Any:
     """The dtype of the skinny products of a group; only dtypes are read."""
     pairs = zip(dims.kernels, kernels, strict=True)
     own = [product_dtype(x.dtype, w.dtype, one.result_dtype(w)) for one, w in pairs]
-    return jnp.result_type(*own)
+    return common(*own)
 
 
 def per_kernel(value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:

@@ -17,7 +17,7 @@ from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete, whole
 from ._axes import Roles, Shape, free_axes
-from ._dtypes import summed_in
+from ._dtypes import common, summed_in
 from ._group import dot
 from ._lazy_moves import carried
 from ._products import dot_dims
@@ -192,9 +192,9 @@ class _Mix:
         if other is None:
             total = factor.sum(summed, keepdims=True)
             return self.follow(total, into_rank)
-        dtype = jnp.result_type(factor.dtype, summed_in(factor.dtype))
+        dtype = common(factor.dtype, summed_in(factor.dtype))
         if jnp.issubdtype(other.dtype, jnp.inexact):
-            dtype = jnp.result_type(dtype, summed_in(other.dtype))
+            dtype = common(dtype, summed_in(other.dtype))
         shared = [*self.batch, *into_rank]
         others = [*self.other_batch, *(pairs[i] for i in into_rank)]
         contract = summed, [pairs[i] for i in summed]

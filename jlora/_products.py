@@ -18,7 +18,7 @@ from ._axes import free_axes
 from ._branch import Arrays, Static, add_branch
 from ._compat import source_line
 from ._dropout import drop
-from ._dtypes import product_dtype, workable
+from ._dtypes import common, product_dtype, summed_in, workable
 from ._errors import MaterializationError
 from ._group import Form, GroupDims, KernelDims, Operands, concatenate
 from ._labelled import add_labelled
@@ -165,7 +165,8 @@ def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
 
 def times(value: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns a value times a scale in the scale's precision, in its own dtype."""
-    return (value * scale).astype(value.dtype)
+    wide = common(summed_in(value.dtype), summed_in(scale.dtype))
+    return (value.astype(wide) * scale.astype(wide)).astype(value.dtype)
 
 
 def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
@@ -233,7 +234,7 @@ def _as_matrices(
 
 def _alike(factors: list[jax.Array]) -> list[jax.Array]:
     """Returns factors in one dtype: joined kernels may have configs of their own."""
-    dtype = jnp.result_type(*(factor.dtype for factor in factors))
+    dtype = common(*(factor.dtype for factor in factors))
     return [factor.astype(dtype) for factor in factors]
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._dtypes import summed_in
+from ._dtypes import common, summed_in
 from ._factors import Adapter, LoraFactors
 from ._stackable import (
     as_adapters,
@@ -212,7 +212,7 @@ def _stacked(row: Sequence[Any], rank: int) -> Any:
 
 
 def _stack_arrays(*arrays: Any) -> jax.Array:
-    dtype = functools.reduce(jnp.promote_types, (array.dtype for array in arrays))
+    dtype = common(*(array.dtype for array in arrays))
     return jnp.stack([jnp.asarray(array, dtype) for array in arrays])
 
 

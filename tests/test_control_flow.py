@@ -586,3 +586,32 @@ def test_shard_map_around(model, kind, cast: str, jit: bool, params, getkey):
 
     expected = run(lambda p, a, x: model(merged(p, a), x), True)
     assert_close(run(lora.apply, jit), expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("where", ["replicated", "host"])
+def test_factors_enter_a_shard_map_laid_out_or_not(kind: Any, where: str) -> None:
+    """As they come from a file: on the host, or whole on each device."""
+    P = PartitionSpec
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2)
+    specs = (P("data", None), P(None, "model"))
+    model = lambda p, x: jax.shard_map(
+        lambda x, w: x @ w,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P("data", "model"),
+    )(x, p["w"])
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(6, 8)), rng.normal(size=(4, 6))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.asarray(w, jnp.float32), P(None, "model"))}
+        rows = jax.device_put(jnp.asarray(x, jnp.float32), P("data", None))
+        lora = jlora.lora(model, jlora.LoraConfig("w", rank=3, alpha=4.0))
+        adapter = lora.init(jax.random.key(0), params, rows)
+        adapter = jax.tree.map(lambda v: np.asarray(v) + 0.1, adapter)
+        if where == "replicated":
+            adapter = jax.tree.map(lambda v: jax.device_put(v, P()), adapter)
+        found = jax.jit(lora.apply)(params, adapter, rows)
+    a, b = np.asarray(adapter["w"].a), np.asarray(adapter["w"].b)
+    expected = x @ (w + 4 / 3 * a @ b)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-4, atol=1e-4)
