@@ -20,16 +20,21 @@ collect_ignore = ["peft_oracle"]
 
 # What is one test for each use of a kernel, each wrapper of a function, or each model.
 CROSSED = (
+    "test_batch.py",
+    "test_capped_rank.py",
+    "test_dora.py",
+    "test_formed.py",
+    "test_joined.py",
     "test_mesh_surface.py",
+    "test_mixed.py",
+    "test_product_dtypes.py",
+    "test_quant.py",
+    "test_quant_wrappers.py",
     "test_strict_promotion.py",
     "test_symbolic.py",
     "test_uses.py",
     "test_wrappers.py",
     "test_zoo.py",
-    "test_dora.py",
-    "test_mixed.py",
-    "test_quant.py",
-    "test_quant_wrappers.py",
 )
 
 
