@@ -97,7 +97,7 @@ class UNet(nn.Module):
         angles = noise[:, None] * 2.0 ** jnp.arange(5)
         time = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         time = nn.silu(nn.Dense(19, name="time")(time))
-        high = nn.silu(nn.Conv(6, (3, 3), name="enter")(x))
+        high = nn.silu(nn.Conv(7, (3, 3), name="enter")(x))
         low = nn.Conv(8, (3, 3), strides=(2, 2), name="down")(high)
         low = low + nn.Dense(8, name="condition")(time)[:, None, None, :]
         low = nn.silu(nn.GroupNorm(num_groups=4)(low))
