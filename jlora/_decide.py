@@ -378,10 +378,10 @@ def decide(
         return program, log
     # What was passed, or was a use, shows where the kernels go after that.
     found = discover(jaxpr, inputs)
-    ends, more = frozenset[Place](), found.ends
-    while True:
-        more = ends | more | (ends_of(log) - found.passed_on)
-        if more == ends:
-            return program, log
-        ends = more
+    ends = frozenset[Place]()
+    more = found.ends | (ends_of(log) - found.passed_on)
+    while not more <= ends:
+        ends |= more
         program, log = run(ends)
+        more = ends_of(log) - found.passed_on
+    return program, log
