@@ -67,7 +67,7 @@ def configs_of(method: str, args: argparse.Namespace) -> list[jlora.LoraConfig]:
         "head": [head],
         "bias": [head, whole("bias")],
         "lora": [head, lora],
-        "full": [whole(".*", exclude="scaler")],
+        "full": [whole(["params/.*", "head/.*"])],
     }
     return of[method]
 

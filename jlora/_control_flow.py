@@ -319,11 +319,21 @@ def _run_shard_map(eqn: Any, step: Step, values: list[Any], run: Run) -> Sequenc
 
 
 def _laid_out(value: Any, specs: Any) -> Any:
-    """Lays factors out as they enter a shard_map, which Explicit meshes ask for."""
-    if not isinstance(value, Adapted) or explicit_mesh(value.base) is None:
+    """Lays out what JAX has no layout of its own for as it enters a shard_map.
+
+    Explicit meshes ask for it: of factors, and of the pieces of a lazy value. An array
+    is laid out as the function says.
+    """
+    if isinstance(value, Lazy):
+        on_mesh = explicit_mesh(*jax.tree.leaves(value)) is not None
+        return jax.tree.map(jax.sharding.reshard, value, specs) if on_mesh else value
+    if not isinstance(value, Adapted):
+        return value
+    base = _laid_out(value.base, specs.base)
+    if explicit_mesh(*jax.tree.leaves(base)) is None:
         return value
     rest = value.with_base(None), specs.with_base(None)
-    return jax.tree.map(jax.sharding.reshard, *rest).with_base(value.base)
+    return jax.tree.map(jax.sharding.reshard, *rest).with_base(base)
 
 
 def specs_like(value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:

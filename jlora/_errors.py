@@ -46,8 +46,9 @@ class BaseMismatchError(AdapterError):
 
 
 class LeftOutWarning(UserWarning):
-    """A config matches leaves that look like kernels and cannot be adapted.
+    """A config matches leaves that may be wanted and are left out.
 
-    They go into operations without a low-rank rule, and into none that has one. The
+    They look like kernels and go into operations without a low-rank rule, and into none
+    that has one; or they are in a collection beside "params" that no pattern names. The
     plan lists them among those that are matched and left out.
     """

@@ -116,14 +116,15 @@ class Unusable:
         path: its canonical path.
         shape: its shape.
         reason: why it is no target.
-        is_opaque: whether it may be a kernel all the same: two of its axes at least
-            go into an operation of which jlora knows nothing, or uses disagree.
+        is_doubtful: whether it may be wanted all the same, and is warned of: two of its
+            axes at least go into an operation of which jlora knows nothing, or uses
+            disagree, or it is in a collection that none of Flax's layers keeps.
     """
 
     path: str
     shape: tuple[int, ...]
     reason: str
-    is_opaque: bool = False
+    is_doubtful: bool = False
 
 
 def counted(params: FlatParams, targets: Iterable[Target]) -> list[bool]:

@@ -26,6 +26,16 @@ from ._trace import Traced, is_array
 from ._unfit import DOUBT, EMPTY, FROZEN, NO_BATCH, check, several
 from ._view import Flow, Log, Use, Value, View, Vote
 
+# The collections of Linen's own layers and transforms: nobody means them by a pattern.
+KEPT_BY_LAYERS = {
+    "batch_stats",
+    "cache",
+    "intermediates",
+    "params_axes",
+    "perturbations",
+    "_overwrite_with_gradient",
+}
+
 
 def resolve(
     params: FlatParams, configs: Sequence[LoraConfig], traced: Traced | None
@@ -114,21 +124,25 @@ def _elsewhere(
     """Returns the leaves that a config matches but for the collection they are in."""
     apart = [path for path in params.paths if params.collection(path) is not None]
     leaves, found = params.by_path(), {}
-    hits = (_hit(c.target, apart) - _hit(c.exclude, apart) for c in configs)
-    for path in set().union(*hits):
-        collection = params.collection(path)
+    hits = [(c, _hit(c.target, apart) - _hit(c.exclude, apart)) for c in configs]
+    for path in set().union(*(paths for _, paths in hits)):
+        collection, leaf = params.collection(path), leaves[path]
+        shape = tuple(getattr(leaf, "shape", ()))
+        full = any(c.full for c, paths in hits if path in paths)
+        doubtful = collection not in KEPT_BY_LAYERS and _is_floating(leaf)
         reason = (
             f"is in the collection {collection!r}, which is left alone unless a "
             f"pattern names it, as '{collection}/...' does"
         )
-        found[path] = Unusable(path, tuple(getattr(leaves[path], "shape", ())), reason)
+        doubtful = doubtful and (full or len(shape) > 1)
+        found[path] = Unusable(path, shape, reason, is_doubtful=doubtful)
     return found
 
 
 def _first(tried: Sequence[Target | Unusable]) -> list[Unusable]:
     """Returns the reason of the first config, unless another has one to warn of."""
     told = [one for one in tried if isinstance(one, Unusable)]
-    return sorted(told, key=lambda one: not one.is_opaque)[:1]
+    return sorted(told, key=lambda one: not one.is_doubtful)[:1]
 
 
 # --- which leaves are kernels ---
@@ -273,7 +287,7 @@ def _target(
         return Unusable(path, shape, known.reason)
     if known.axes is None:
         opaque = known.is_opaque and config.target is not None
-        return Unusable(path, shape, known.reason, is_opaque=opaque)
+        return Unusable(path, shape, known.reason, is_doubtful=opaque)
     axes = with_batch(known.axes, config.batch_axes)
     if axes is None:
         reason = no_batch(known.axes, config.batch_axes)

@@ -96,7 +96,8 @@ class Lora:
 
         Warns:
             LeftOutWarning: if patterns match leaves that look like kernels and go into
-                operations that have no low-rank rule, and into no other.
+                operations that have no low-rank rule, and into no other; or leaves of a
+                collection beside "params" that none of Flax's layers keeps.
         """
         params = FlatParams.of(self._params_of(args))
         plan, leaves = self._plan(params, args, kwargs), params.by_path()

@@ -70,13 +70,13 @@ def check(
 
 def left_out(unusable: Sequence[Unusable]) -> str | None:
     """Returns what to warn of: leaves that may be kernels, and are matched in vain."""
-    told = [_why(u.path, u) for u in unusable if u.is_opaque]
+    told = [_why(u.path, u) for u in unusable if u.is_doubtful]
     if not told:
         return None
     return (
-        "`LoraConfig.target` matches what looks like kernels and is left out:\n"
+        "`LoraConfig.target` matches what may be wanted and is left out:\n"
         + "\n".join(told)
-        + "\nLeave them out with `exclude`, or train them whole with `full=True`"
+        + "\nLeave them out with `exclude`, or train kernels whole with `full=True`"
     )
 
 

@@ -1,6 +1,8 @@
 """Linen's variables: what is beside "params" is no target, and is counted apart."""
 
 import dataclasses
+import re
+import warnings
 from typing import Any
 
 import flax.linen as nn
@@ -104,6 +106,31 @@ def test_a_kernel_of_a_collection_that_is_named() -> None:
     assert dict(plan.apart) == {"batch_stats": 64, "cache": 3200}
 
 
+@each_kind
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (jlora.LoraConfig(".*", full=True), ["bias", "kernel"]),
+        (jlora.LoraConfig(".*", rank=2), ["kernel"]),
+        (jlora.LoraConfig(rank=2), []),
+        (jlora.LoraConfig(".*", exclude="consts", full=True), []),
+        (jlora.LoraConfig([".*", "consts/.*"], full=True), []),
+    ],
+)
+def test_a_collection_of_the_users_own_is_warned_of(
+    variables: Any, config: jlora.LoraConfig, wanted: list[str]
+) -> None:
+    """What Flax's layers keep is meant by nobody; a head beside the params may be."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lora_of(config).init(jax.random.key(2), variables, X)
+    told = "\n".join(str(w.message) for w in caught)
+    assert [w.category for w in caught] == [jlora.LeftOutWarning] * bool(wanted)
+    assert sorted(re.findall(r"'consts/(\w+)' ", told)) == wanted
+    assert "batch_stats" not in told
+    assert "cache" not in told
+
+
 def test_the_plan_lists_what_a_pattern_matches_there() -> None:
     plan = lora_of(jlora.LoraConfig("bn", full=True)).plan(VARIABLES, X)
     assert [u.path for u in plan.unusable] == [
@@ -127,7 +154,10 @@ def test_a_pattern_that_matches_there_alone_is_an_error() -> None:
 
 
 def test_statistics_that_a_call_returns_are_those_that_are_used() -> None:
-    configs = [jlora.LoraConfig("bn", full=True), jlora.LoraConfig("kernel", rank=4)]
+    configs = [
+        jlora.LoraConfig("bn", full=True),
+        jlora.LoraConfig("params/.*kernel", rank=4),
+    ]
     lora, variables = lora_of(*configs), VARIABLES
     adapter = lora.init(jax.random.key(2), variables, X)
     for _ in range(10):

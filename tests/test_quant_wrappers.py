@@ -5,11 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from case import randomized
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from oracle import assert_close
 from uses import CONVS, USES
 from wrappers import WRAPPERS, Wrapper
+
+import jlora
 
 pytest.importorskip("qwix")
 from quant_case import check, make_case, reference
@@ -94,3 +99,42 @@ def test_forward_mode_with_autodiff(name: str, adapted: bool, getkey):
 
     assert_close(push(case.lora.apply), push(reference(case)), 1e-4)
     check(case, case.lora.apply, reference(case))
+
+
+SPECS = (P(), P("model"), P(None, "model"))
+
+
+@pytest.mark.parametrize("stored", SPECS, ids=str)
+@pytest.mark.parametrize("enters", SPECS, ids=str)
+@pytest.mark.parametrize("qtype", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_pieces_enter_a_shard_map(kind: Any, qtype: str, enters: P, stored: P, getkey):
+    """However they are laid out, codes and scales become what the function asks for."""
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2, devices=devices)
+    summed = enters == P("model")
+    rows = P("data", "model") if summed else P("data")
+    columns = P("data", "model") if enters == P(None, "model") else P("data")
+
+    def product(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x @ w, "model") if summed else x @ w
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        w = params["w"]
+        if kind is AxisType.Explicit:
+            w = jax.sharding.reshard(w, enters)
+        sharded = jax.shard_map(product, in_specs=(enters, rows), out_specs=columns)
+        return sharded(w, x)
+
+    with jax.set_mesh(mesh):
+        put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+        x = put(jax.random.normal(getkey(), (4, 8)), rows)
+        params = {"w": put(jax.random.normal(getkey(), (8, 6)), stored)}
+        base = jlora.quantize(params, "w", qtype)
+        lora = jlora.lora(fn, jlora.LoraConfig("w", rank=2, alpha=3.0))
+        adapter = randomized(lora.init(getkey(), base, x), getkey())
+        merged = jlora.merge(base, adapter, dequantize=True)["w"]
+        y = jax.jit(lora.apply)(base, adapter, x)
+        frozen = jax.jit(fn)({"w": merged}, x)
+    assert_close(y, np.asarray(x) @ np.asarray(merged), 1e-5)
+    assert_close(frozen, y, 1e-5)
