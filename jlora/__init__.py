@@ -32,7 +32,7 @@ from ._errors import UnsupportedFeatureError as UnsupportedFeatureError
 from ._factors import Adapter as Adapter
 from ._factors import LoraFactors as LoraFactors
 from ._factors import delta as delta
-from ._inputs import InputStats as InputStats
+from ._input_stats import InputStats as InputStats
 from ._memory import Memory as Memory
 from ._merge import merge as merge
 from ._moving_init import loftq as loftq

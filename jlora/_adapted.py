@@ -8,11 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._axes import align, contract_rank, expand
-from ._dora import output_scale
-from ._dropout import Dropout, key_words
+from ._axes import KernelAxes, align, contract_rank
+from ._dropout import Dropout
 from ._dtypes import summed_in
-from ._factors import LoraFactors
 from ._lazy import Lazy, dense
 
 
@@ -61,31 +59,13 @@ class Adapted:
     def of(
         cls,
         kernel: jax.Array | Lazy,
-        factors: LoraFactors,
-        key: jax.Array | None = None,
-        rate: float = 0.0,
+        axes: KernelAxes,
+        a: jax.Array,
+        b: jax.Array,
+        scaling: float = 1.0,
     ) -> "Adapted":
-        """Returns `kernel` with its factors.
-
-        Args:
-            kernel: the frozen kernel.
-            factors: its factors.
-            key: a PRNG key of its own for dropout, or None for none.
-            rate: the share of inputs that dropout sets to zero.
-        """
-        axes = factors.axes
-        a, b = align(factors.a, factors.b, axes)
-        part = Part(a, b, factors.scaling)
-        if key is not None and rate:
-            batch = tuple(kernel.shape[i] for i in axes.batch)
-            words, dropout = key_words(key, batch, rate)
-            aligned = expand(words, axes.batch, axes.ndim)
-            part = dataclasses.replace(part, key=aligned, dropout=dropout)
-        scale = None
-        if factors.magnitude is not None:
-            found: Any = output_scale(dense(kernel), factors)
-            scale = expand(found[..., None], axes.batch + axes.out, axes.ndim)
-        return cls(kernel, (part,), scale)
+        """Returns a kernel with factors in the layout that its axes give them."""
+        return cls(kernel, (Part(*align(a, b, axes), scaling),))
 
     def moved(self, base: Any, move: Callable[[jax.Array], jax.Array]) -> "Adapted":
         """Returns `base` with everything else of this value moved in the same way."""

@@ -26,7 +26,6 @@ from typing import Any
 from ._broadcast import varies_along
 from ._compat import is_literal, is_var, open_jaxpr, operation_name, source_line
 from ._frames import Unsure
-from ._gather import row_layout
 from ._mix import holds_features, use_before
 from ._recall import Call, Kinds, Recall
 from ._view import (
@@ -258,22 +257,6 @@ def ends_of(log: Log) -> frozenset[Place]:
     ended = lambda place, kind: kind == "order" or place not in log.met
     lost = log.lost.items()
     return frozenset(at for at, kind in lost if kind != "index" and ended(at, kind))
-
-
-def indexed_axes(eqn: Any) -> list[int]:
-    """Returns the axes of the operand along which single entries are taken."""
-    shape, params = eqn.invars[0].aval.shape, eqn.params
-    if eqn.primitive.name == "gather":
-        layout = row_layout(eqn)
-        return [] if layout is None else list(layout.indexed)
-    if eqn.primitive.name == "dynamic_slice":
-        sizes = params["slice_sizes"]
-    elif eqn.primitive.name == "slice":
-        pairs = zip(params["start_indices"], params["limit_indices"], strict=True)
-        sizes = [limit - start for start, limit in pairs]
-    else:
-        return []
-    return [i for i, n in enumerate(sizes) if n == 1 and shape[i] != 1]
 
 
 def _liveness(jaxpr: Any) -> tuple[list[bool], set[Any]]:

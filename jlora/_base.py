@@ -12,12 +12,10 @@ import numpy as np
 
 from ._axes import KernelAxes
 from ._errors import AdapterError, UnsupportedFeatureError
-from ._paths import FlatParams
-from ._plan import Plan
+from ._paths import FlatParams, is_array
 from ._quantized import dequantized
 from ._rules import TABLES, Binding, Names, bind
 from ._torch_layout import guess_axes, with_experts
-from ._trace import is_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,11 @@ class Base:
             TypeError: if there are no arrays in it.
             AdapterError: if the axis of experts of a kernel is in doubt.
         """
-        plan = params_or_plan if isinstance(params_or_plan, Plan) else None
+        # A plan is known by its fields: rooms of files know no plans.
+        is_plan = hasattr(params_or_plan, "targets") and hasattr(
+            params_or_plan, "params"
+        )
+        plan = params_or_plan if is_plan else None
         flat = FlatParams.of(plan.params if plan else params_or_plan)
         leaves = {p: leaf for p, leaf in flat.by_path().items() if is_array(leaf)}
         if not leaves:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import manual_axes, vary
+from ._dots import as_type_of
 from ._dropout import Dropout, drop
 from ._dtypes import workable
 from ._forms import expand, shrink, side_by_side
-from ._group import GroupDims, Layout, Operands, as_type_of, compute_dtype
+from ._group import GroupDims, Layout, Operands, compute_dtype
 
 
 class Static(NamedTuple):

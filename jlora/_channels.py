@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ._compat import manual_axes, vary
-from ._group import as_type_of, dot, rank_last
+from ._dots import as_type_of, dot, rank_last
 from ._sharding import explicit_sharding, spec_of, whole_along
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ._algebra import Factored, check_number, joined, scaled
 from ._factors import LoraFactors
-from ._init import key_of
+from ._keys import key_of
 from ._matrices import (
     Array,
     by_path,

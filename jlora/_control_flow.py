@@ -15,27 +15,14 @@ from jax import lax
 
 from . import _emit
 from ._adapted import Adapted, base_of, materialize
-from ._analyze import Analysis
 from ._compat import JIT, REMAT, explicit_mesh, scan_counts, staged
 from ._lazy import Lazy, dense
 from ._lazy_moves import Slices, lazy_specs
+from ._rule import Analysis, ControlFlowRule, Run
 from ._select import select
 from ._sharding import factor_spec
 from ._symbolic import scan_length
 from ._view import Body, Program, Step, Value, any_active, plain
-
-# Runs a program on values: `(program, values) -> outputs`.
-Run = Callable[[Program, Sequence[Any]], list[Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class ControlFlowRule:
-    """How one higher-order primitive is analyzed and emitted again."""
-
-    analyze: Callable[
-        [Analysis, Any, list[Value], tuple[bool, ...]], tuple[Step, list[Value]]
-    ]
-    run: Callable[[Any, Step, list[Any], Run], Sequence[Any]]
 
 
 def _note_outputs(

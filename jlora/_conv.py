@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec
 
 from ._axes import Shape
 from ._compat import manual_axes, vary
+from ._dots import as_type_of, dot, rank_last
 from ._dtypes import summed_in
-from ._group import as_type_of, dot, rank_last
 from ._sharding import explicit_sharding, spec_of, whole_along
 from ._taps import Reach, dilated, each_tap, placed, spread, turned
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from ._decompose import Svd, balanced, matmul, svd, transposed
 from ._errors import AdapterError
-from ._factors import Adapter, LoraFactors, PyTree
-from ._inputs import InputStats, projection
+from ._factors import Adapter, LoraFactors
+from ._input_stats import InputStats, projection
 from ._matrices import with_matrices
 from ._moving import check_entries, check_plain, matrix_of_a, move
+from ._paths import PyTree
 
 Matrices = tuple[jax.Array, jax.Array]
 Direction = Literal["ArBr", "A2rBr", "ArB2r"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ._analyze import Analysis, ends_of, indexed_axes
+from ._analyze import Analysis, ends_of
 from ._axes import KernelAxes, Roles
 from ._broadcast import grown, narrowed
 from ._carry import CARRY, scale_axes
@@ -15,6 +15,7 @@ from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._discover import discover
 from ._dora_uses import fits, keeps_scale, spread
+from ._gather import indexed_axes
 from ._group import GroupDims
 from ._labelled import Labels, cuts_across
 from ._mix import is_frozen_product, passed_by

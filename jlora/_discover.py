@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._analyze import Analysis, ends_of, indexed_axes
+from ._analyze import Analysis, ends_of
 from ._axes import KernelAxes
 from ._broadcast import narrowed
 from ._carry import CARRY
@@ -18,7 +18,7 @@ from ._compat import own_body
 from ._consume import CONSUME
 from ._control_flow import CONTROL_FLOW
 from ._elementwise import ELEMENTWISE, keeps_axes
-from ._gather import row_layout
+from ._gather import indexed_axes, row_layout
 from ._mix import MIXES, is_frozen_product, passed_by
 from ._recall import Recall
 from ._view import Log, Passed, Place, Step, Value, View, Vote, any_active

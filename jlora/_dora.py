@@ -13,10 +13,10 @@ from jax import lax
 
 from ._axes import KernelAxes
 from ._compat import manual_axes
+from ._dots import dot
 from ._dtypes import summed_in
 from ._errors import UnsupportedFeatureError
 from ._factors import LoraFactors
-from ._group import dot
 
 _HIGHEST = lax.Precision.HIGHEST
 

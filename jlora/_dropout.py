@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._group import as_laid_out
+from ._dots import as_laid_out
 
 
 @dataclasses.dataclass(frozen=True)

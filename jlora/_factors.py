@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from ._axes import KernelAxes, align, contract_rank
 from ._dtypes import summed_in
 
-PyTree: TypeAlias = Any
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

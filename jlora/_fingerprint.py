@@ -16,9 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ._axes import Shape
-from ._paths import FlatParams, is_quantized, nearest
+from ._paths import FlatParams, is_array, is_quantized, nearest
 from ._quantized import arrays_of, qtype_of
-from ._trace import is_array
 
 SAMPLES = 256  # values of a kernel that its digest looks at, about
 SMALL = 1 << 20  # bytes that are sooner copied than a program is compiled

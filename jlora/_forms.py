@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._dots import as_laid_out, as_type_of, dot
 from ._dtypes import summands_in, summed_in, workable
 from ._group import (
     Form,
@@ -24,12 +25,9 @@ from ._group import (
     KernelDims,
     Layout,
     Operands,
-    as_laid_out,
-    as_type_of,
     base_product,
     compute_dtype,
     concatenate,
-    dot,
     per_kernel,
 )
 from ._mosaic import sum_of_products

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import complete
-from ._group import as_laid_out
+from ._dots import as_laid_out
 
 Shape = tuple[int, ...]
 
@@ -165,3 +165,19 @@ def _without_indexed(factor: jax.Array, layout: RowLayout) -> jax.Array:
     factor = jnp.squeeze(factor, dropped)
     factor = jnp.transpose(factor, (*map(kept.index, sources), factor.ndim - 1))
     return jnp.expand_dims(factor, layout.index_axes)
+
+
+def indexed_axes(eqn: Any) -> list[int]:
+    """Returns the axes of the operand along which single entries are taken."""
+    shape, params = eqn.invars[0].aval.shape, eqn.params
+    if eqn.primitive.name == "gather":
+        layout = row_layout(eqn)
+        return [] if layout is None else list(layout.indexed)
+    if eqn.primitive.name == "dynamic_slice":
+        sizes = params["slice_sizes"]
+    elif eqn.primitive.name == "slice":
+        pairs = zip(params["start_indices"], params["limit_indices"], strict=True)
+        sizes = [limit - start for start, limit in pairs]
+    else:
+        return []
+    return [i for i, n in enumerate(sizes) if n == 1 and shape[i] != 1]

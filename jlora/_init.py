@@ -5,7 +5,6 @@ what gives both factors.
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -190,9 +189,3 @@ INITIALIZERS: dict[str, Initializer] = {
     "orthogonal": orthogonal,
     "zero_a": zero_a,
 }
-
-
-def key_of(key: jax.Array, path: str) -> jax.Array:
-    """Returns a key for `path` alone, so that no target changes another's factors."""
-    digest = hashlib.blake2b(path.encode(), digest_size=4).digest()
-    return jax.random.fold_in(key, int.from_bytes(digest, "big"))

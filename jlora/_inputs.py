@@ -39,8 +39,7 @@ from ._compat import (
 from ._control_flow import Rows, specs_like
 from ._emit import is_mapped, switch
 from ._errors import UnsupportedFeatureError
-from ._factors import LoraFactors
-from ._init import key_of
+from ._input_stats import InputStats, projection
 from ._interpret import Read, walk
 from ._linear_use import is_input_side, lookup_terms, use_terms
 from ._mix import MIXES
@@ -52,35 +51,6 @@ from ._view import Program, Step
 # What is gathered for the probes of one value, in their shapes; () for a plain value.
 Gathered = tuple[jax.Array, ...]
 Tally = Callable[[jax.Array, jax.Array], None]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InputStats:
-    """The second moments of what goes into one kernel.
-
-    Sums over all rows and all uses: add those of several batches by
-    `jax.tree.map(jnp.add, stats, more)`.
-
-    Attributes:
-        moment: `Σ xᵀ·x`, of shape `(*batch, in, in)` with the input axes as one, in
-            float32; or with a sketch of `k` columns `Σ xᵀ·(x·Ω)`, `(*batch, in, k)`.
-        rows: the number of rows, `(*batch,)`.
-    """
-
-    moment: jax.Array
-    rows: jax.Array
-
-
-def projection(path: str, size: int, sketch: int | None) -> jax.Array:
-    """Returns `Ω (size, k)`: the identity, or random orthonormal columns of a sketch.
-
-    It is always the same for a path and its sizes, so that batches can be added.
-    """
-    if sketch is None or sketch >= size:
-        return jnp.eye(size)
-    key = key_of(jax.random.key(0), path)
-    return jnp.linalg.qr(jax.random.normal(key, (size, sketch))).Q
 
 
 def input_stats(
@@ -102,7 +72,7 @@ def input_stats(
         place = traced.positions[path]
         leaf = jnp.asarray(values[place])
         omega = projection(path, roles.fans(leaf.shape)[0], sketch)
-        values[place] = Adapted.of(leaf, _probe(roles, leaf.shape, omega))
+        values[place] = Adapted.of(leaf, roles, *_probe(roles, leaf.shape, omega))
     _, gathered = _collect(program, values)
     return {
         path: _stats(roles, *gathered[traced.positions[path]])
@@ -110,15 +80,17 @@ def input_stats(
     }
 
 
-def _probe(axes: KernelAxes, shape: Sequence[int], omega: jax.Array) -> LoraFactors:
-    """Returns a probe as factors: `Ω` and a column of ones, which counts the rows."""
+def _probe(
+    axes: KernelAxes, shape: Sequence[int], omega: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns a probe as two factors: `Ω` and a column of ones that counts the rows."""
     columns = jnp.concatenate([omega, jnp.ones((len(omega), 1))], axis=1)
     of_a, of_b = axes.factor_shapes(shape, columns.shape[1])
     n = len(axes.batch)
     a = jnp.broadcast_to(columns.reshape((1,) * n + of_a[n:]), of_a)
     # The rules move both factors; the other one is not looked at and has rank one.
     b = jnp.zeros((*of_b[:n], 1, *of_b[n + 1 :]))
-    return LoraFactors(a, b, axes, 1.0)
+    return a, b
 
 
 def _stats(axes: KernelAxes, gathered: jax.Array) -> InputStats:

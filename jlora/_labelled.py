@@ -21,8 +21,8 @@ from jax import lax
 from ._adapted import Part, whole
 from ._axes import free_axes
 from ._compat import manual_axes, vary
+from ._dots import as_laid_out, as_type_of, dot
 from ._dtypes import summands_in, summed_in, workable
-from ._group import as_laid_out, as_type_of, dot
 
 _RANK = "R"
 

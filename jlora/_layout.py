@@ -10,8 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ._factors import PyTree
-from ._paths import is_box, is_quantized
+from ._paths import PyTree, is_box, is_quantized
 from ._sharding import names_of_entry
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh

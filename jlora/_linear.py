@@ -18,8 +18,9 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from ._compat import manual_axes, vary
+from ._dots import as_type_of
 from ._forms import Backward, backward, forward, scaled, shrink, side_by_side
-from ._group import Form, GroupDims, Layout, Operands, as_type_of, per_kernel
+from ._group import Form, GroupDims, Layout, Operands, per_kernel
 from ._lazy import (
     Lazy,
     dense,

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._adapted import Adapted, Part, complete, times_place
-from ._analyze import indexed_axes
 from ._axes import Shape, free_axes
 from ._compat import manual_axes
 from ._conv import Window, convolve
+from ._dots import dot
 from ._dtypes import summed_in
-from ._group import dot
+from ._gather import indexed_axes
 from ._products import dot_dims, factor_matrix
 from ._ragged import Rows, rows_product
 from ._sharding import without_axes

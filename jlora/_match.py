@@ -11,8 +11,7 @@ from ._compat import manual_axes, vary
 from ._entries import Special
 from ._errors import AdapterError
 from ._factors import LoraFactors
-from ._paths import FlatParams, nearest
-from ._trace import is_array
+from ._paths import FlatParams, is_array, nearest
 
 
 def check_adapter(params: FlatParams, adapter: Mapping[str, Any]) -> None:

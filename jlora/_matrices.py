@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ._dtypes import widest
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
+from ._paths import is_array
 from ._sharding import explicit_sharding
-from ._trace import is_array
 
 Array = Any  # of JAX, or of NumPy: on the host, in float64
 

@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
-from ._factors import PyTree
 from ._layout import AnyMesh, Layout, unboxed
 from ._memory import Memory
-from ._paths import FlatParams, is_box
+from ._new_entry import entry_of
+from ._paths import FlatParams, PyTree, is_array, is_box
 from ._placement import fitting, state_shardings
 from ._placement import shardings as shardings_of
 from ._quantized import arrays_of
-from ._target import Target, counted, entry_of
-from ._trace import is_array
+from ._target import Target, counted
 
 # An array, or its shape and dtype, and how it is laid out; None: whole everywhere.
 Placed = tuple[Any, Sharding | None]

@@ -13,9 +13,9 @@ from ._dora import output_scale
 from ._dtypes import summed_in
 from ._entries import TrainedRows, lowered
 from ._errors import UnsupportedFeatureError
-from ._factors import LoraFactors, PyTree, delta
+from ._factors import LoraFactors, delta
 from ._match import check_adapter
-from ._paths import FlatParams, is_quantized
+from ._paths import FlatParams, PyTree, is_quantized
 from ._quantized import dequantized, qtype_of
 
 

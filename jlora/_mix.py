@@ -17,8 +17,8 @@ from jax import lax
 
 from ._adapted import Adapted, Part, base_of, complete, whole
 from ._axes import Roles, Shape, free_axes
+from ._dots import dot
 from ._dtypes import common, summed_in
-from ._group import dot
 from ._lazy_moves import carried
 from ._products import dot_dims
 from ._view import Passed, Place, Value, View, any_active

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._dots import as_laid_out
 from ._errors import UnsupportedFeatureError
-from ._factors import Adapter, LoraFactors, PyTree
-from ._group import as_laid_out
+from ._factors import Adapter, LoraFactors
 from ._mixed_arguments import Arguments, Outputs, split_key
 from ._mixed_mesh import Examples, take_rows
-from ._paths import FlatParams
+from ._paths import FlatParams, PyTree, is_array
 from ._stackable import count_of
-from ._trace import is_array
 
 Axes = Any  # an int, None, or a tree of them that is a prefix of another
 

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._factors import PyTree
 from ._mixed_mesh import whole_along
-from ._trace import is_array
+from ._paths import PyTree, is_array
 
 Axes = Any  # an int, None, or a tree of them that is a prefix of another
 

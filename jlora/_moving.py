@@ -14,14 +14,13 @@ from jax.core import Tracer
 
 from ._dtypes import summed_in
 from ._errors import AdapterError, UnsupportedFeatureError
-from ._factors import Adapter, LoraFactors, PyTree, delta
+from ._factors import Adapter, LoraFactors, delta
 from ._match import check_adapter
 from ._matrices import replicated, with_matrices
-from ._paths import FlatParams, is_quantized
+from ._paths import FlatParams, PyTree, is_array, is_quantized
 from ._placement import factor_shardings
 from ._quantized import qtype_of
 from ._sharding import explicit_sharding
-from ._trace import is_array
 
 # `(matrix (*batch, in, out), entry, extra arrays) -> (a (*batch, in, r), b)`.
 Split = Callable[..., tuple[jax.Array, jax.Array]]

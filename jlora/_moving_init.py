@@ -13,12 +13,11 @@ import jax.numpy as jnp
 
 from ._decompose import balanced, randomized_svd, svd, transposed
 from ._dtypes import summed_in
-from ._factors import Adapter, LoraFactors, PyTree, delta
-from ._init import key_of
+from ._factors import Adapter, LoraFactors, delta
+from ._keys import key_of
 from ._matrices import with_matrices
 from ._moving import check_entries, in_place, matrix_of_a, move
-from ._paths import FlatParams
-from ._trace import is_array
+from ._paths import FlatParams, PyTree, is_array
 
 Matrices = tuple[jax.Array, jax.Array]
 

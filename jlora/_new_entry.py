@@ -1,7 +1,7 @@
 """The entry of a target in a new adapter: from its initialiser, or from its leaf."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from ._axes import KernelAxes
 from ._dora import kernel_norm
 from ._dtypes import widest
-from ._entries import taken_rows
+from ._entries import SlicedFactors, TrainedRows, taken_rows
 from ._errors import TargetError
-from ._init import INITIALIZERS, Initializer, Wanted, key_of
+from ._factors import LoraFactors
+from ._init import INITIALIZERS, Initializer, Wanted
+from ._keys import key_of
 from ._placement import factor_shardings
 from ._quantized import arrays_of, dequantized
+from ._rank import capped_rank
 from ._sharding import set_sharding
-from ._target import Target, capped_rank, entry_of
+from ._target import Target
 
 
 def new_entry(key: jax.Array, target: Target, leaf: Any) -> Any:
@@ -80,3 +83,18 @@ def _starts_from_leaf(target: Target) -> str | None:
     if target.config.rows is not None:
         return "has rows that are trained whole, each of which"
     return "has DoRA's magnitude, which" if target.config.dora else None
+
+
+def entry_of(target: Target, arrays: Mapping[str, Any]) -> Any:
+    """Returns the entry of a target in an adapter, from its arrays by name."""
+    config, axes, shape = target.config, target.axes, target.shape
+    if axes is None:
+        return arrays["value"]
+    if config.rows is not None:
+        length = shape[axes.in_[0]]
+        return TrainedRows(arrays["values"], tuple(config.rows), length, axes)
+    if config.slices is not None:
+        out = tuple(shape[i] for i in axes.out)
+        static = axes, config.scaling, tuple(config.slices), out
+        return SlicedFactors(arrays["a"], arrays["b"], *static)
+    return LoraFactors(axes=axes, scaling=config.scaling, **arrays)

@@ -11,9 +11,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from ._dora import change_squares
 from ._dtypes import summed_in
 from ._entries import lowered
-from ._factors import LoraFactors, PyTree
+from ._factors import LoraFactors
 from ._match import check_adapter
-from ._paths import FlatParams
+from ._paths import FlatParams, PyTree
 from ._quantized import dequantized
 from ._sharding import dot_sharding
 

@@ -6,9 +6,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 
@@ -169,3 +170,13 @@ def nearest(pattern: str, paths: Iterable[str], n: int = 3) -> list[str]:
         return max(difflib.SequenceMatcher(None, plain, run).ratio() for run in runs)
 
     return sorted(paths, key=likeness, reverse=True)[:n]
+
+
+def is_array(leaf: Any) -> bool:
+    """Returns whether a leaf is traced; any other leaf is closed over as it is."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return True
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+PyTree: TypeAlias = Any

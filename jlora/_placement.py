@@ -11,9 +11,9 @@ from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from ._axes import KernelAxes, Shape
 from ._entries import Special, TrainedRows
-from ._factors import LoraFactors, PyTree
+from ._factors import LoraFactors
 from ._layout import AnyMesh, Layout, Rules, unboxed
-from ._paths import is_box
+from ._paths import PyTree, is_box
 from ._sharding import names_of_entry
 
 

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from ._factors import PyTree
 from ._flops import Flops, step_flops
 from ._layout import AnyMesh
 from ._measure import measure, stored_bytes
 from ._memory import Memory, human
-from ._paths import FlatParams, is_quantized
+from ._paths import FlatParams, PyTree, is_array, is_quantized
 from ._quantized import qtype_of
 from ._target import Target, Unusable, counted
-from ._trace import Traced, is_array
+from ._trace import Traced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from ._errors import TargetError
-from ._factors import PyTree
-from ._paths import FlatParams, is_quantized, matching, nearest
+from ._paths import FlatParams, PyTree, is_array, is_quantized, matching, nearest
 from ._plan import Plan
 from ._quantized import QTYPES, tile_sizes
 from ._targets import named_axes
-from ._trace import is_array
 
 
 def quantize(

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ._axes import free_axes
 from ._compat import explicit_mesh, manual_axes, vary
+from ._dots import as_type_of
 from ._dtypes import summed_in
-from ._group import as_type_of
 from ._sharding import spec_of, whole_along
 
 Axes = tuple[int, ...]

@@ -13,13 +13,13 @@ from jax.core import Tracer
 from ._config import LoraConfig
 from ._entries import Factored, SlicedFactors, Special, TrainedRows
 from ._errors import AdapterError, NonFiniteError
-from ._factors import LoraFactors, PyTree
+from ._factors import LoraFactors
 from ._fingerprint import Kernel, contents, fingerprint
 from ._layout import unboxed
 from ._match import check_adapter
-from ._paths import FlatParams, matching
+from ._paths import FlatParams, PyTree, matching
+from ._rank import capped_rank
 from ._record import Entry, Record, arrays_of, entry_with
-from ._target import capped_rank
 
 
 def record_of(

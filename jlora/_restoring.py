@@ -12,9 +12,8 @@ from ._entries import Factored, SlicedFactors
 from ._errors import AdapterError
 from ._factors import LoraFactors
 from ._layout import unboxed
-from ._paths import nearest
+from ._paths import is_array, nearest
 from ._record import Entry, Record, arrays_of, entry_with
-from ._trace import is_array
 
 # By the place of the entry and the name of the array, as they are on disk.
 Arrays = dict[str, dict[str, Any]]

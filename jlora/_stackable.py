@@ -10,8 +10,7 @@ from jax.core import Tracer
 
 from ._errors import AdapterError, UnsupportedFeatureError
 from ._factors import LoraFactors
-from ._paths import nearest
-from ._trace import is_array
+from ._paths import is_array, nearest
 
 
 def count_of(stacked: Mapping[str, Any]) -> int:

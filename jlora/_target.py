@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ import jax
 from ._axes import KernelAxes, Shape
 from ._config import LoraConfig
 from ._dtypes import widest
-from ._entries import SlicedFactors, TrainedRows, sliced_shapes
-from ._factors import LoraFactors
+from ._entries import sliced_shapes
 from ._paths import FlatParams
+from ._rank import capped_rank
 from ._view import Use
 
 
@@ -91,23 +91,6 @@ class Target:
         return found
 
 
-def capped_rank(config: LoraConfig, axes: KernelAxes, shape: Shape) -> int:
-    """Returns the rank of the factors that a config gives a kernel.
-
-    No ΔW has a larger rank than the number of features that its kernel maps from or
-    to, or each of its slices: more columns would train nothing else. The scaling stays
-    that of the rank that was asked, so that one learning rate suits all kernels.
-
-    >>> axes = KernelAxes(batch=(0,), in_=(1,), out=(2, 3))
-    >>> [capped_rank(LoraConfig(rank=8), axes, (12, 64, 2, n)) for n in (1, 3, 5)]
-    [2, 6, 8]
-    """
-    fan_in, fan_out = axes.fans(shape)
-    if config.slices is not None:
-        fan_out = min(stop - first for first, stop in config.slices)
-    return min(config.rank, fan_in, fan_out)
-
-
 @dataclasses.dataclass(frozen=True)
 class Unusable:
     """A leaf that a config matched and that is no target, with the reason.
@@ -134,18 +117,3 @@ def counted(params: FlatParams, targets: Iterable[Target]) -> list[bool]:
     """
     own = {params.collection(target.path) for target in targets} | {None}
     return [params.collection(path) in own for path in params.paths]
-
-
-def entry_of(target: Target, arrays: Mapping[str, Any]) -> Any:
-    """Returns the entry of a target in an adapter, from its arrays by name."""
-    config, axes, shape = target.config, target.axes, target.shape
-    if axes is None:
-        return arrays["value"]
-    if config.rows is not None:
-        length = shape[axes.in_[0]]
-        return TrainedRows(arrays["values"], tuple(config.rows), length, axes)
-    if config.slices is not None:
-        out = tuple(shape[i] for i in axes.out)
-        static = axes, config.scaling, tuple(config.slices), out
-        return SlicedFactors(arrays["a"], arrays["b"], *static)
-    return LoraFactors(axes=axes, scaling=config.scaling, **arrays)

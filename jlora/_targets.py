@@ -19,10 +19,10 @@ from ._decide import OF_DORA, OF_SCALE, OF_SUM, decide
 from ._discover import discover, settle
 from ._elementwise import ELEMENTWISE
 from ._errors import MaterializationError
-from ._paths import FlatParams, is_quantized, matching, names
+from ._paths import FlatParams, is_array, is_quantized, matching, names
 from ._quantized import qtype_of
 from ._target import Target, Unusable
-from ._trace import Traced, is_array
+from ._trace import Traced
 from ._unfit import DOUBT, EMPTY, FROZEN, NO_BATCH, check, several
 from ._view import Flow, Log, Use, Value, View, Vote
 

@@ -5,17 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from ._paths import FlatParams, is_quantized
+from ._paths import FlatParams, is_array, is_quantized
 from ._quantized import Quantized
-
-
-def is_array(leaf: Any) -> bool:
-    """Returns whether a leaf is traced; any other leaf is closed over as it is."""
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return True
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,23 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from ._adapted import Adapted
+from ._adapt import adapted
 from ._choice import Contraction
-from ._compat import manual_axes, vary
 from ._config import LoraConfig
-from ._entries import Factored, TrainedRows, lowered
+from ._entries import Factored
 from ._errors import LeftOutWarning
-from ._factors import Adapter, LoraFactors, PyTree
-from ._init import key_of
-from ._inputs import InputStats, input_stats
+from ._factors import Adapter
+from ._input_stats import InputStats
+from ._inputs import input_stats
 from ._interpret import outputs_of
-from ._lazy import Lazy, check_frozen, dense
+from ._keys import key_of
+from ._lazy import Lazy, check_frozen
 from ._match import as_varying, check_adapter
 from ._mixed import refuse_ragged, run_mixed
 from ._new_entry import new_entry
-from ._paths import FlatParams
+from ._paths import FlatParams, PyTree
 from ._plan import Plan, make_plan
 from ._quantized import Quantized
 from ._targets import program_of, resolve, with_uses
@@ -156,7 +155,7 @@ class Lora:
         dropout = self._dropout(flat, traced, key)
         for path, entry in adapter.items():
             place = traced.positions[path]
-            inputs[place] = _with_entry(inputs[place], entry, *dropout(path))
+            inputs[place] = adapted(inputs[place], entry, *dropout(path))
         return traced.rebuild(outputs_of(program, inputs, derive=self.backward))
 
     def apply_mixed(
@@ -419,11 +418,3 @@ def _lazily(traced: Traced) -> list[Any]:
             check_frozen(path, inputs[place])
             inputs[place] = Lazy.of(inputs[place])
     return inputs
-
-
-def _with_entry(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
-    entry = lowered(entry, dense(leaf) if isinstance(entry, TrainedRows) else leaf)
-    if isinstance(entry, LoraFactors):
-        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
-        return Adapted.of(leaf, entry, key, rate)
-    return vary(entry.astype(leaf.dtype), manual_axes(leaf))

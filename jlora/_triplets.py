@@ -17,7 +17,7 @@ from jax.core import Tracer
 from ._axes import KernelAxes
 from ._errors import AdapterError
 from ._factors import Adapter, LoraFactors, exportable
-from ._init import key_of
+from ._keys import key_of
 from ._matrices import batch_placed, check_factors, matrices, with_matrices
 from ._norms import gram
 from ._spectrum import product_svd

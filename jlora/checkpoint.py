@@ -57,9 +57,9 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._config import LoraConfig
 from ._errors import BaseMismatchError, CorruptFileError
-from ._factors import Adapter, PyTree
+from ._factors import Adapter
 from ._fingerprint import contents, differences, fingerprint
-from ._paths import FlatParams
+from ._paths import FlatParams, PyTree
 from ._record import LIMIT, arrays_of, entry_with
 from ._record import Entry as Entry
 from ._record import Record as Record

@@ -13,9 +13,10 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from ._config import LoraConfig
 from ._entries import Factored
 from ._errors import AdapterError
-from ._factors import Adapter, LoraFactors, PyTree
-from ._init import key_of
+from ._factors import Adapter, LoraFactors
+from ._keys import key_of
 from ._merge import merge
+from ._paths import PyTree
 from ._plan import Plan
 from ._transform import Backward, Lora, Materialize, lora
 

@@ -37,10 +37,11 @@ from ._base import Base
 from ._config import LoraConfig
 from ._entries import lowered
 from ._errors import AdapterError, CorruptFileError, NonFiniteError
-from ._factors import Adapter, LoraFactors, PyTree
+from ._factors import Adapter, LoraFactors
 from ._families import names as names
 from ._files import write_files
 from ._match import check_adapter
+from ._paths import PyTree
 from ._peft_config import config_json, parse_config
 from ._peft_configs import configs_of
 from ._peft_keys import PREFIX, sort_keys

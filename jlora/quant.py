@@ -15,12 +15,10 @@ import qwix
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from ._factors import PyTree
 from ._layout import AnyMesh, Layout, Rules
-from ._paths import FlatParams, is_quantized
+from ._paths import FlatParams, PyTree, is_array, is_quantized
 from ._placement import fitting
 from ._sharding import explicit_sharding
-from ._trace import is_array
 
 
 def shardings(
