@@ -18,7 +18,7 @@ from steps import adapter_of
 from timing import Contender, bars, interleave, summarize, table, write
 
 import jlora
-from jlora._mosaic import on_hopper
+from jlora._product.hopper_kernel import on_hopper
 
 BASE, MERGED, UNMERGED = "base", "jlora merged", "jlora unmerged"
 AUTO = f"{UNMERGED}, auto"  # where contraction="auto" is something else

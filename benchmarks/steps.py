@@ -16,7 +16,7 @@ from models import Layer, Linears, Params, plain
 from timing import Contender
 
 import jlora
-from jlora._mosaic import on_hopper
+from jlora._product.hopper_kernel import on_hopper
 
 RANK, ALPHA = 16, 32.0
 SCALING = ALPHA / RANK

@@ -6,19 +6,30 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 
 from importlib import metadata as _metadata
 
-from . import _adalora as adalora  # noqa: F401 (its names are short in there)
-from ._algebra import add as add
-from ._algebra import scale as scale
-from ._algebra import subtract as subtract
-from ._algebra import truncate as truncate
-from ._axes import KernelAxes as KernelAxes
-from ._combine import combine as combine
-from ._config import LoraConfig as LoraConfig
-from ._data_init import corda as corda
-from ._data_init import eva as eva
-from ._data_init import lora_ga as lora_ga
-from ._entries import SlicedFactors as SlicedFactors
-from ._entries import TrainedRows as TrainedRows
+from . import adalora  # noqa: F401 (its names are short in there)
+from ._adapter.config import LoraConfig as LoraConfig
+from ._adapter.entries import SlicedFactors as SlicedFactors
+from ._adapter.entries import TrainedRows as TrainedRows
+from ._adapter.factors import Adapter as Adapter
+from ._adapter.factors import LoraFactors as LoraFactors
+from ._adapter.factors import delta as delta
+from ._adapter.merge import merge as merge
+from ._adapter.shardings import shardings as shardings
+from ._adapter.shardings import state_shardings as state_shardings
+from ._algebra.combine import combine as combine
+from ._algebra.spectrum import effective_rank as effective_rank
+from ._algebra.spectrum import energy_kept as energy_kept
+from ._algebra.spectrum import entropy_rank as entropy_rank
+from ._algebra.spectrum import spectrum as spectrum
+from ._algebra.spectrum import stable_rank as stable_rank
+from ._algebra.stack import put as put
+from ._algebra.stack import stack as stack
+from ._algebra.stack import take as take
+from ._algebra.stack import unstack as unstack
+from ._algebra.vectors import add as add
+from ._algebra.vectors import scale as scale
+from ._algebra.vectors import subtract as subtract
+from ._algebra.vectors import truncate as truncate
 from ._errors import AdapterError as AdapterError
 from ._errors import BaseMismatchError as BaseMismatchError
 from ._errors import CorruptFileError as CorruptFileError
@@ -29,33 +40,22 @@ from ._errors import NonFiniteError as NonFiniteError
 from ._errors import TargetError as TargetError
 from ._errors import UnsafeFormatError as UnsafeFormatError
 from ._errors import UnsupportedFeatureError as UnsupportedFeatureError
-from ._factors import Adapter as Adapter
-from ._factors import LoraFactors as LoraFactors
-from ._factors import delta as delta
-from ._input_stats import InputStats as InputStats
-from ._memory import Memory as Memory
-from ._merge import merge as merge
-from ._moving_init import loftq as loftq
-from ._moving_init import milora as milora
-from ._moving_init import olora as olora
-from ._moving_init import pissa as pissa
-from ._placement import shardings as shardings
-from ._placement import state_shardings as state_shardings
-from ._plan import Plan as Plan
-from ._quantize import quantize as quantize
-from ._spectrum import effective_rank as effective_rank
-from ._spectrum import energy_kept as energy_kept
-from ._spectrum import entropy_rank as entropy_rank
-from ._spectrum import spectrum as spectrum
-from ._spectrum import stable_rank as stable_rank
-from ._stack import put as put
-from ._stack import stack as stack
-from ._stack import take as take
-from ._stack import unstack as unstack
-from ._target import Target as Target
-from ._target import Unusable as Unusable
-from ._transform import Lora as Lora
-from ._transform import lora as lora
+from ._inits.from_data import corda as corda
+from ._inits.from_data import eva as eva
+from ._inits.from_data import lora_ga as lora_ga
+from ._inits.moving_init import loftq as loftq
+from ._inits.moving_init import milora as milora
+from ._inits.moving_init import olora as olora
+from ._inits.moving_init import pissa as pissa
+from ._lora.lora import Lora as Lora
+from ._lora.lora import lora as lora
+from ._lora.quantize import quantize as quantize
+from ._params.axes import KernelAxes as KernelAxes
+from ._params.input_stats import InputStats as InputStats
+from ._plan.memory import Memory as Memory
+from ._plan.plan import Plan as Plan
+from ._plan.target import Target as Target
+from ._plan.target import Unusable as Unusable
 
 try:
     __version__ = _metadata.version("jlora")

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _compare, _peft_alone
-from ._entries import Factored, TrainedRows
+from ._adapter.entries import Factored, TrainedRows
+from ._adapter.factors import LoraFactors
+from ._algebra import compare as _compare
+from ._algebra.spectrum import effective_rank, singular_values
 from ._errors import AdapterError, UnsupportedFeatureError
-from ._factors import LoraFactors
-from ._spectrum import effective_rank, singular_values
+from ._peft import alone as _peft_alone
 
 Configs = Any
 SAME, DIFFERENT, FAILED = 0, 1, 2

@@ -55,16 +55,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ._config import LoraConfig
+from ._adapter.config import LoraConfig
+from ._adapter.factors import Adapter
+from ._checkpoint.fingerprint import contents, differences, fingerprint
+from ._checkpoint.record import LIMIT, arrays_of, entry_with
+from ._checkpoint.record import Entry as Entry
+from ._checkpoint.record import Record as Record
+from ._checkpoint.restoring import Arrays, targets
+from ._checkpoint.saving import record_of
 from ._errors import BaseMismatchError, CorruptFileError
-from ._factors import Adapter
-from ._fingerprint import contents, differences, fingerprint
-from ._paths import FlatParams, PyTree
-from ._record import LIMIT, arrays_of, entry_with
-from ._record import Entry as Entry
-from ._record import Record as Record
-from ._recording import record_of
-from ._restoring import Arrays, targets
+from ._params.paths import FlatParams, PyTree
 
 PathLike = str | os.PathLike[str]
 

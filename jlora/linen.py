@@ -10,15 +10,15 @@ from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter, subtract_filters
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ._config import LoraConfig
-from ._entries import Factored
+from ._adapter.config import LoraConfig
+from ._adapter.entries import Factored
+from ._adapter.factors import Adapter, LoraFactors
+from ._adapter.merge import merge
 from ._errors import AdapterError
-from ._factors import Adapter, LoraFactors
-from ._keys import key_of
-from ._merge import merge
-from ._paths import PyTree
-from ._plan import Plan
-from ._transform import Backward, Lora, Materialize, lora
+from ._jax.keys import key_of
+from ._lora.lora import Backward, Lora, Materialize, lora
+from ._params.paths import PyTree
+from ._plan.plan import Plan
 
 Variables = Mapping[str, Any]
 

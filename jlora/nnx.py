@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ._config import LoraConfig
+from ._adapter.config import LoraConfig
+from ._adapter.factors import Adapter
+from ._adapter.merge import merge
 from ._errors import UnsupportedFeatureError
-from ._factors import Adapter
-from ._merge import merge
-from ._paths import FlatParams
-from ._transform import Backward, Lora, Materialize
-from ._transform import lora as transform
+from ._lora.lora import Backward, Lora, Materialize
+from ._lora.lora import lora as transform
+from ._params.paths import FlatParams
 
 Method = str | Callable[..., Any]
 

@@ -60,11 +60,11 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from ._entries import Factored, TrainedRows
-from ._factors import LoraFactors
-from ._norms import adapter_norms as adapter_norms
-from ._norms import delta_norms as delta_norms
-from ._paths import PyTree
+from ._adapter.entries import Factored, TrainedRows
+from ._adapter.factors import LoraFactors
+from ._algebra.norms import adapter_norms as adapter_norms
+from ._algebra.norms import delta_norms as delta_norms
+from ._params.paths import PyTree
 
 Groups = dict[Hashable, optax.GradientTransformation]
 MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]

@@ -20,8 +20,6 @@ Example:
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,36 +28,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save as _serialize
 
-from ._base import Base
-from ._config import LoraConfig
-from ._entries import lowered
-from ._errors import AdapterError, CorruptFileError, NonFiniteError
-from ._factors import Adapter, LoraFactors
-from ._families import names as names
-from ._files import write_files
-from ._match import check_adapter
-from ._paths import PyTree
-from ._peft_config import config_json, parse_config
-from ._peft_configs import configs_of
-from ._peft_keys import PREFIX, sort_keys
-from ._peft_read import AdapterFiles, adapter_of
-from ._peft_vllm import for_vllm
-from ._peft_whole import write_whole
-from ._peft_write import check_rows, check_some, config_of, modules_of, tensors_of
-from ._quantized import dequantized
-from ._rules import Names, bind_all
-from ._rules import Rule as Rule
-from ._seal import check_seal, seal_of
-from ._torch_layout import spread
-from ._torch_params import check_all_used, leaf_from_torch, leaves_to_torch
-from ._untrusted import JSON_LIMIT, check_header, check_regular, parse_json, read_file
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-MAX_BYTES = 4 << 30
+from ._adapter.check import check_adapter
+from ._adapter.config import LoraConfig
+from ._adapter.entries import lowered
+from ._adapter.factors import Adapter, LoraFactors
+from ._errors import AdapterError
+from ._files.atomic import write_files
+from ._files.safetensors import MAX_BYTES
+from ._params.paths import PyTree
+from ._params.quantized import dequantized
+from ._peft.config import config_json
+from ._peft.files import CONFIG, WEIGHTS, check_finite, read_files, weights_bytes
+from ._peft.keys import PREFIX
+from ._peft.lora_configs import configs_of
+from ._peft.read import adapter_of
+from ._peft.vllm import for_vllm
+from ._peft.whole import write_whole
+from ._peft.write import check_rows, check_some, config_of, modules_of, tensors_of
+from ._torch.families import names as names
+from ._torch.layout import spread
+from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
+from ._torch.named_params import Base
+from ._torch.names import Names, bind_all
+from ._torch.names import Rule as Rule
 
 
 def load(
@@ -105,39 +97,6 @@ def load(
     entries = adapter_of(found, base)
     adapter = jax.tree.map(_on_device, entries)
     return configs_of(entries, found.config, base), adapter
-
-
-def read_files(
-    path: Any,
-    *,
-    ignore: Collection[str] = (),
-    allow_nonfinite: bool = False,
-    max_bytes: int = MAX_BYTES,
-) -> AdapterFiles:
-    """Returns what a PEFT folder holds, by the names of torch's modules.
-
-    Args:
-        path: the folder, or one of its two files.
-        ignore: as for `load`.
-        allow_nonfinite: as for `load`.
-        max_bytes: as for `load`.
-
-    Raises:
-        AdapterError: as `load`, but for what concerns the params.
-    """
-    folder = _folder(Path(path))
-    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
-    _check_present(folder)
-    text = read_file(config_file, JSON_LIMIT)
-    values = parse_json(text, str(config_file))
-    config = parse_config(values, str(config_file), ignore)
-    tensors, metadata = _read_tensors(weights_file, max_bytes)
-    scalings = check_seal(metadata, tensors, config, str(folder))
-    if not allow_nonfinite:
-        _check_finite(tensors, str(weights_file))
-    modules, whole = sort_keys(tensors, str(weights_file))
-    turned = values.get("fan_in_fan_out") is True
-    return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
 
 
 def save(
@@ -200,7 +159,7 @@ def save(
     base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
     check_adapter(base.params, adapter)
     bind_all(list(entries), names)
-    _check_finite(_named_arrays(entries), "the adapter")
+    check_finite(_named_arrays(entries), "the adapter")
     factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
     modules = modules_of(factors, base)
     check_some(modules, entries)
@@ -214,7 +173,7 @@ def save(
     turned = any("fan_in_fan_out" in steps for steps in plain)
     scalings = {m.name: m.scaling for m in modules if not m.is_brought}
     files = {
-        WEIGHTS: _file_bytes(tensors, scalings),
+        WEIGHTS: weights_bytes(tensors, scalings),
         CONFIG: config_json(
             said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
         ),
@@ -303,97 +262,10 @@ def params_to_torch(
 
 # --- tensors and bytes ---
 
-_DTYPES = {
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-}
-
-
-def _read_tensors(
-    file: Path, max_bytes: int
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    data, where = read_file(file, max_bytes), str(file)
-    header = check_header(data, where)
-    metadata = header.pop("__metadata__")
-    odd = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
-    if odd:
-        raise AdapterError(f"{where} has tensors of {odd}; adapters are {[*_DTYPES]}")
-    if not jax.config.read("jax_enable_x64"):
-        wide = [name for name, entry in header.items() if entry["dtype"] == "F64"]
-        if wide:
-            raise AdapterError(
-                f"{where} has float64 tensors, {wide[:3]}; enable `jax_enable_x64`"
-            )
-    try:
-        found = dict(deserialize(data))  # in an order of its own at each run
-    except SafetensorError as error:
-        raise CorruptFileError(f"{where} cannot be read: {error}") from error
-    arrays = {
-        name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
-        for name, t in found.items()
-    }
-    return {name: arrays[name] for name in sorted(arrays)}, metadata
-
-
-def _file_bytes(
-    tensors: Mapping[str, np.ndarray], scalings: Mapping[str, float]
-) -> bytes:
-    """Returns the file, the same for the same tensors."""
-    # The library writes what memory holds, whatever the strides say.
-    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "jlora": seal_of(dense, scalings)}
-    data = _serialize(dense, metadata=metadata)
-    # It also writes the metadata in an order of its own at each run.
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
-    packed = json.dumps(
-        {**ordered, **header}, separators=(",", ":"), ensure_ascii=False
-    )
-    head = packed.encode()
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head + data[end:]
-
-
-def _check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    bad = []
-    for name, tensor in tensors.items():
-        wrong = ~np.isfinite(tensor)
-        if wrong.any():
-            first = tuple(int(i) for i in np.argwhere(wrong)[0])
-            bad.append(f"{name!r} has {int(wrong.sum())}, the first at {first}")
-    if bad:
-        raise NonFiniteError(
-            f"{where} has values that are NaN or infinite: {'; '.join(bad[:10])}"
-        )
-
 
 def _named_arrays(entries: Mapping[str, Any]) -> dict[str, np.ndarray]:
     leaves = jax.tree.leaves_with_path(dict(entries))
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
-
-
-def _folder(path: Path) -> Path:
-    """Returns the folder; one of its files will do."""
-    if path.name in (CONFIG, WEIGHTS):
-        return path.parent
-    if path.suffix and not path.is_dir():
-        check_regular(path)  # says so if it is a pickle
-        raise AdapterError(
-            f"{path} is neither a folder nor one of its files {CONFIG} and {WEIGHTS}"
-        )
-    return path
-
-
-def _check_present(folder: Path) -> None:
-    missing = [n for n in (CONFIG, WEIGHTS) if not os.path.lexists(folder / n)]
-    if WEIGHTS in missing:
-        for other in sorted(folder.glob("adapter_model.*")):
-            check_regular(other)  # says so if it is a pickle
-    if missing:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
 
 
 def _on_device(tensor: np.ndarray) -> jax.Array:

@@ -15,10 +15,10 @@ import qwix
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from ._layout import AnyMesh, Layout, Rules
-from ._paths import FlatParams, PyTree, is_array, is_quantized
-from ._placement import fitting
-from ._sharding import explicit_sharding
+from ._adapter.shardings import fitting
+from ._jax.sharding import explicit_sharding
+from ._params.layout import AnyMesh, Layout, Rules
+from ._params.paths import FlatParams, PyTree, is_array, is_quantized
 
 
 def shardings(

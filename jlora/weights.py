@@ -15,21 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from ._axes import KernelAxes
-from ._base import Base
+from ._adapter.merge import merge
 from ._errors import (
     AdapterError,
     CorruptFileError,
     NonFiniteError,
     UnsupportedFeatureError,
 )
-from ._merge import merge
-from ._peft_keys import ModuleTensors
-from ._peft_read import AdapterFiles, adapter_of
-from ._rules import Rule
-from ._untrusted import (
+from ._files.safetensors import write_weights
+from ._files.untrusted import (
     HEADER_LIMIT,
     check_header,
     check_regular,
@@ -37,7 +32,12 @@ from ._untrusted import (
     parse_json,
     read_file,
 )
-from .peft import read_files
+from ._params.axes import KernelAxes
+from ._peft.files import read_files
+from ._peft.keys import ModuleTensors
+from ._peft.read import AdapterFiles, adapter_of
+from ._torch.named_params import Base
+from ._torch.names import Rule
 
 _DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16,
@@ -378,11 +378,7 @@ def _write_merged(
         merged = _merged(tensors, own) if own else tensors
         bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
         if not bad:
-            # The library writes what memory holds, whatever the strides say.
-            dense = {
-                n: np.ascontiguousarray(t).reshape(t.shape) for n, t in merged.items()
-            }
-            save_file(dense, folder / file.name, metadata={"format": "pt"})
+            write_weights(merged, folder / file.name)
         done += len(names)
         progress(done, len(weights), file.name)
     if bad:

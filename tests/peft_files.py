@@ -11,7 +11,7 @@ import numpy as np
 import jlora
 import jlora.peft
 from jlora import LoraConfig
-from jlora.peft import CONFIG, WEIGHTS
+from jlora._peft.files import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
 # The adapter of PEFT that these tests bend: two modules of rank 2.

@@ -15,7 +15,7 @@ from factored import formed
 from test_algebra import AXES, assert_near, make
 
 import jlora
-from jlora._keys import key_of
+from jlora._jax.keys import key_of
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 WORKER = Path(__file__).parent / "peft_oracle" / "combine_adapters.py"

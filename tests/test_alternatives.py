@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jlora
-from jlora._alternatives import alternatives, failing
-from jlora._paths import compile_pattern, matching
+from jlora._params.alternatives import alternatives, failing
+from jlora._params.paths import compile_pattern, matching
 
 LEAVES = ("in_proj", "out_proj", "q_proj", "head")
 

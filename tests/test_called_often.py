@@ -14,7 +14,7 @@ import pytest
 from oracle import assert_close
 
 import jlora
-from jlora._siblings import arrange
+from jlora._program.siblings import arrange
 
 X = np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5)
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import KernelAxes, LoraConfig, LoraFactors
-from jlora._record import sealed
+from jlora._checkpoint.record import sealed
 from jlora.checkpoint import describe, items, restore, save
 
 GOLDEN = Path(__file__).parent / "data" / "checkpoint_v1"
@@ -522,7 +522,7 @@ def test_only_what_is_known_of_both_bases_is_compared(
 def test_digests_do_not_depend_on_the_sharding(
     dtype: str, kind: AxisType, shape: tuple[int, ...]
 ) -> None:
-    from jlora._fingerprint import contents, fingerprint
+    from jlora._checkpoint.fingerprint import contents, fingerprint
 
     x = random(np.random.default_rng(0), shape, dtype)
     both = lambda x: (fingerprint({"w": x}, ["w"]), contents([x]))
@@ -536,7 +536,7 @@ def test_digests_do_not_depend_on_the_sharding(
 
 
 def test_a_checksum_sees_each_value_and_its_place() -> None:
-    from jlora._fingerprint import contents
+    from jlora._checkpoint.fingerprint import contents
 
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     changed = [x, x.reshape(4, 3)[::-1], x.T, np.where(x == 7, np.float32(-7), x)]

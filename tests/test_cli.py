@@ -18,7 +18,7 @@ import jlora.checkpoint
 import jlora.peft
 import jlora.weights
 from jlora.__main__ import DIFFERENT, FAILED, SAME, main
-from jlora._entries import SlicedFactors, TrainedRows
+from jlora._adapter.entries import SlicedFactors, TrainedRows
 
 CASES = Path(__file__).parent / "data" / "peft"
 GOLDEN = Path(__file__).parent / "data" / "checkpoint_v1"

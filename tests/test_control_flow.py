@@ -243,7 +243,7 @@ def test_policies_are_let_go(params, x, getkey):
 
 
 def test_policies_are_equal_where_theirs_are():
-    from jlora._linear import keeping
+    from jlora._product.low_rank import keeping
 
     policy = lambda *_, **__: False
     assert keeping(policy) == keeping(policy) != keeping(lambda *_, **__: False)

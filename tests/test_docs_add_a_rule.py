@@ -46,7 +46,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_rule_is_ten_lines() -> None:
-    rule = PATCH[PATCH.index("+++ b/jlora/_carry.py") :]
+    rule = PATCH[PATCH.index("+++ b/jlora/_rules/carry.py") :]
     assert len(re.findall(r"^\+(?!\+\+).", rule, re.MULTILINE)) <= 10
 
 

@@ -22,7 +22,7 @@ import jlora
 import jlora.checkpoint
 import jlora.optim
 import jlora.peft
-from jlora._dora import adapted_norm, kernel_norm
+from jlora._adapter.dora import adapted_norm, kernel_norm
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 DORA = {"dora": True}

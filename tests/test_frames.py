@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora._frames import Owner, owner_of, place
+from jlora._jax.frames import Owner, owner_of, place
 
 WORDS = ("jlora", "jax", "jaxlib", "flax", "equinox", "functools", "site-packages")
 

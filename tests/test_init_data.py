@@ -21,7 +21,7 @@ from use import ALPHA, Use
 from uses import USES
 
 import jlora
-from jlora._input_stats import projection
+from jlora._params.input_stats import projection
 
 Key = Callable[[], jax.Array]
 Tree = dict[str, Any]

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 import jlora.optim as jo
-from jlora._measure import abstract_adapter
+from jlora._plan.measure import abstract_adapter
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 Tree = Any

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jlora
 from jlora import _choice, _mosaic
-from jlora._mosaic import sum_of_products
+from jlora._product.hopper_kernel import sum_of_products
 
 BF16 = jnp.bfloat16
 N, D, K = 512, 256, 384

@@ -23,10 +23,10 @@ from peft_files import CONFIG, PARAMS, WEIGHTS, pack, unpack
 
 import jlora
 import jlora.peft
-from jlora._fuse import Pair, join, split
-from jlora._patterns import Endings, file_pattern
-from jlora._peft_config import PeftConfig, config_json, parse_config
-from jlora._untrusted import parse_json
+from jlora._files.patterns import Endings, file_pattern
+from jlora._files.untrusted import parse_json
+from jlora._peft.config import PeftConfig, config_json, parse_config
+from jlora._torch.fused import Pair, join, split
 
 profile = settings(
     max_examples=200,

@@ -15,7 +15,7 @@ from jax import lax
 from oracle import relative_error
 
 import jlora
-from jlora._dtypes import product_dtype
+from jlora._jax.dtypes import product_dtype
 
 RANK, ALPHA = 2, 3.0
 HALF, F16, F8, E5 = jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2

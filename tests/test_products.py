@@ -24,7 +24,7 @@ from uses import USES
 
 import jlora
 from jlora import _choice, _forms
-from jlora._flops import step_flops
+from jlora._program.flops import step_flops
 
 Tree = Any
 BY_NAME = {use.name: use for use in USES}

@@ -21,7 +21,7 @@ import jlora.linen
 import jlora.nnx
 import jlora.optim
 import jlora.peft
-from jlora._fingerprint import differences, fingerprint
+from jlora._checkpoint.fingerprint import differences, fingerprint
 
 qwix = pytest.importorskip("qwix")
 import jlora.quant  # noqa: E402

@@ -14,45 +14,59 @@ import pytest
 import jlora
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "jlora").glob("*.py"))
-TREES = {f.stem: ast.parse(f.read_text(encoding="utf-8")) for f in SOURCES}
+PACKAGE = ROOT / "jlora"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(file: Path) -> str:
+    """The name of a module within the package: `_rules.conv`, `peft`, `_rules`."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and parts[:-1] else parts)
+
+
+TREES = {dotted(f): ast.parse(f.read_text(encoding="utf-8")) for f in SOURCES}
+FILES = {dotted(f): f for f in SOURCES}
 each_module = pytest.mark.parametrize("name", TREES)
 
-# A module imports only from those above it.
-ORDER = """
-_axes _decompose _dtypes _errors _frames _mosaic _paths _patterns _symbolic _taps
-_alternatives _compat _factors _files _fuse _init _memory _peft_config _rules _untrusted
-_config _elementwise _families _flops _peft_keys _peft_stack _seal _sharding
-_torch_layout
-_entries _group _layout _mixed_mesh _quantized
-_channels _choice _conv _dora _dropout _forms _lazy _placement _ragged _trace _view
-_adapted _branch _fingerprint _linear _match _matrices _mixed_arguments _recall
-_stackable _target
-_broadcast _emit _gather _labelled _measure _merge _mixed _moving _new_entry _norms
-_record _spectrum _stack _unfit
-_algebra _compare _moving_init _plan _products _quantized_moves _recording _restoring
-_triplets
-_allocation _base _combine _consume _dora_uses _lazy_moves _siblings
-_adalora _mix _moves _peft_configs _peft_write _select _torch_params
-_analyze _collectives _peft_lora_bias _peft_vllm _peft_whole _sum
-_carry _control_flow _linear_use _peft_read
-_discover _interpret _peft_alone
-_decide _inputs
-_conflicts _data_init
-_targets
-_quantize _transform
-""".split()
+# The rooms, and the rooms that each may import from, besides `_errors` and itself. Two
+# wings do not meet: the engine (`_product`, `_rules`, `_program`) knows factors of a
+# value and no adapters; the rooms of adapters know no jaxpr. Two rooms see both.
+LAWS = {
+    # the ground
+    "_jax": "",
+    "_params": "_jax",
+    "_files": "",
+    # the engine
+    "_product": "_jax _params",
+    "_rules": "_jax _params _product",
+    "_program": "_jax _params _product _rules",
+    # the adapters
+    "_adapter": "_jax _params",
+    "_algebra": "_jax _params _adapter",
+    "_inits": "_jax _params _adapter _algebra",
+    "_torch": "_params _adapter",
+    "_peft": "_params _adapter _files _torch",
+    "_checkpoint": "_params _adapter _files",
+    # where they meet
+    "_plan": "_jax _params _product _rules _program _adapter",
+    "_lora": "_jax _params _product _rules _program _adapter _algebra _plan",
+}
+ENGINE = {"_product", "_rules", "_program"}
+ADAPTERS = {"_adapter", "_algebra", "_inits", "_torch", "_peft", "_checkpoint"}
+PUBLIC = [name for name in TREES if not name.startswith("_")]
+PRIVATE = [name for name in TREES if name.partition(".")[0] in LAWS]
 
 ALLOWED = {"jax", "jaxlib", "numpy", "jlora"}
-# The one library that a module without an underscore may import besides.
+# The one library that a door, a module without an underscore, may import besides.
 DOORS = {
+    "adalora": "jax",
     "linen": "flax",
     "nnx": "flax",
     "optim": "optax",
     "checkpoint": "orbax",
-    "peft": "safetensors",
+    "peft": "jax",
     "quant": "qwix",
-    "weights": "safetensors",
+    "weights": "jax",
 }
 
 
@@ -87,13 +101,16 @@ def test_import_needs_jax_and_numpy_alone() -> None:
 
 def relative_imports(name: str) -> set[str]:
     """The modules of the package that a module imports, at any depth of its code."""
-    found = set()
+    found, package = set(), FILES[name].parent.relative_to(PACKAGE).parts
     for node in walk(name, ast.ImportFrom):
         assert isinstance(node, ast.ImportFrom)
         if node.level:
-            assert node.level == 1, f"{name} imports from above the package"
-            found |= {node.module} if node.module else {a.name for a in node.names}
-    return {module.partition(".")[0] for module in found if module}
+            above = package[: len(package) - node.level + 1]
+            base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}" if base else alias.name
+                found.add(whole if whole in TREES else base)
+    return found - {""}
 
 
 def absolute_imports(name: str) -> set[str]:
@@ -107,23 +124,67 @@ def absolute_imports(name: str) -> set[str]:
     return found
 
 
-def test_the_order_of_imports_names_each_module_once() -> None:
-    private = [n for n in TREES if n.startswith("_") and not n.startswith("__")]
-    assert sorted(ORDER) == sorted(private)
+def room(name: str) -> str:
+    """The room of a module, or its own name if it is in none."""
+    return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_module_imports_only_from_those_above_it(name: str) -> None:
-    assert relative_imports(name) <= set(ORDER[: ORDER.index(name)])
+def arrows(name: str) -> set[str]:
+    """The other rooms that a module imports from."""
+    return set(map(room, relative_imports(name))) - {room(name), "_errors"}
 
 
-@pytest.mark.parametrize("name", ORDER)
+def in_a_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes left when those that lead nowhere are taken away, again and again."""
+    left = dict(graph)
+    while ends := [n for n, to in left.items() if not to & set(left)]:
+        for end in ends:
+            del left[end]
+    return sorted(left)
+
+
+def test_each_module_is_in_a_room_or_a_door() -> None:
+    outside = {name for name in TREES if name not in PRIVATE}
+    assert outside == {"__init__", "__main__", "_errors", *DOORS}
+    assert {room(name) for name in PRIVATE} == set(LAWS)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_module_imports_only_from_the_rooms_that_its_room_may(name: str) -> None:
+    assert arrows(name) <= set(LAWS[room(name)].split())
+
+
+@pytest.mark.parametrize("one", LAWS)
+def test_each_arrow_that_a_room_may_use_is_used(one: str) -> None:
+    used = set().union(*(arrows(name) for name in PRIVATE if room(name) == one))
+    assert used == set(LAWS[one].split())
+
+
+def test_rooms_and_the_files_in_them_have_no_circle() -> None:
+    assert not in_a_circle({one: set(law.split()) for one, law in LAWS.items()})
+    assert not in_a_circle({name: relative_imports(name) for name in TREES})
+
+
+def test_the_wings_do_not_meet() -> None:
+    for name in PRIVATE:
+        others = ADAPTERS if room(name) in ENGINE else ENGINE
+        if room(name) in ENGINE | ADAPTERS:
+            assert not arrows(name) & others, name
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_opens_no_other_door(name: str) -> None:
+    assert not relative_imports(name) & set(DOORS)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
 def test_a_private_module_imports_jax_and_numpy_alone(name: str) -> None:
+    own = {"safetensors"} if name == "_files.safetensors" else set()
     roots = {module.partition(".")[0] for module in absolute_imports(name)}
-    assert roots <= {"jax", "numpy"} | sys.stdlib_module_names
+    assert roots <= {"jax", "numpy"} | own | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("name", [n for n in TREES if not n.startswith("_")])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_a_module_without_an_underscore_is_a_door_to_one_library(name: str) -> None:
     roots = {module.partition(".")[0] for module in absolute_imports(name)}
     assert roots <= {"jax", "numpy", DOORS[name]} | sys.stdlib_module_names
@@ -140,7 +201,7 @@ def test_nothing_private_of_jax_is_imported(name: str) -> None:
 
 def source(name: str) -> str:
     """The text of a module."""
-    return (ROOT / "jlora" / f"{name}.py").read_text(encoding="utf-8")
+    return FILES[name].read_text(encoding="utf-8")
 
 
 @each_module
@@ -272,7 +333,8 @@ def test_the_wheel_holds_the_package_and_its_marker(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("jlora-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     package = {name for name in names if not name.startswith("jlora-")}
-    assert package == {f"jlora/{f.name}" for f in SOURCES} | {"jlora/py.typed"}
+    sources = {f"jlora/{file.relative_to(PACKAGE).as_posix()}" for file in SOURCES}
+    assert package == sources | {"jlora/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

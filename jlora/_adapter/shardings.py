@@ -1,0 +1,224 @@
+"""Where factors and optimizer state live: shardings that follow those of the params."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.tree_util import tree_flatten_with_path, tree_map_with_path
+
+from .._jax.sharding import names_of_entry
+from .._params.axes import KernelAxes, Shape
+from .._params.layout import AnyMesh, Layout, Rules, unboxed
+from .._params.paths import PyTree, is_box
+from .entries import Special, TrainedRows
+from .factors import LoraFactors
+
+
+def shardings(
+    params: PyTree,
+    adapter: Mapping[str, Any],
+    *,
+    mesh: AnyMesh | None = None,
+    rules: Rules | None = None,
+    replicate: bool = False,
+) -> dict[str, Any]:
+    """Returns the sharding of each array of an adapter, from those of the params.
+
+    `a` is laid out like the batch and input axes of its kernel and `b` like the batch
+    and output axes; the rank axis is never sharded. So `x·a` is summed over devices
+    where `x·W` is, and its product with `b` arrives where `x·W` does. An axis of the
+    factor that its mesh axes do not divide is replicated. A leaf that is trained whole
+    is laid out like its base.
+
+    Args:
+        params: the frozen params, or a tree with their paths: arrays and
+            `jax.ShapeDtypeStruct`s with a sharding, `NamedSharding`s, `PartitionSpec`s
+            (None is replicated), or Flax's boxes with their names. One sharding or spec
+            may stand for a whole subtree.
+        adapter: the adapter, or its shapes: `jax.eval_shape(lora.init, key, params,
+            x)`. Boxed factors will do.
+        mesh: the mesh for specs and names; by default that of the params' shardings, or
+            the one set by `jax.set_mesh`.
+        rules: pairs of a logical name and the mesh axes it stands for (None: it is
+            replicated), for boxes that have none; by default those that Flax has in
+            force (`nn.logical_axis_rules`). A name without a rule is a mesh axis.
+        replicate: whether all factors are whole on every device instead: no gathering
+            of factors where the params are sharded over the axis of the data (FSDP),
+            at the price of their memory.
+
+    Returns:
+        A tree of shardings in the structure of the adapter, for `in_shardings`,
+        `out_shardings` and `jax.device_put`.
+
+    Raises:
+        ValueError: if a leaf of the adapter has no place in `params`, a spec does not
+            fit its leaf or its mesh, a name is known to neither rules nor mesh, or
+            there is no mesh. All offenders are collected.
+        TypeError: if the leaves are traced: shardings are known outside of `jax.jit`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("model",), (AxisType.Auto,))
+        >>> lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig("w", rank=2))
+        >>> params, x = {"w": jnp.ones((6, 8))}, jnp.ones((4, 6))
+        >>> abstract = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+        >>> placed = jlora.shardings({"w": P(None, "model")}, abstract, mesh=mesh)
+        >>> tuple(placed["w"].a.spec), tuple(placed["w"].b.spec)
+        ((), (None, 'model'))
+        >>> init = jax.jit(lora.init, out_shardings=placed)
+        >>> adapter = init(jax.random.key(0), params, x)
+    """
+    layout = Layout.of(params, mesh=mesh, rules=rules)
+    problems: list[str] = []
+    placed = {}
+    for path, entry in adapter.items():
+        try:
+            placed[path] = _placed(layout, path, entry, replicate)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return placed
+
+
+def state_shardings(tx: Any, adapter: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the sharding of each array of an optimizer's state.
+
+    What mirrors an array of the adapter (moments, averages, accumulated gradients)
+    lives where that array does; all else (counts, rates, factored moments) is
+    replicated.
+
+    Args:
+        tx: an optax optimizer, or anything with its `init`.
+        adapter: the adapter or its shapes; any tree that `tx` optimizes will do.
+        shardings: a tree of shardings in its structure, as `jlora.shardings` gives it.
+
+    Returns:
+        A tree of shardings in the structure of `tx.init(adapter)`.
+
+    Raises:
+        ValueError: if `shardings` has not the structure of `adapter`, or is empty.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("model",), (AxisType.Auto,))
+        >>> adapter = {"head": jnp.ones((6, 8))}
+        >>> placed = {"head": NamedSharding(mesh, P("model", None))}
+        >>> tx = optax.adam(1e-3)
+        >>> state = state_shardings(tx, adapter, placed)
+        >>> tuple(state[0].mu["head"].spec), tuple(state[0].count.spec)
+        (('model', None), ())
+        >>> opt_state = jax.jit(tx.init, out_shardings=state)(adapter)
+    """
+    arrays = dict(tree_flatten_with_path(adapter, is_leaf=is_box)[0])
+    places = dict(tree_flatten_with_path(shardings)[0])
+    if not places or set(arrays) != set(places):
+        raise ValueError(
+            "`shardings` must have one sharding for each array of the adapter, got "
+            f"{len(places)} for {len(arrays)}; `jlora.shardings(params, adapter)` "
+            "gives them"
+        )
+    elsewhere = _replicated(next(iter(places.values())))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        tails = (path[start:] for start in range(len(path)))
+        mirrored = next((tail for tail in tails if tail in places), None)
+        if mirrored is None or _shape(leaf) != _shape(arrays[mirrored]):
+            return elsewhere
+        return places[mirrored]
+
+    state = jax.eval_shape(tx.init, adapter)
+    return tree_map_with_path(place, state, is_leaf=is_box)
+
+
+def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
+    """Returns the shardings of one entry of an adapter, in its structure."""
+    if isinstance(entry, Special):
+        return _placed_special(layout, path, entry, replicate)
+    if not isinstance(entry, LoraFactors):
+        shape = _shape(entry)
+        return _fitting(layout.sharding(path, len(shape)), range(len(shape)), shape)
+    axes = entry.axes
+    kernel = layout.sharding(path, axes.ndim)
+    if replicate:
+        kernel = _replicated(kernel)
+    a, b = factor_shardings(kernel, axes, _shape(entry.a), _shape(entry.b))
+    magnitude = entry.magnitude
+    if magnitude is not None:
+        kept = axes.batch + axes.out
+        magnitude = _fitting(kernel, kept, _shape(magnitude))
+    return dataclasses.replace(entry, a=a, b=b, magnitude=magnitude)
+
+
+def _placed_special(
+    layout: Layout, path: str, entry: Special, replicate: bool
+) -> Special:
+    """Places rows like the outputs of their table, and slices of outputs nowhere."""
+    axes = entry.axes
+    kernel = layout.sharding(path, axes.ndim)
+    if replicate:
+        kernel = _replicated(kernel)
+    if isinstance(entry, TrainedRows):
+        values: Any = _fitting(kernel, (None, *axes.out), _shape(entry.values))
+        return dataclasses.replace(entry, values=values)
+    a: Any = _fitting(kernel, (*axes.batch, *axes.in_, None), _shape(entry.a))
+    b: Any = _fitting(kernel, (*axes.batch, None, None), _shape(entry.b))
+    return dataclasses.replace(entry, a=a, b=b)
+
+
+def factor_shardings(
+    kernel: Sharding, axes: KernelAxes, a: Shape, b: Shape
+) -> tuple[Sharding, Sharding]:
+    """Returns the shardings of factors of the shapes `a` and `b`, from the kernel's."""
+    return (
+        _fitting(kernel, (*axes.batch, *axes.in_, None), a),
+        _fitting(kernel, (*axes.batch, None, *axes.out), b),
+    )
+
+
+def _fitting(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Sharding:
+    """Returns the sharding of a factor whose axes are these axes of the kernel."""
+    if not isinstance(kernel, NamedSharding):
+        return kernel
+    spec = tuple(kernel.spec)
+    entries = [spec[i] if i is not None and i < len(spec) else None for i in axes]
+    fits = [
+        entry if size % _parts(kernel.mesh, entry) == 0 else None
+        for entry, size in zip(entries, shape, strict=True)
+    ]
+    # Without Nones at the end, as XLA names the shardings of results: to jit the two
+    # names would be two layouts.
+    while fits and fits[-1] is None:
+        fits.pop()
+    return NamedSharding(kernel.mesh, PartitionSpec(*fits))
+
+
+def fitting(kernel: Sharding, shape: Shape) -> Sharding:
+    """Returns the sharding of an array with the axes of a kernel, such as its scales.
+
+    An axis that its mesh axes do not divide is replicated.
+    """
+    return _fitting(kernel, range(len(shape)), shape)
+
+
+def _parts(mesh: AnyMesh, entry: Any) -> int:
+    """Returns into how many parts an entry of a spec divides an axis."""
+    parts = 1
+    for name in names_of_entry(entry):
+        parts *= mesh.shape[name]
+    return parts
+
+
+def _replicated(like: Sharding) -> Sharding:
+    if not isinstance(like, NamedSharding):
+        return like
+    return NamedSharding(like.mesh, PartitionSpec())
+
+
+def _shape(leaf: Any) -> Shape:
+    return tuple(jnp.shape(unboxed(leaf)))

@@ -1,0 +1,88 @@
+"""Safetensors files: read with every claim checked, written the same at each run."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save as _serialize
+from safetensors.numpy import save_file
+
+from .._errors import AdapterError, CorruptFileError
+from .untrusted import check_header, read_file
+
+MAX_BYTES = 4 << 30
+
+
+_DTYPES = {
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+def read_tensors(
+    file: Path, max_bytes: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the tensors of a small file by name, sorted, and its metadata.
+
+    Raises:
+        AdapterError: if the file is not what it claims, or too large.
+    """
+    data, where = read_file(file, max_bytes), str(file)
+    header = check_header(data, where)
+    metadata = header.pop("__metadata__")
+    odd = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
+    if odd:
+        raise AdapterError(f"{where} has tensors of {odd}; adapters are {[*_DTYPES]}")
+    if not jax.config.read("jax_enable_x64"):
+        wide = [name for name, entry in header.items() if entry["dtype"] == "F64"]
+        if wide:
+            raise AdapterError(
+                f"{where} has float64 tensors, {wide[:3]}; enable `jax_enable_x64`"
+            )
+    try:
+        found = dict(deserialize(data))  # in an order of its own at each run
+    except SafetensorError as error:
+        raise CorruptFileError(f"{where} cannot be read: {error}") from error
+    arrays = {
+        name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
+        for name, t in found.items()
+    }
+    return {name: arrays[name] for name in sorted(arrays)}, metadata
+
+
+def file_bytes(
+    tensors: Mapping[str, np.ndarray], metadata: Callable[..., dict[str, str]]
+) -> bytes:
+    """Returns a file, the same for the same tensors.
+
+    Args:
+        tensors: the tensors by name.
+        metadata: gives the metadata, of the tensors as they are written.
+    """
+    # The library writes what memory holds, whatever the strides say.
+    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    data = _serialize(dense, metadata=metadata(dense))
+    # It also writes the metadata in an order of its own at each run.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+    packed = json.dumps(
+        {**ordered, **header}, separators=(",", ":"), ensure_ascii=False
+    )
+    head = packed.encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + data[end:]
+
+
+def write_weights(tensors: Mapping[str, Any], file: Path) -> None:
+    """Writes the weights of a torch model, however large."""
+    # The library writes what memory holds, whatever the strides say.
+    dense = {n: np.ascontiguousarray(t).reshape(t.shape) for n, t in tensors.items()}
+    save_file(dense, file, metadata={"format": "pt"})

@@ -1,0 +1,4 @@
+"""What differs between JAX releases, and small helpers over JAX alone.
+
+No word of kernels or adapters. Begin at `versions.py`.
+"""

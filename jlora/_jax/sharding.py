@@ -1,0 +1,121 @@
+"""Shardings of rank-sized values on meshes with Explicit axes.
+
+On an Auto mesh XLA chooses and nothing here returns a sharding. On an Explicit mesh
+each product says how its result is laid out; the rank axis is never sharded.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from .versions import explicit_mesh
+
+
+def explicit_sharding(array: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of `array` if its mesh has Explicit axes, else None."""
+    return None if explicit_mesh(array) is None else jax.typeof(array).sharding
+
+
+def is_whole(aval: Any) -> bool:
+    """Whether a type has no Explicit or Manual axes, on a mesh of one device either."""
+    kinds = aval.sharding.mesh.axis_types or ()
+    return all(kind == AxisType.Auto for kind in kinds)
+
+
+def set_sharding(array: Any) -> NamedSharding | None:
+    """Returns the Explicit sharding of `array` if its mesh is set, else None.
+
+    Only then can arrays be made with that sharding.
+    """
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    return explicit_sharding(array) if is_set else None
+
+
+def on_set_mesh(scalar: jax.Array) -> jax.Array:
+    """Returns a scalar of a region whose axes JAX has made Auto on the mesh around it.
+
+    A lookup with `out_sharding` is such a region on an Explicit mesh.
+    """
+    around, own = jax.sharding.get_abstract_mesh(), jax.typeof(scalar).sharding.mesh
+    if around.empty or own.empty or own.axis_types == around.axis_types:
+        return scalar
+    return jax.sharding.reshard(scalar, NamedSharding(around, PartitionSpec()))
+
+
+def names_of_entry(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a spec names: none, one or several."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def spec_of(array: jax.Array) -> tuple[Any, ...]:
+    """Returns the partition spec of `array`, one entry per axis."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
+    return spec + (None,) * (array.ndim - len(spec))
+
+
+def whole_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Returns `array` with none of these axes sharded, on an Explicit mesh."""
+    sharding, spec = explicit_sharding(array), spec_of(array)
+    if sharding is None or not any(spec[i] for i in axes):
+        return array
+    return jax.sharding.reshard(array, without_axes(sharding, spec, axes))
+
+
+def without_axes(
+    sharding: Any, spec: Sequence[Any], axes: Sequence[int]
+) -> NamedSharding | None:
+    """Returns a sharding with nothing along some axes of its spec; None of None."""
+    if sharding is None:
+        return None
+    kept = [None if i in axes else entry for i, entry in enumerate(spec)]
+    return sharding.update(spec=PartitionSpec(*kept))
+
+
+def factor_spec(
+    spec: Any, factor: tuple[int, ...], value: tuple[int, ...]
+) -> PartitionSpec:
+    """Returns the spec of an aligned factor: that of the value on the axes it has.
+
+    >>> tuple(factor_spec(PartitionSpec("data", "model"), (12, 1, 8), (12, 6)))
+    ('data', None, None)
+    """
+    entries = [*spec, *[None] * (len(value) - len(spec))]
+    own = [e if factor[i] == value[i] else None for i, e in enumerate(entries)]
+    return PartitionSpec(*own, None)
+
+
+def dot_sharding(lhs: jax.Array, rhs: jax.Array, dims: Any) -> NamedSharding | None:
+    """Returns how the result of a `dot_general` follows its operands.
+
+    The contracting axes vanish (with a reduction where they were sharded); a mesh axis
+    that would occur twice is kept where it occurs first.
+    """
+    mesh = explicit_mesh(lhs, rhs)
+    if mesh is None:
+        return None
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dims
+    left, right = spec_of(lhs), spec_of(rhs)
+    entries = [left[i] or right[j] for i, j in zip(lhs_batch, rhs_batch, strict=True)]
+    entries += _without(left, (*lhs_contract, *lhs_batch))
+    entries += _without(right, (*rhs_contract, *rhs_batch))
+    return NamedSharding(mesh, PartitionSpec(*_once(entries)))
+
+
+def _without(spec: tuple[Any, ...], axes: tuple[int, ...]) -> list[Any]:
+    return [entry for i, entry in enumerate(spec) if i not in axes]
+
+
+def _once(entries: list[Any]) -> list[Any]:
+    """Drops an entry that names a mesh axis which an earlier entry already names."""
+    seen: set[str] = set()
+    kept: list[Any] = []
+    for entry in entries:
+        names = names_of_entry(entry)
+        kept.append(None if seen.intersection(names) else entry)
+        seen.update(names)
+    return kept

@@ -1,0 +1,147 @@
+"""Every difference between JAX releases, and every reach below `jax` itself.
+
+Supported: jax 0.10.2 (the newest for Python 3.11) to 0.12. What is used here and is not
+`jax.*` proper is `jax.extend`, the door JAX keeps for libraries that transform jaxprs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental.layout import with_layout_constraint
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn, Literal, Var
+from jax.sharding import AxisType
+
+from .frames import Owner, Unsure, place
+
+JIT = ("jit", "pjit")
+REMAT = ("remat2", "checkpoint")
+# Functions with a derivative of their own: no rule of ours may look inside of them.
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
+
+# XLA's CPU compiler of jax 0.10.2 aborts the process ("Check failed: ...
+# IsMonotonicWithDim0Major") on a product with batch axes whose small result is
+# transposed behind a barrier; `jax.vmap` over adapters makes such axes, unseen.
+RANK_FIRST_ON_CPU = jax.__version_info__ >= (0, 12)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """Returns `(jaxpr, consts)` of an open or closed jaxpr.
+
+    jax 0.12 keeps consts in every `Jaxpr`; before, only `ClosedJaxpr` has them.
+    """
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def own_body(eqn: JaxprEqn) -> Any:
+    """Returns the jaxpr of a function with a derivative of its own, else None."""
+    name, body = eqn.primitive.name, eqn.params.get("call_jaxpr")
+    if name not in OWN_DERIVATIVE or body is None:
+        return None
+    inputs = open_jaxpr(body)[0].invars
+    return body if len(inputs) == len(eqn.invars) else None
+
+
+def operation_name(eqn: JaxprEqn) -> str:
+    """Returns the name of an operation, with that of the function it calls."""
+    name = eqn.primitive.name
+    if name not in OWN_DERIVATIVE:
+        return name
+    jaxpr, _ = open_jaxpr(eqn.params.get("call_jaxpr"))
+    told = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None)
+    return f"{name} of {told.split(' at ')[0]!r}" if told else name
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns the number of constants and of carries of a scan equation.
+
+    jax 0.12 replaces `num_consts` and `num_carry` by the tree `ft_in`.
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def is_literal(atom: Any) -> bool:
+    """Returns whether an operand of an equation is a literal."""
+    return isinstance(atom, Literal)
+
+
+def is_var(atom: Any) -> bool:
+    """Returns whether an operand of an equation is a variable."""
+    return isinstance(atom, Var)
+
+
+@contextlib.contextmanager
+def equation_scope(eqn: JaxprEqn) -> Iterator[None]:
+    """Restores the source line, name stack and context an equation was traced in."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = eqn.source_info.traceback
+    with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """Evaluates an equation unchanged and returns the list of its outputs."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """Returns `file.py:line` of the model's line that made an equation.
+
+    Where no line is the model's it is `Unsure`: the innermost one of a library above
+    JAX, the best that is known.
+    """
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback is not None else []
+    found = place((frame.file_name, frame.line_num) for frame in frames)
+    if found is None:
+        return Unsure("unknown line")
+    owner, line = found
+    return line if owner is Owner.MODEL else Unsure(line)
+
+
+def with_layout(array: jax.Array, layout: Any) -> jax.Array:
+    """Constrains the layout of an array in memory; None leaves it to XLA."""
+    return array if layout is None else with_layout_constraint(array, layout)
+
+
+def staged(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn`, which is traced before it runs, and inlined where it is traced.
+
+    JAX evaluates an eager `shard_map` operation by operation, and refuses a
+    `jax.custom_vjp` with symbolic zeros there; a traced one it takes.
+    """
+    return jax.jit(fn, inline=True)
+
+
+def in_shard_map() -> bool:
+    """Whether this is inside of a `shard_map`, traced or eager."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return AxisType.Manual in (kinds or ())
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """Returns the mesh if an array is sharded over Explicit mesh axes, else None."""
+    for array in arrays:
+        sharding = getattr(jax.typeof(array), "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and not mesh.empty and mesh.explicit_axes:
+            return mesh
+    return None
+
+
+def manual_axes(array: Any) -> frozenset[str]:
+    """Returns the shard_map axes along which `array` varies."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Marks `array` as varying along shard_map `axes`; transposes to a psum."""
+    missing = tuple(sorted(axes - manual_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array

@@ -1,0 +1,52 @@
+"""From the entries of an adapter to what the program is evaluated with."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._adapter.dora import output_scale
+from .._adapter.entries import TrainedRows, lowered
+from .._adapter.factors import LoraFactors
+from .._jax.versions import manual_axes, vary
+from .._params.axes import expand
+from .._params.lazy import Lazy, dense
+from .._product.dropout import key_words
+from .._rules.adapted import Adapted
+
+
+def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
+    """Returns a leaf with its entry: adapted by factors, or what is trained whole.
+
+    Args:
+        leaf: the frozen leaf.
+        entry: what the adapter holds of it.
+        key: a PRNG key of its own for dropout, or None for none.
+        rate: the share of inputs that dropout sets to zero.
+    """
+    entry = lowered(entry, dense(leaf) if isinstance(entry, TrainedRows) else leaf)
+    if isinstance(entry, LoraFactors):
+        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
+        return with_factors(leaf, entry, key, rate)
+    return vary(entry.astype(leaf.dtype), manual_axes(leaf))
+
+
+def with_factors(
+    kernel: jax.Array | Lazy, factors: LoraFactors, key: jax.Array | None, rate: float
+) -> Adapted:
+    """Returns a kernel with its factors, DoRA's scale and a key for dropout."""
+    axes = factors.axes
+    value = Adapted.of(kernel, axes, factors.a, factors.b, factors.scaling)
+    if key is not None and rate:
+        batch = tuple(kernel.shape[i] for i in axes.batch)
+        words, dropout = key_words(key, batch, rate)
+        aligned = expand(words, axes.batch, axes.ndim)
+        (part,) = value.parts
+        part = dataclasses.replace(part, key=aligned, dropout=dropout)
+        value = dataclasses.replace(value, parts=(part,))
+    if factors.magnitude is None:
+        return value
+    scale: Any = output_scale(dense(kernel), factors)
+    scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
+    return dataclasses.replace(value, scale=scale)

@@ -1,0 +1,420 @@
+"""`jlora.lora`: from an apply function to one that takes an adapter beside params."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from .._adapter.check import as_varying, check_adapter
+from .._adapter.config import LoraConfig
+from .._adapter.entries import Factored
+from .._adapter.factors import Adapter
+from .._errors import LeftOutWarning
+from .._jax.keys import key_of
+from .._params.input_stats import InputStats
+from .._params.lazy import Lazy, check_frozen
+from .._params.paths import FlatParams, PyTree
+from .._params.quantized import Quantized
+from .._plan.new_entry import new_entry
+from .._plan.plan import Plan, make_plan
+from .._plan.problems import left_out
+from .._plan.select import program_of, resolve, with_uses
+from .._product.choice import Contraction
+from .._program.inputs import input_stats
+from .._program.interpret import outputs_of
+from .._program.trace import Traced, trace
+from .._rules.view import Log
+from .adapt import adapted
+from .mixed import refuse_ragged, run_mixed
+
+Materialize = Literal["error", "allow"]
+Backward = Literal["custom", "autodiff"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """An apply function with low-rank factors beside its frozen params.
+
+    Made by `jlora.lora`. It holds no arrays: `plan`, `init` and `apply` are pure
+    functions.
+
+    Attributes:
+        fn: the apply function.
+        configs: the configs; of those that match, the first that can use it decides.
+        argnum: which argument of `fn` is the params tree.
+        materialize: what to do where a kernel reaches an operation without a rule.
+        backward: who derives the backward pass of the low-rank product.
+        contraction: in which order `x`, `W`, `a` and `b` are multiplied.
+    """
+
+    fn: Callable[..., Any]
+    configs: tuple[LoraConfig, ...]
+    argnum: int = 0
+    materialize: Materialize = "error"
+    backward: Backward = "custom"
+    contraction: Contraction = "factored"
+
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
+        """Returns what will be trained, from an abstract trace.
+
+        Args:
+            *args: the arguments of `fn`, params among them; `jax.ShapeDtypeStruct`s
+                will do, and no array is allocated. The params alone are enough when the
+                roles of all axes are beyond doubt: two-axis dense kernels, embedding
+                tables and convolution kernels under Flax's names.
+            **kwargs: the keyword arguments of `fn`.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+        """
+        return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
+
+    def init(self, key: jax.Array, /, *args: Any, **kwargs: Any) -> Adapter:
+        """Returns a new adapter from the configs' initialisers, such that ΔW = 0.
+
+        Args:
+            key: a PRNG key, typed or legacy. Each target folds a hash of its path in,
+                so that adding a target changes no other.
+            *args: the arguments of `fn`, as for `plan`.
+            **kwargs: the keyword arguments of `fn`.
+
+        Returns:
+            A dict from path to `LoraFactors`, or to an array for a leaf that is trained
+            whole. On an Explicit mesh that is set, factors are sharded like their
+            kernels; on an Auto mesh, under `jax.jit` with the `out_shardings` that
+            `jlora.shardings` gives, each is made where it lives.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+
+        Warns:
+            LeftOutWarning: if patterns match leaves that look like kernels and go into
+                operations that have no low-rank rule, and into no other; or leaves of a
+                collection beside "params" that none of Flax's layers keeps.
+        """
+        params = FlatParams.of(self._params_of(args))
+        plan, leaves = self._plan(params, args, kwargs), params.by_path()
+        if message := left_out(plan.unusable):
+            warnings.warn(message, LeftOutWarning, stacklevel=2)
+        return {t.path: new_entry(key, t, leaves[t.path]) for t in plan.targets}
+
+    def apply(
+        self,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        /,
+        *args: Any,
+        lora_dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns what `fn` returns with `W + ΔW` for each adapted kernel `W`.
+
+        Computed as `x·W + s·(x·a)·b` at each use, forward and backward; the sum of
+        kernel and delta is never formed. Outputs have the structure and the dtypes that
+        `fn` gives them.
+
+        Args:
+            params: the frozen params.
+            adapter: the factors by path, as `init` returns them.
+            *args: the other arguments of `fn`, in order.
+            lora_dropout_key: a PRNG key, typed or legacy, another for each step: the
+                input of each low-rank branch then has its config's dropout. None is
+                evaluation, without dropout.
+            **kwargs: the keyword arguments of `fn`.
+
+        Raises:
+            AdapterError: if the adapter does not belong to `params`, or the roles that
+                it gives to axes are not those of `fn` and keep it from being evaluated.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+        """
+        return self._apply(params, adapter, args, kwargs, lora_dropout_key)
+
+    def _apply(
+        self,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        key: jax.Array | None,
+        check: Callable[[Sequence[Any]], None] = lambda uses: None,
+    ) -> Any:
+        """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
+        flat = FlatParams.of(params)
+        check_adapter(flat, adapter)
+        flat = as_varying(flat, adapter)
+        traced, program, log = self._program(flat, params, adapter, args, kwargs)
+        check(log.uses)
+        inputs = _lazily(traced)
+        dropout = self._dropout(flat, traced, key)
+        for path, entry in adapter.items():
+            place = traced.positions[path]
+            inputs[place] = adapted(inputs[place], entry, *dropout(path))
+        return traced.rebuild(outputs_of(program, inputs, derive=self.backward))
+
+    def apply_mixed(
+        self,
+        params: PyTree,
+        stacked: Mapping[str, Any],
+        index: Any,
+        /,
+        *args: Any,
+        lora_dropout_key: jax.Array | None = None,
+        in_axes: Any = 0,
+        out_axes: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns what `apply` returns when each example has an adapter of its own.
+
+        The base product stays one product over all examples; each low-rank product
+        takes the factors of its example. `fn` sees one example at a time, with an axis
+        of size 1 in the place of the examples: what it computes over a batch (a mean
+        loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
+        same shapes (`jlora.put`) and other indices run the same program.
+
+        Args:
+            params: the frozen params.
+            stacked: the adapters, as `jlora.stack` returns them.
+            index: which adapter each example uses, of shape (examples,); a negative one
+                is none, the base alone. Out of range is an error; where it is traced,
+                so that nobody can look at it, that example's outputs are NaN.
+            *args: the other arguments of `fn`. Arrays have the examples along axis 0;
+                anything else, such as a flag, is the same for all. A single typed PRNG
+                key is split, and each example sees a key of its own; an array of keys
+                is like any other, and each example sees one of size 1.
+            lora_dropout_key: a PRNG key, typed or legacy, as for `apply`. It is split
+                into one for each example, by `jax.random.split`.
+            in_axes: where the examples are, if elsewhere; None for what all examples
+                share (a mask, a legacy PRNG key). An int for every argument, a tuple
+                with one entry for each positional argument after `index`, or a dict
+                from position (from 0) or name to it, the others being 0. An entry may
+                be a tree, as in `jax.vmap`.
+            out_axes: where the examples are in the outputs, likewise; None for outputs
+                without an axis for them (a scalar loss), of which there is then one for
+                each example, along axis 0.
+            **kwargs: the keyword arguments of `fn`.
+
+        Raises:
+            AdapterError: if `stacked` is no stacked adapter or does not fit the params.
+            IndexError: if a concrete index is out of range.
+            ValueError: if an array has not one entry for each example.
+            UnsupportedFeatureError: if an adapted kernel reaches a ragged product,
+                which JAX cannot map over examples.
+        """
+        call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
+        return run_mixed(self._apply_one, params, stacked, index, *call)
+
+    def _apply_one(
+        self,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        /,
+        *args: Any,
+        lora_dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns what `apply` does, but for kernels that JAX cannot map over."""
+        key = lora_dropout_key
+        return self._apply(params, adapter, args, kwargs, key, refuse_ragged)
+
+    def inputs(
+        self, /, *args: Any, lora_sketch: int | None = None, **kwargs: Any
+    ) -> dict[str, InputStats]:
+        """Returns the second moments `Σ xᵀ·x` of what goes into each target.
+
+        One forward pass of `fn` with its own params, in which every use of a target as
+        `x·W` counts: each step of a loop, each expert with its own rows, each patch of
+        a convolution, each lookup as a row of the identity. Shared kernels add up their
+        uses, and pieces of a kernel that are used apart are uses each. Not counted are
+        transposed uses (of a tied head), products whose result nobody needs, the
+        conditions of while loops, and what is materialized.
+
+        Args:
+            *args: the arguments of `fn`, as for `plan`, as arrays.
+            lora_sketch: the number of columns `k` of a random projection `Ω`, for
+                `Σ xᵀ·(x·Ω)` in place of the whole matrix, whose size is that of the
+                input squared. A few times the rank is enough for `jlora.eva`.
+            **kwargs: the keyword arguments of `fn`.
+
+        Returns:
+            `InputStats` by path, without the leaves that are trained whole. Sums: add
+            those of more batches by `jax.tree.map(jnp.add, stats, more)`. Under
+            `jax.jit` nothing is kept but these sums; on a mesh they are reduced.
+
+        Raises:
+            TargetError: if the config does not fit the params.
+            MaterializationError: if a kernel reaches an operation without a low-rank
+                rule.
+            UnsupportedFeatureError: if a kernel is used inside of a `shard_map` with
+                `check_vma=False`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, jlora
+            >>> lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig(rank=2))
+            >>> x = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+            >>> stats = jax.jit(lora.inputs)({"w": jnp.ones((3, 4))}, x)
+            >>> stats["w"].moment.tolist()
+            [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0], [2.0, 1.0, 5.0]]
+            >>> int(stats["w"].rows)
+            2
+
+        References:
+            Paischer et al., One Initialization to Rule them All: Fine-tuning via
+            Explained Variance Adaptation, <https://arxiv.org/abs/2410.07170>, 2024.
+        """
+        if lora_sketch is not None and not lora_sketch >= 1:
+            raise ValueError(f"`lora_sketch` must be at least 1, got {lora_sketch!r}")
+        params = FlatParams.of(self._params_of(args))
+        traced = trace(self.fn, self.argnum, args, kwargs, params)
+        targets, _ = resolve(params, self.configs, traced)
+        axes = {t.path: t.axes for t in targets if t.axes is not None}
+        program, _ = program_of(traced, axes, self.materialize, "factored")
+        made = [v.dense() if isinstance(v, Quantized) else v for v in traced.inputs]
+        traced = dataclasses.replace(traced, inputs=made)
+        return input_stats(traced, program, axes, lora_sketch)
+
+    def _params_of(self, args: Sequence[Any]) -> PyTree:
+        if self.argnum >= len(args):
+            raise TypeError(
+                f"`jlora.lora(..., argnum={self.argnum})` needs the params as "
+                f"positional argument {self.argnum}, got {len(args)} positional ones"
+            )
+        return args[self.argnum]
+
+    def _program(
+        self,
+        flat: FlatParams,
+        params: PyTree,
+        adapter: Mapping[str, Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Traced, Any, Log]:
+        """Returns the traced call, the program to evaluate, and the uses in it."""
+        call = [*args[: self.argnum], params, *args[self.argnum :]]
+        traced = trace(self.fn, self.argnum, call, kwargs, flat)
+        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
+        dora = {
+            p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
+        }
+        whole = adapter.keys() - axes.keys()
+        how = self.materialize, self.contraction
+        found = program_of(traced, axes, *how, dora, whole)
+        return traced, *found
+
+    def _plan(
+        self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Plan:
+        traced = self._trace(params, args, kwargs)
+        targets, unusable = resolve(params, self.configs, traced)
+        if traced is not None:
+            targets = with_uses(targets, traced, self.materialize, self.contraction)
+        return make_plan(params, targets, unusable, traced)
+
+    def _dropout(
+        self, params: FlatParams, traced: Traced, key: jax.Array | None
+    ) -> Callable[[str], tuple[jax.Array | None, float]]:
+        """Returns a function from the path of a target to its key and its rate."""
+        if key is None or not any(config.dropout for config in self.configs):
+            return lambda path: (None, 0.0)
+        targets, _ = resolve(params, self.configs, traced)
+        rates = {target.path: target.config.dropout for target in targets}
+        return lambda path: (key_of(key, path), rates.get(path, 0.0))
+
+    def _trace(
+        self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Traced | None:
+        """Traces the call; with the params alone, only if `fn` takes them alone."""
+        alone = len(args) == 1 and not kwargs
+        try:
+            return trace(self.fn, self.argnum, args, kwargs, params)
+        except TypeError:
+            if not alone:
+                raise
+            return None
+
+
+def lora(
+    fn: Callable[..., Any],
+    config: LoraConfig | Sequence[LoraConfig],
+    *,
+    argnum: int = 0,
+    materialize: Materialize = "error",
+    backward: Backward = "custom",
+    contraction: Contraction = "factored",
+) -> Lora:
+    """Returns `fn` as a function of frozen params and a low-rank adapter.
+
+    Args:
+        fn: any function of a params tree and other arguments: `model.apply`, a plain
+            JAX function, a split and merged NNX model.
+        config: what is adapted; of several configs that match a leaf, the first
+            that can use it decides.
+        argnum: which argument of `fn` is the params tree.
+        materialize: "error" raises where an adapted kernel reaches an operation without
+            a low-rank rule; "allow" forms `W + s·a·b` there, and only there.
+        backward: "custom" uses the hand-derived backward pass; "autodiff" leaves the
+            product to JAX, for forward-mode users (`jax.jvp`, `jax.hessian`).
+        contraction: "factored" never forms `W + s·a·b`. "merged" forms it at each use
+            in a product, rounded to the dtype of `W`, and keeps the factors' gradients
+            factored: fewer FLOPs for many tokens, but in bfloat16 an update of less
+            than 2⁻⁹ of a weight is lost. "fused" is factored, by a kernel for one
+            Hopper GPU in 16-bit dtypes where sizes divide into its tiles (256 rows, 128
+            columns); it rests on an API that JAX calls experimental. "auto" is
+            what is expected to be the fastest: merged in float32 where that takes fewer
+            FLOPs, fused where the kernel fills the GPU, and factored elsewhere. The
+            plan says what each product does.
+
+    Returns:
+        A `Lora`, with `plan`, `init` and `apply`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((5, 7)), "w2": jnp.ones((7, 3))}
+        >>> x = jnp.ones((2, 5))
+        >>> lora = jlora.lora(model, jlora.LoraConfig("w1", rank=2, alpha=4.0))
+        >>> adapter = lora.init(jax.random.key(0), params, x)
+        >>> jax.tree.map(jnp.shape, adapter)
+        {'w1': LoraFactors(a=(5, 2), b=(2, 7), axes=..., scaling=2.0)}
+        >>> bool((lora.apply(params, adapter, x) == model(params, x)).all())
+        True
+
+    References:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
+        <https://arxiv.org/abs/2106.09685>, 2021.
+    """
+    several: Any = config if isinstance(config, list | tuple) else (config,)
+    if not callable(fn):
+        raise TypeError(f"`jlora.lora` takes a function, got {type(fn).__name__}")
+    if not several or not all(isinstance(c, LoraConfig) for c in several):
+        raise TypeError(f"`config` must be one or more `LoraConfig`, got {config!r}")
+    if isinstance(argnum, bool) or not isinstance(argnum, int) or argnum < 0:
+        raise TypeError(f"`argnum` must be an int of at least 0, got {argnum!r}")
+    _one_of("materialize", materialize, ("error", "allow"))
+    _one_of("backward", backward, ("custom", "autodiff"))
+    _one_of("contraction", contraction, ("factored", "merged", "auto", "fused"))
+    return Lora(fn, tuple(several), argnum, materialize, backward, contraction)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"`jlora.lora({name}=...)` must be one of {known}, got {value!r}"
+        )
+
+
+def _lazily(traced: Traced) -> list[Any]:
+    """Returns the inputs, quantised kernels as lazy values."""
+    inputs = list(traced.inputs)
+    for path, place in traced.positions.items():
+        if isinstance(inputs[place], Quantized):
+            check_frozen(path, inputs[place])
+            inputs[place] = Lazy.of(inputs[place])
+    return inputs

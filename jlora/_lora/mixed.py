@@ -1,0 +1,189 @@
+"""One batch whose examples use different adapters: the body of `Lora.apply_mixed`.
+
+Every example gets its own row of the stacked adapter and is mapped over by `jax.vmap`,
+which leaves the base, mapped over by nothing, one operand of one product. What that
+takes on a mesh with Explicit axes is in `_mixed_mesh`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .._adapter.factors import Adapter, LoraFactors
+from .._algebra.stackable import count_of
+from .._errors import UnsupportedFeatureError
+from .._jax.dots import as_laid_out
+from .._params.paths import FlatParams, PyTree, is_array
+from .mixed_arguments import Arguments, Outputs, split_key
+from .mixed_mesh import Examples, take_rows
+
+Axes = Any  # an int, None, or a tree of them that is a prefix of another
+
+
+def run_mixed(
+    apply: Callable[..., Any],
+    params: PyTree,
+    stacked: Mapping[str, Any],
+    index: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dropout_key: jax.Array | None,
+    in_axes: Axes,
+    out_axes: Axes,
+) -> Any:
+    """Returns `apply(params, adapter, *args, **kwargs)` with an adapter per example."""
+    count = count_of(stacked)
+    index = _checked(index, count)
+    arguments = Arguments.of(in_axes, args, kwargs, index.shape[0])
+    keys = None if dropout_key is None else split_key(dropout_key, index.shape[0])
+    call = _Call(apply, params, dict(stacked), index, arguments, keys)
+    outputs = Outputs(out_axes)
+    return outputs.rebuild(_on_any_mesh(call, outputs))
+
+
+class _Call(NamedTuple):
+    """A call, all arrays of which may be moved to another mesh."""
+
+    apply: Callable[..., Any]
+    params: PyTree
+    stacked: dict[str, Any]
+    index: Any
+    arguments: "Arguments"
+    keys: Any
+
+    @property
+    def pairs(self) -> list[tuple[Any, int]]:
+        """The arrays that have one entry for each example, with the axis of these."""
+        arguments = zip(self.arguments.mapped, self.arguments.mapped_axes, strict=True)
+        keys = [] if self.keys is None else [(self.keys, 0)]
+        return [*arguments, (self.index, 0), *keys]
+
+    def each(self, move: Callable[[Any, int | None], Any]) -> "_Call":
+        """Returns the call with every array moved; those of all examples at None."""
+        whole = lambda tree: jax.tree.map(
+            lambda v: move(v, None) if is_array(v) else v, tree
+        )
+        return self._replace(
+            params=whole(self.params),
+            stacked=whole(self.stacked),
+            index=move(self.index, 0),
+            arguments=self.arguments.each(move),
+            keys=None if self.keys is None else move(self.keys, 0),
+        )
+
+
+def _on_any_mesh(call: _Call, outputs: "Outputs") -> list[jax.Array]:
+    """Maps over the examples; on a split mesh if the function names that of theirs."""
+    arrays = jax.tree.leaves((call.params, call.stacked))
+    arrays += [array for array, _ in call.pairs]
+    examples = Examples.of(call.pairs, list(filter(is_array, arrays)))
+    if not examples.names:
+        return _mapped(call, outputs, examples)
+    try:
+        return _mapped(call, outputs, examples)
+    except ValueError as error:
+        try:
+            return _mapped_on_split(call, outputs, examples)
+        except Exception as other:
+            raise error from other
+
+
+def _mapped(call: _Call, outputs: "Outputs", examples: Examples) -> list[jax.Array]:
+    """Returns the outputs of all examples, along axis 0 of each array."""
+    count, arguments = count_of(call.stacked), call.arguments
+    base = FlatParams.of(call.params).by_path()
+
+    def one(
+        index: jax.Array, row: Adapter, own: Sequence[jax.Array], key: Any
+    ) -> list[jax.Array]:
+        args, kwargs = arguments.of_one(own)
+        adapter = _picked(row, index, count, base)
+        out = call.apply(call.params, adapter, *args, lora_dropout_key=key, **kwargs)
+        return outputs.strip(out)
+
+    mapped = [examples.laid_out(*pair) for pair in call.pairs]
+    keys = None if call.keys is None else mapped.pop()
+    index = jnp.asarray(mapped.pop())
+    rows = take_rows(call.stacked, jnp.clip(index, 0, count - 1), examples)
+    # Out axes are known once `one` has been traced: put where they belong afterwards.
+    each = jax.vmap(one, in_axes=(0, 0, arguments.mapped_axes, 0))
+    return each(index, rows, mapped, keys)
+
+
+def _mapped_on_split(
+    call: _Call, outputs: "Outputs", examples: Examples
+) -> list[jax.Array]:
+    """The same on a split mesh, which a compiled program alone can turn to."""
+    arrays: list[Any] = []
+    call.each(lambda array, axis: arrays.append(array))
+
+    @jax.jit
+    def run(arrays: list[Any]) -> list[jax.Array]:
+        split, rest = examples.split(), iter(arrays)
+        with jax.sharding.use_abstract_mesh(split.mesh):
+            moved = call.each(lambda _, axis: examples.onto_split(next(rest), axis))
+            found = _mapped(moved, outputs, split)
+        return [examples.from_split(array) for array in found]
+
+    return run(arrays)
+
+
+def _picked(
+    row: Adapter, index: jax.Array, count: int, base: Mapping[str, Any]
+) -> Adapter:
+    """Returns one adapter; below 0 one that changes nothing, from `count` on NaNs.
+
+    Out of range `row` is the nearest one.
+    """
+    inside = (index >= 0) & (index < count)
+    fill = jnp.where(index < 0, 0.0, jnp.nan)
+    adapter = dict(row)
+    for path, entry in row.items():
+        if isinstance(entry, LoraFactors):
+            # Both zero: the nearest row, which is read below 0, may hold NaNs in a.
+            a = jnp.where(index < 0, 0, entry.a).astype(entry.a.dtype)
+            b = jnp.where(inside, entry.b, fill.astype(entry.b.dtype))
+            adapter[path] = LoraFactors(a, b, entry.axes, entry.scaling)
+        elif path in base:  # if it is not, `apply` says so
+            own = jnp.asarray(base[path])
+            other = jnp.where(index < 0, own, jnp.nan)
+            entry = as_laid_out(entry.astype(own.dtype), own)
+            adapter[path] = jnp.where(inside, entry, other)
+    return adapter
+
+
+def _checked(index: Any, count: int) -> Any:
+    """Returns the indices as an array; concrete ones must be below `count`."""
+    index = index if isinstance(index, Tracer | jax.Array) else np.asarray(index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(
+            "`index` is a whole number for each example, of shape (examples,); got "
+            f"shape {index.shape} of {index.dtype}. One adapter for all is "
+            "`lora.apply(params, jlora.take(stacked, index), ...)`"
+        )
+    traced = isinstance(index, Tracer)
+    if traced or not getattr(index, "is_fully_addressable", True):
+        return index
+    values = np.asarray(index)
+    wrong = [f"{values[i]} for example {i}" for i in np.flatnonzero(values >= count)]
+    if wrong:
+        raise IndexError(
+            f"there are {count} adapters, from 0 (negative is none); got "
+            f"{', '.join(wrong)}"
+        )
+    return index
+
+
+def refuse_ragged(uses: Sequence[Any]) -> None:
+    """Raises if kernels reach a ragged product, which JAX cannot map; names all."""
+    paths = {u.path for u in uses if u.primitive == "ragged_dot_general"}
+    if paths:
+        raise UnsupportedFeatureError(
+            f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
+            "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
+            "i), ...)` with the examples of adapter i"
+        )

@@ -1,0 +1,101 @@
+"""A folder in PEFT's format, read; and the bytes of its weights."""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._errors import AdapterError, NonFiniteError
+from .._files.safetensors import MAX_BYTES, file_bytes, read_tensors
+from .._files.untrusted import JSON_LIMIT, check_regular, parse_json, read_file
+from .config import parse_config
+from .digest import check_seal, seal_of
+from .keys import sort_keys
+from .read import AdapterFiles
+
+CONFIG = "adapter_config.json"
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def read_files(
+    path: Any,
+    *,
+    ignore: Collection[str] = (),
+    allow_nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> AdapterFiles:
+    """Returns what a PEFT folder holds, by the names of torch's modules.
+
+    Args:
+        path: the folder, or one of its two files.
+        ignore: as for `load`.
+        allow_nonfinite: as for `load`.
+        max_bytes: as for `load`.
+
+    Raises:
+        AdapterError: as `load`, but for what concerns the params.
+    """
+    folder = _folder(Path(path))
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    _check_present(folder)
+    text = read_file(config_file, JSON_LIMIT)
+    values = parse_json(text, str(config_file))
+    config = parse_config(values, str(config_file), ignore)
+    tensors, metadata = read_tensors(weights_file, max_bytes)
+    scalings = check_seal(metadata, tensors, config, str(folder))
+    if not allow_nonfinite:
+        check_finite(tensors, str(weights_file))
+    modules, whole = sort_keys(tensors, str(weights_file))
+    turned = values.get("fan_in_fan_out") is True
+    return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises if tensors have NaNs or infinities.
+
+    Raises:
+        NonFiniteError: with the name of each, and where its first is.
+    """
+    bad = []
+    for name, tensor in tensors.items():
+        wrong = ~np.isfinite(tensor)
+        if wrong.any():
+            first = tuple(int(i) for i in np.argwhere(wrong)[0])
+            bad.append(f"{name!r} has {int(wrong.sum())}, the first at {first}")
+    if bad:
+        raise NonFiniteError(
+            f"{where} has values that are NaN or infinite: {'; '.join(bad[:10])}"
+        )
+
+
+def _folder(path: Path) -> Path:
+    """Returns the folder; one of its files will do."""
+    if path.name in (CONFIG, WEIGHTS):
+        return path.parent
+    if path.suffix and not path.is_dir():
+        check_regular(path)  # says so if it is a pickle
+        raise AdapterError(
+            f"{path} is neither a folder nor one of its files {CONFIG} and {WEIGHTS}"
+        )
+    return path
+
+
+def _check_present(folder: Path) -> None:
+    missing = [n for n in (CONFIG, WEIGHTS) if not os.path.lexists(folder / n)]
+    if WEIGHTS in missing:
+        for other in sorted(folder.glob("adapter_model.*")):
+            check_regular(other)  # says so if it is a pickle
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
+
+
+def weights_bytes(
+    tensors: Mapping[str, np.ndarray], scalings: Mapping[str, float]
+) -> bytes:
+    """Returns the file of an adapter's tensors, sealed with the scalings."""
+    sealed = lambda dense: {"format": "pt", "jlora": seal_of(dense, scalings)}
+    return file_bytes(tensors, sealed)

@@ -1,0 +1,154 @@
+"""The keys of an `adapter_model.safetensors`: which tensor is what of which module."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+
+from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
+from .._torch.names import Binding
+
+PREFIX = "base_model.model."
+NAME_LIMIT = 512
+MAGNITUDE = "lora_magnitude_vector"
+BIAS = "lora_B.bias"
+_BESIDE = {MAGNITUDE, BIAS}  # what a module may have beside its factors
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias"
+    r"|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<end>\.weight)?"
+)
+# Tensors of variants that jlora does not read yet, by what is in their names.
+_VARIANTS = {
+    "token_adapter.trainable_tokens_delta": "rows of `trainable_token_indices`",
+    "lora_E": "AdaLoRA's singular values",
+    "lora_diag": "KaSA's diagonal",
+    "lora_velora_embed": "VeLoRA's projections",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleTensors:
+    """The factors of one module as torch keeps them.
+
+    Attributes:
+        a: `lora_A.weight (rank, in, *window)`, or `lora_embedding_A (rank, rows)`.
+        b: `lora_B.weight (out, rank, 1, …)`, or `lora_embedding_B (features, rank)`.
+        magnitude: with DoRA `lora_magnitude_vector (out,)`; of a convolution
+            `(1, out, 1, …)`.
+        is_table: whether they have the names of an embedding's.
+        bias: with `lora_bias` `lora_B.bias (out,)`.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    is_table: bool
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+
+def sort_keys(
+    tensors: Mapping[str, np.ndarray], where: str
+) -> tuple[dict[str, ModuleTensors], dict[str, np.ndarray]]:
+    """Returns the factors by module, and what is trained whole by name.
+
+    Args:
+        tensors: the tensors by their keys in the file.
+        where: the name of the file, for messages.
+
+    Raises:
+        CorruptFileError: if a name is absurd.
+        UnsupportedFeatureError: if a tensor belongs to a variant that jlora has not.
+        AdapterError: if a factor lacks its partner, or they do not fit each other.
+    """
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    for key, tensor in zip(_names(tensors, where), tensors.values(), strict=True):
+        found = _FACTOR.fullmatch(key)
+        if found and not (found["end"] and found["kind"] != MAGNITUDE):
+            factors.setdefault(found["module"], {})[found["kind"]] = tensor
+        else:
+            whole[key] = tensor
+    problems = [
+        p for module, kinds in factors.items() if (p := _problem(module, kinds))
+    ]
+    if problems:
+        raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
+    return {module: _tensors(kinds) for module, kinds in factors.items()}, whole
+
+
+def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
+    """Returns the keys without PEFT's prefix, which all or none of them have."""
+    odd = [k[:80] for k in tensors if len(k) > NAME_LIMIT or not k.isprintable()]
+    if odd:
+        raise CorruptFileError(f"{where}: the keys {odd[:3]} are no names of modules")
+    prefixed = [key for key in tensors if key.startswith(PREFIX)]
+    if prefixed and len(prefixed) < len(tensors):
+        others = sorted(set(tensors) - set(prefixed))
+        raise AdapterError(
+            f"{where}: {len(prefixed)} keys begin with {PREFIX!r} and {others[:3]} not"
+        )
+    variants = {
+        what: key for key in tensors for part, what in _VARIANTS.items() if part in key
+    }
+    if variants:
+        told = "; ".join(f"{what} ({key!r})" for what, key in variants.items())
+        raise UnsupportedFeatureError(f"{where} holds what jlora has not: {told}")
+    return [key.removeprefix(PREFIX) for key in tensors]
+
+
+def warn_of_doubling(module: str) -> None:
+    """Says that PEFT 0.21 computes something else for the output of an attention."""
+    warnings.warn(
+        f"PEFT up to 0.21 adds the delta of {module!r} twice, its gradient once "
+        "(huggingface/peft#3774); jlora adds it once",
+        stacklevel=2,
+    )
+
+
+_PAIRS = (
+    ("lora_A.weight", "lora_B.weight"),
+    ("lora_embedding_A", "lora_embedding_B"),
+)
+
+
+def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
+    factors = sorted(kinds.keys() - _BESIDE)
+    if tuple(factors) not in _PAIRS:
+        return f"{module!r} has {sorted(kinds)}; it needs both factors, of one kind"
+    a, b = (kinds[kind] for kind in factors)
+    conv = a.ndim > 2 and b.shape[2:] == (1,) * (a.ndim - 2)
+    if not (a.ndim == b.ndim and (a.ndim == 2 or conv) and a.size and b.size):
+        return f"{module!r} has factors of the shapes {a.shape} and {b.shape}"
+    if a.dtype != b.dtype:
+        return f"{module!r} has factors of the dtypes {a.dtype} and {b.dtype}"
+    magnitude = kinds.get(MAGNITUDE)
+    if magnitude is not None and magnitude.shape not in (
+        b.shape[:1],
+        (1, b.shape[0], *b.shape[2:]),
+    ):
+        return f"{module!r} has {b.shape[0]} outputs and a magnitude {magnitude.shape}"
+    bias = kinds.get(BIAS)
+    if bias is not None and (bias.shape != b.shape[:1] or "lora_B.weight" not in kinds):
+        return f"{module!r} has {sorted(factors)} and a bias of `b` {bias.shape}"
+    return None
+
+
+def _tensors(kinds: Mapping[str, np.ndarray]) -> ModuleTensors:
+    a, b = (kinds[kind] for kind in sorted(kinds.keys() - _BESIDE))
+    beside = kinds.get(MAGNITUDE), kinds.get(BIAS)
+    return ModuleTensors(a, b, "lora_embedding_A" in kinds, *beside)
+
+
+def check_dora(binding: Binding, module: str) -> None:
+    """Raises where PEFT has no DoRA, or means another norm than jlora."""
+    kinds = {
+        "experts": "an adapted parameter, which PEFT has no DoRA for",
+        "mha": "a fused attention, which PEFT has no DoRA for",
+        "tied": "a tied table, of which PEFT's head has a norm of its own",
+    }
+    for step, what in kinds.items():
+        if step in binding.steps:
+            raise UnsupportedFeatureError(f"{module!r} has a magnitude and is {what}")

@@ -1,0 +1,96 @@
+"""The `LoraConfig`s that would choose the targets of an adapter from a file."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._adapter.config import LoraConfig
+from .._adapter.factors import LoraFactors
+from .._params.paths import matching
+from .._torch.named_params import Base
+from .config import PeftConfig
+
+
+def configs_of(
+    entries: Mapping[str, Any], said: PeftConfig, base: Base
+) -> LoraConfig | tuple[LoraConfig, ...]:
+    """Returns one config, or one for each kind of target.
+
+    Experts have factors of their own in the file, and so in any program that the
+    configs are for.
+
+    Args:
+        entries: the adapter.
+        said: what the file's config says.
+        base: the params.
+    """
+    paths = list(base.params.paths)
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for path, kind in _asked(entries, base).items():
+        kinds.setdefault(kind, []).append(path)
+    configs = [_config(kind, own, said, paths) for kind, own in kinds.items()]
+    return configs[0] if len(configs) == 1 else tuple(configs)
+
+
+def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
+    if isinstance(entry, LoraFactors):
+        dora = entry.magnitude is not None
+        return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch
+    return (str(entry.dtype),)
+
+
+def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]:
+    """Returns for each path the kind whose config gives its entry.
+
+    Factors whose rank is all that their kernel allows may have been asked for with a
+    larger one: the least that others of the same scaling have.
+    """
+    kinds = {path: _kind(e, base.experts(path)) for path, e in entries.items()}
+    capped = {path for path, entry in entries.items() if _may_be_capped(entry)}
+    free = {kind for path, kind in kinds.items() if path not in capped}
+    found = dict(kinds)
+    for path in capped:
+        rank, *rest = kinds[path]
+        alike = [k for k in free if [*k[1:]] == rest and k[0] >= rank]
+        others = [kinds[p] for p in capped if [*kinds[p][1:]] == rest]
+        found[path] = min(alike) if alike else max(others)
+    return found
+
+
+def _may_be_capped(entry: Any) -> bool:
+    if not isinstance(entry, LoraFactors):
+        return False
+    return entry.rank == min(entry.axes.fans(entry.kernel_shape))
+
+
+def _config(
+    kind: tuple[Any, ...], own: Sequence[str], said: PeftConfig, paths: Sequence[str]
+) -> LoraConfig:
+    target = _patterns(own, paths)
+    if len(kind) == 1:
+        return LoraConfig(target, full=True, dtype=kind[0])
+    rank, scaling, dtype, dora, batch = kind
+    own_kind: dict[str, Any] = {
+        "rank": rank,
+        "dtype": dtype,
+        "dora": dora,
+        "dropout": float(said.lora_dropout),
+        "batch": batch,
+    }
+    known = {said.lora_alpha, *said.alpha_pattern.values()}
+    for rslora in (said.use_rslora, not said.use_rslora):
+        for alpha in (*sorted(known), scaling * (rank**0.5 if rslora else rank)):
+            config = LoraConfig(target, alpha=float(alpha), rslora=rslora, **own_kind)
+            if config.scaling == scaling:
+                return config
+    return LoraConfig(target, alpha=scaling * rank, **own_kind)
+
+
+def _patterns(own: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
+    """Returns patterns that match these paths and no other, short ones if they can."""
+    tails = dict.fromkeys("/".join(path.split("/")[-2:]) for path in own)
+    short = tuple(re.escape(tail) for tail in tails)
+    chosen = {path for pattern in short for path in matching(pattern, paths)}
+    if chosen == set(own):
+        return short
+    return tuple(f"^{re.escape(path)}$" for path in own)

@@ -1,0 +1,290 @@
+"""Four ways to compute a group of adapted products; `_choice` chooses.
+
+* separate: `x·W + s·(x·a)·b`, products apart. Works for any axes and any sharding.
+* extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes
+  the delta in. It copies `x` and `W`, which pays on GPUs when tokens outnumber
+  features, and it needs arrays that are whole: a sharded axis cannot be appended to.
+* fused: the same sum without copies, by a kernel for Hopper GPUs, on request.
+* merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
+  forms, so that the gradient of a kernel is not formed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._jax.dots import as_laid_out, as_type_of, dot
+from .._jax.dtypes import summands_in, summed_in, workable
+from .._jax.sharding import explicit_sharding
+from .group import (
+    Form,
+    GroupDims,
+    KernelDims,
+    Layout,
+    Operands,
+    base_product,
+    compute_dtype,
+    concatenate,
+    per_kernel,
+)
+from .hopper_kernel import sum_of_products
+
+# Siblings whose gradients one kernel sums: each takes room among its arguments.
+_SUMMED = 8
+
+
+class Backward(NamedTuple):
+    """What a form computes backward; `g = s·dy·bᵀ` of all kernels, the rank last."""
+
+    g: jax.Array
+    dx: jax.Array | None
+
+
+def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
+    """Returns the concatenated `a`, in the dtype of the skinny products."""
+    dtype = compute_dtype(dims, operands.x, operands.kernels)
+    return concatenate([a.astype(dtype) for a in operands.a])
+
+
+def shrink(dims: GroupDims, operands: Operands) -> jax.Array:
+    """Returns `h = x·a` of all kernels, with the rank last."""
+    a = side_by_side(dims, operands)
+    x = workable(operands.x, a.dtype)
+    n_batch = len(dims.batch)
+    contract = (dims.contract, range(n_batch, a.ndim - 1))
+    batch = (dims.batch, range(n_batch))
+    return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
+
+
+def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
+    """Returns the pieces of a rank-sized value, each times its kernel's scaling."""
+    pieces = zip(dims.kernels, per_kernel(value, ranks), strict=True)
+    return [one.scaling * piece for one, piece in pieces]
+
+
+def forward(
+    form: Form, dims: GroupDims, operands: Operands, h: jax.Array
+) -> list[jax.Array]:
+    """Returns the adapted products, each laid out as its base product; `h = x·a`."""
+    return _FORMS[form].forward(dims, operands, h)
+
+
+def backward(
+    form: Form,
+    dims: GroupDims,
+    operands: Operands,
+    a: jax.Array,
+    cotangents: Sequence[jax.Array],
+    wants_x: bool,
+) -> Backward:
+    """Returns `g` and, if it is wanted, the gradient of `x`."""
+    if not wants_x:
+        return Backward(_shrink_cotangents(dims, operands, cotangents), None)
+    g, dx = _FORMS[form].backward(dims, operands, cotangents)
+    if form in ("separate", "extended"):
+        layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+        dx = dx + layout.grad_x_of_delta(g, a, operands.x)
+    return Backward(g, as_type_of(dx, operands.x))
+
+
+def _each(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> list[tuple[KernelDims, Layout, jax.Array, jax.Array, jax.Array]]:
+    rows = zip(dims.kernels, operands.kernels, operands.b, cotangents, strict=True)
+    layout = lambda one, w: Layout.of(dims, one, operands.x, w)
+    return [(one, layout(one, w), w, b, dy) for one, w, b, dy in rows]
+
+
+def _shrink_cotangents(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> jax.Array:
+    """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank."""
+    dtype = compute_dtype(dims, operands.x, operands.kernels)
+    parts = []
+    for one, layout, _, b, dy in _each(dims, operands, cotangents):
+        g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
+        parts.append(one.scaling * g)
+    return concatenate(parts)
+
+
+def _sum(parts: Sequence[jax.Array]) -> jax.Array:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+# --- separate ---
+
+
+def _separate(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
+    pieces = scaled(dims, h, operands.ranks)
+    rows = zip(dims.kernels, operands.kernels, operands.b, pieces, strict=True)
+    return [
+        expand(dims, one, h, b, base_product(dims, one, operands.x, w))
+        for one, w, b, h in rows
+    ]
+
+
+def expand(
+    dims: GroupDims, one: KernelDims, h: jax.Array, b: jax.Array, y: jax.Array
+) -> jax.Array:
+    """Returns `y + h·b`, in the dtype and layout of `y`."""
+    batch = tuple(range(len(dims.batch)))
+    b = b.astype(h.dtype)
+    lhs, rhs = (b, h) if one.first else (h, b)
+    contract = ((lhs.ndim - 1,), (rhs.ndim - 1,))
+    wide = summands_in(y.dtype, h.dtype)
+    delta = lax.dot_general(
+        lhs,
+        rhs,
+        (contract, (batch, batch)),
+        precision=one.precision,
+        preferred_element_type=wide,
+        out_sharding=explicit_sharding(y),
+    )
+    return (y.astype(wide) + delta).astype(y.dtype)
+
+
+def _separate_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    g = _shrink_cotangents(dims, operands, cotangents)
+    each, x = _each(dims, operands, cotangents), operands.x
+    parts = [layout.grad_x(dy, w, x, g.dtype) for _, layout, w, _, dy in each]
+    return g, _sum(parts)
+
+
+# --- extended ---
+
+
+def _extended(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
+    x, ranks = operands.x, operands.ranks
+    h = concatenate(scaled(dims, h, ranks))
+    features = math.prod(x.shape[i] for i in dims.contract)
+    x = jnp.concatenate([x.reshape(*h.shape[:-1], features), h], axis=-1)
+    outputs = []
+    for i, (one, w) in enumerate(zip(dims.kernels, operands.kernels, strict=True)):
+        kernel = _extended_kernel(operands, i, features)
+        pairs = (((x.ndim - 1,), (0,)), ((), ()))
+        y = lax.dot_general(x, kernel, pairs, **dict(one.params))
+        free = w.shape[len(one.contract) :]
+        outputs.append(y.reshape(*h.shape[:-1], *free))
+    return outputs
+
+
+def _extended_kernel(operands: Operands, index: int, features: int) -> jax.Array:
+    """Returns `[W; b]: (in + ranks, out)`, with zeros below W for the siblings' b."""
+    w, b = operands.kernels[index], operands.b[index]
+    w = w.reshape(features, -1)
+    b = b.reshape(w.shape[1], -1).T.astype(w.dtype)
+    before, after = sum(operands.ranks[:index]), sum(operands.ranks[index + 1 :])
+    zeros = lambda rows: jnp.zeros((rows, w.shape[1]), w.dtype)
+    return jnp.concatenate([w, zeros(before), b, zeros(after)], axis=0)
+
+
+def _extended_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`Σ dy·[W; b]ᵀ = [Σ dy·Wᵀ, dy·bᵀ]`: one pass over each `dy` for both."""
+    x = operands.x
+    features = math.prod(x.shape[i] for i in dims.contract)
+    lead = x.ndim - len(dims.contract)
+    parts = []
+    for i, (one, _, _, _, dy) in enumerate(_each(dims, operands, cotangents)):
+        kernel = _extended_kernel(operands, i, features)
+        dy = dy.reshape(*dy.shape[:lead], -1)
+        contract = ((lead,), (1,))
+        parts.append(dot(dy, kernel, contract, ((), ()), x.dtype, one.precision))
+    total = _sum(parts)
+    dx, g = total[..., :features].reshape(x.shape), total[..., features:]
+    return concatenate(scaled(dims, g, operands.ranks)), dx
+
+
+# --- fused ---
+
+
+def _fused(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
+    rows = operands.x.shape[: operands.x.ndim - len(dims.contract)]
+    n = math.prod(rows)
+    x = operands.x.reshape(n, -1)
+    pieces = scaled(dims, h, operands.ranks)
+    outputs = []
+    for w, b, piece in zip(operands.kernels, operands.b, pieces, strict=True):
+        free = w.shape[len(dims.contract) :]
+        b = b.reshape(-1, b.shape[-1]).T.astype(x.dtype)
+        h = piece.reshape(n, -1).astype(x.dtype)
+        y = sum_of_products([x], [w.reshape(x.shape[1], -1)], h, b)
+        outputs.append(y.reshape(*rows, *free))
+    return outputs
+
+
+def _fused_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies, siblings in one sum."""
+    x = operands.x
+    g = _shrink_cotangents(dims, operands, cotangents)
+    features = math.prod(x.shape[i] for i in dims.contract)
+    n = x.size // features
+    a = [a.reshape(features, -1).astype(x.dtype) for a in operands.a]
+    gs = per_kernel(g.reshape(n, -1).astype(x.dtype), operands.ranks)
+    dys = [dy.reshape(n, -1) for dy in cotangents]
+    ws = [w.reshape(features, -1) for w in operands.kernels]
+    parts = []
+    for start in range(0, len(ws), _SUMMED):
+        of = slice(start, start + _SUMMED)
+        side = lambda values, of=of: jnp.concatenate(values[of], axis=1)
+        parts.append(sum_of_products(dys[of], ws[of], side(gs), side(a).T, turned=True))
+    return g, _sum(parts).reshape(x.shape)
+
+
+# --- merged ---
+
+
+def _merged(dims: GroupDims, operands: Operands, _: jax.Array) -> list[jax.Array]:
+    kernels = _merged_kernels(dims, operands)
+    pairs = zip(dims.kernels, kernels, strict=True)
+    return [base_product(dims, one, operands.x, w) for one, w in pairs]
+
+
+def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    """Returns `W + s·a·b` of each kernel, summed in float32 and rounded once."""
+    batch = tuple(range(len(dims.batch)))
+    kernels = []
+    rows = zip(dims.kernels, operands.kernels, operands.a, operands.b, strict=True)
+    for one, w, a, b in rows:
+        wide = summed_in(w.dtype)
+        a, b = one.scaling * a.astype(wide), b.astype(wide)
+        contract = ((a.ndim - 1,), (b.ndim - 1,))
+        highest = lax.Precision.HIGHEST
+        delta = dot(a, b, contract, (batch, batch), wide, highest)
+        layout = Layout.of(dims, one, operands.x, w)
+        delta = as_laid_out(layout.like_kernel(delta, one.contract), w)
+        kernels.append((w.astype(wide) + delta).astype(w.dtype))
+    return kernels
+
+
+def _merged_backward(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    kernels = _merged_kernels(dims, operands)
+    merged = operands._replace(kernels=tuple(kernels))
+    return _separate_backward(dims, merged, cotangents)
+
+
+class _Form(NamedTuple):
+    forward: Callable[[GroupDims, Operands, jax.Array], list[jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+_FORMS: dict[Form, _Form] = {
+    "separate": _Form(_separate, _separate_backward),
+    "extended": _Form(_extended, _extended_backward),
+    "fused": _Form(_fused, _fused_backward),
+    "merged": _Form(_merged, _merged_backward),
+}

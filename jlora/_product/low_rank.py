@@ -1,0 +1,258 @@
+"""The low-rank product `x·W + s·(x·a)·b`, with a hand-derived backward pass.
+
+Plain autodiff of the same expression does the same arithmetic and runs slower: it asks
+for transposed copies of large operands. Here every gradient is one `dot_general` whose
+operands lie as they are, and the residuals are `x`, `W`, `a`, `b`, and `x·a` where it
+is small beside `x`. A quantised kernel `W` is made dense in each pass, and its arrays
+are the residuals.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+
+from .._jax.dots import as_type_of
+from .._jax.versions import manual_axes, vary
+from .._params.lazy import (
+    Lazy,
+    dense,
+    instantiate,
+    is_lazy,
+    kept_apart,
+    made_again,
+    primals,
+    pulled,
+)
+from .forms import Backward, backward, forward, scaled, shrink, side_by_side
+from .group import Form, GroupDims, Layout, Operands, per_kernel
+
+# `x·a` is kept for the backward pass where it has at most an eighth of the columns of
+# `x`, and not computed again under `jax.checkpoint` where it has at most 1/32 of them.
+_KEPT, _KEPT_UNDER_REMAT = 8, 32
+_NAME = "jlora: x·a"
+
+
+def low_rank_product(
+    dims: GroupDims, operands: Operands, *, form: Form, derive: str = "custom"
+) -> list[jax.Array]:
+    """Returns `x·W + s·(x·a)·b` for each kernel of a group.
+
+    Args:
+        dims: the static description of the products.
+        operands: the arrays.
+        form: how the products are computed, see `_forms`.
+        derive: "custom" for the hand-derived backward pass, "autodiff" to leave the
+            product to JAX, as forward-mode differentiation needs.
+
+    Returns:
+        One array per kernel, laid out as the base product lays it out.
+    """
+    varying = frozenset().union(*map(manual_axes, jax.tree.leaves(operands)))
+    spread = lambda v: v if isinstance(v, Lazy) else vary(v, varying)
+    operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
+    if derive == "custom":
+        return _product((dims, form), operands)
+    form = form if form == "merged" else "separate"
+    run = lambda operands: forward(
+        form, dims, _opened(operands), shrink(dims, operands)
+    )
+    if is_lazy(operands.kernels):
+        return made_again(run, operands, derive)
+    return run(operands)
+
+
+def _opened(operands: Operands) -> Operands:
+    """Returns the operands with quantised kernels made dense."""
+    return operands._replace(kernels=tuple(_made(operands.x, operands.kernels)))
+
+
+def _made(x: jax.Array, kernels: Sequence[Any]) -> list[jax.Array]:
+    """Makes kernels dense, varying along the shard_map axes along which `x` does."""
+    make = lambda w: vary(dense(w), manual_axes(x)) if isinstance(w, Lazy) else w
+    return [make(w) for w in kernels]
+
+
+def keeping(policy: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Returns a policy of `jax.checkpoint` that saves small `x·a` besides."""
+    return _is_small if policy is None else _Keeping(policy)
+
+
+def _is_small(primitive: Any, /, *_: Any, **params: Any) -> bool:
+    return primitive.name == "name" and params.get("name") == _NAME
+
+
+class _Keeping:
+    """A policy and small `x·a`: equal for the same policy, which it alone holds on to.
+
+    JAX caches by policies, with weak references. The parameters of a primitive may have
+    any names, so that all of its own are positional.
+    """
+
+    def __init__(self, policy: Callable[..., Any]) -> None:
+        self.policy = policy
+
+    def __call__(self, primitive: Any, /, *args: Any, **params: Any) -> Any:
+        small = _is_small(primitive, *args, **params)
+        return small or self.policy(primitive, *args, **params)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keeping) and self.policy is other.policy
+
+    def __hash__(self) -> int:
+        return hash((_Keeping, id(self.policy)))
+
+
+def _one_kernel_for_all(
+    run: Callable[..., Any], form: Form, operands: Operands, *rest: Any
+) -> Any:
+    """Runs a form so that `jax.vmap` over adapters keeps one copy of each kernel.
+
+    The extended and the merged form put factors into a kernel; mapped over factors they
+    would make one per adapter. The separate form then keeps the base product unbatched.
+    Mapped over inputs, the fused form turns to the extended one, of one product.
+    """
+    if form == "separate":
+        return run(form, operands, *rest)
+    mapped = custom_vmap(lambda operands, *rest: run(form, operands, *rest))
+
+    @mapped.def_vmap
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        mapped_operands = batched[0]
+        factors = (mapped_operands.a, mapped_operands.b, mapped_operands.kernels)
+        inner: Form = "extended" if form == "fused" else form
+        inner = "separate" if any(jax.tree.leaves(factors)) else inner
+        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(batched))
+
+        def deeper(form: Form, *args: Any) -> Any:
+            each = functools.partial(run, form)
+            return jax.vmap(each, in_axes=axes, axis_size=size)(*args)
+
+        out = _one_kernel_for_all(deeper, inner, *args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return _derived_by(functools.partial(run, "separate"), mapped)(operands, *rest)
+
+
+def _derived_by(
+    other: Callable[..., Any], run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns `run`, whose derivatives are those of `other`, which computes the same.
+
+    They are asked for by second derivatives alone. A function with a batching rule of
+    its own has none in reverse mode.
+    """
+    derived = jax.custom_jvp(run)
+
+    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        values, treedef = jax.tree.flatten(primals)
+        is_zero = lambda tangent: isinstance(tangent, SymbolicZero)
+        changes = jax.tree.leaves(tangents, is_leaf=is_zero)
+        moving = [i for i, change in enumerate(changes) if not is_zero(change)]
+
+        def of_moving(*moved: jax.Array) -> Any:
+            new = dict(zip(moving, moved, strict=True))
+            every = [new.get(i, value) for i, value in enumerate(values)]
+            return other(*treedef.unflatten(every))
+
+        at = [values[i] for i in moving]
+        _, change = jax.jvp(of_moving, at, [changes[i] for i in moving])
+        return run(*primals), change
+
+    derived.defjvp(rule, symbolic_zeros=True)
+    return derived
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static: tuple[GroupDims, Form], operands: Operands) -> list[jax.Array]:
+    return _run(static, operands, shrink(static[0], operands))
+
+
+def _run(
+    static: tuple[GroupDims, Form], operands: Operands, h: jax.Array
+) -> list[jax.Array]:
+    dims, form = static
+    run = lambda form, operands, h: forward(form, dims, _opened(operands), h)
+    return _one_kernel_for_all(run, form, operands, h)
+
+
+class _Residuals(NamedTuple):
+    operands: Operands
+    h: jax.Array | None
+    # None for what is not differentiated: a marker that is part of the tree structure,
+    # so that no gradient of a frozen kernel is ever formed.
+    wants_x: tuple[()] | None
+    # One marker for each array that a kernel is made from.
+    wants_kernel: tuple[tuple[tuple[()] | None, ...], ...]
+
+
+def _forward(
+    static: tuple[GroupDims, Form], operands: Operands
+) -> tuple[list[jax.Array], _Residuals]:
+    """The forward pass; the residuals are the operands, and `x·a` where it is small."""
+    dims, _ = static
+    arrays, _ = primals(operands)
+    (wants_x,) = primals(operands.x)[1]
+    marks = tuple(primals(kernel)[1] for kernel in operands.kernels)
+    h = shrink(dims, arrays)
+    columns = math.prod(arrays.x.shape[i] for i in dims.contract)
+    if h.shape[-1] * _KEPT_UNDER_REMAT <= columns:
+        h = checkpoint_name(h, _NAME)
+    kept = h if h.shape[-1] * _KEPT <= columns else None
+    return _run(static, arrays, h), _Residuals(arrays, kept, wants_x, marks)
+
+
+def _backward(
+    static: tuple[GroupDims, Form], residuals: _Residuals, cotangents: Sequence[Any]
+) -> tuple[Operands]:
+    """The gradients of `x`, `a` and `b`, and of a kernel only where it is asked for.
+
+    With `h = s·x·a` and `g = s·dy·bᵀ`:
+    `dx = dy·Wᵀ + g·aᵀ`, `da = xᵀ·g`, `db = hᵀ·dy` (kept as `dyᵀ·h`, rank last).
+    """
+    dims, form = static
+    operands, kept, wants_x, wants_kernel = residuals
+    x, ranks = operands.x, operands.ranks
+    dys = [instantiate(dy) for dy in cotangents]
+    if is_lazy(operands.kernels):
+        operands, dys = kept_apart(operands, dys)
+    a = side_by_side(dims, operands)
+    h = shrink(dims, operands) if kept is None else kept
+
+    def run(form: Form, operands: Operands, a: Any, dys: Any) -> Backward:
+        return backward(form, dims, _opened(operands), a, dys, wants_x is not None)
+
+    g, dx = _one_kernel_for_all(run, form, operands, a, dys)
+    db, dw = [], []
+    hs = scaled(dims, h, ranks)
+    for i, (one, dy) in enumerate(zip(dims.kernels, dys, strict=True)):
+        w, b = operands.kernels[i], operands.b[i]
+        layout = Layout.of(dims, one, x, w)
+        db.append(layout.grad_b(hs[i], dy, b))
+        dw.append(_grad_kernel(layout, x, dy, w, wants_kernel[i]))
+    layout = Layout.of(dims, dims.kernels[0], x, operands.kernels[0])
+    da = per_kernel(layout.grad_a(x, g, operands.a[0].dtype), ranks)
+    da = tuple(map(as_type_of, da, operands.a))
+    return (Operands(dx, tuple(dw), da, tuple(db)),)
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _grad_kernel(
+    layout: Layout, x: jax.Array, dy: jax.Array, w: Any, wanted: Sequence[Any]
+) -> Any:
+    """Returns the gradient of a kernel, or of what it is made from; None if unwanted.
+
+    No one asks for that of a quantised array, but a kernel may have been scaled.
+    """
+    if all(mark is None for mark in wanted):
+        return None
+    make = lambda w: _made(x, [w])[0]
+    dw = layout.grad_kernel(x, dy, make(w))
+    return pulled(make, w, wanted, dw) if isinstance(w, Lazy) else dw

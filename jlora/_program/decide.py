@@ -1,0 +1,388 @@
+"""The second pass: how each equation is evaluated, once the roles are settled."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .._params.axes import KernelAxes, Roles
+from .._product.choice import Contraction, choose
+from .._product.group import GroupDims
+from .._rules.broadcast import grown, narrowed
+from .._rules.carry import CARRY, scale_axes
+from .._rules.consume import CONSUME
+from .._rules.control_flow import CONTROL_FLOW
+from .._rules.dora_uses import fits, keeps_scale, spread
+from .._rules.dot_general import group_dims
+from .._rules.gather import indexed_axes
+from .._rules.labelled import Labels, cuts_across
+from .._rules.mix import is_frozen_product, passed_by
+from .._rules.view import (
+    Log,
+    Passed,
+    Place,
+    Program,
+    Step,
+    Use,
+    Value,
+    View,
+    any_active,
+    plain,
+)
+from .analysis import Analysis, ends_of
+from .discover import discover
+from .recall import Recall
+from .siblings import arrange
+
+
+class Decision(Analysis):
+    """The pass that gives each equation its action.
+
+    Args:
+        axes: the settled roles by path.
+        contraction: as `jlora.lora` takes it.
+        dora: the paths of the kernels that have DoRA's scale.
+        recall: what was found out of jaxprs before.
+        ends: the places where kernels come to an end.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, KernelAxes],
+        contraction: Contraction,
+        dora: Collection[str],
+        recall: Recall,
+        ends: frozenset[Place],
+    ) -> None:
+        super().__init__(CONTROL_FLOW, recall, ends)
+        self.axes, self.dora = axes, dora
+        self.contraction: Contraction = contraction
+        # Of each product: the operand that is a kernel, and its entries in the log.
+        self._products: dict[int, tuple[int, range]] = {}
+        # Of those that cut across the roles: what each entry takes for each rank.
+        self._across: dict[int, list[int]] = {}
+
+    def kind_of(self, path: str) -> Hashable:
+        """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
+        return self.axes[path], path in self.dora
+
+    def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
+        """Whether axes of a view are batch axes, or on one side of its kernel."""
+        roles = self._roles(view)
+        return roles is not None and len({roles[i] for i in axes} & {"in", "out"}) < 2
+
+    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
+        """Consumes, carries, looks up, or else materializes the adapted operands."""
+        nothing = plain(len(eqn.outvars), any_active(values))
+        eqn, along = narrowed(eqn, values)
+        if not self._scale_follows(eqn, values):
+            where = _moved(eqn, values) or OF_DORA
+            self.materialized(eqn, values, where)
+            return Step("materialize"), nothing
+        if self._passes_on(eqn, values):
+            moved = _is_beside_moved(values)
+            outputs = None if moved else self._carried(eqn, values)
+            if outputs is not None:
+                return Step("carry"), outputs
+            # It may be a use, which the next run tells, or else it is an obstacle.
+            self.log.lost[self.place] = "mix"
+            self.materialized(eqn, values, OF_SUM if moved else "", used=True)
+            return Step("materialize"), nothing
+        kinds = self._consumed(eqn, values)
+        if kinds and not self._scale_fits(eqn, values):
+            where = _moved(eqn, values) or OF_DORA
+            self.materialized(eqn, values, where)
+            return Step("materialize"), nothing
+        if kinds:
+            return self._use(eqn, values, kinds), nothing
+        outputs = self._carried(eqn, values)
+        if outputs is None:
+            self.materialized(eqn, values, _moved(eqn, values))
+            return Step("materialize"), nothing
+        if self._is_lookup(eqn, values):
+            self._used(eqn, values, itertools.repeat("lookup"))
+            return Step("lookup"), nothing
+        return Step("carry", along=along, beside=_is_beside(eqn, values)), outputs
+
+    def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
+        before = len(self.log.uses)
+        self._used(eqn, values, kinds)
+        if eqn.primitive.name != "dot_general":
+            return Step("consume")
+        operand = next(i for i, value in enumerate(values) if value.views)
+        logged = range(before, len(self.log.uses))
+        self._products[id(eqn)] = (operand, logged)
+        self._note_across(eqn, operand, values[operand].views)
+        return Step("product")
+
+    def _passes_on(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether an equation is a frozen product that is not the use of its kernel."""
+        others = [value for value in values if not value.views]
+        return is_frozen_product(eqn, others) and self.place not in self.ends
+
+    def arranged(self, steps: list[Step]) -> list[Step]:
+        """Puts products that share an operand into one step, and chooses its form."""
+        eqns = [step.eqns[0] for step in steps]
+        kernels = {
+            i: self._products[id(eqn)][0]
+            for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
+            if step.action == "product" and id(eqn) not in self._across
+        }
+        movable = lambda i: (
+            steps[i].action in ("plain", "carry") and not eqns[i].effects
+        )
+        units = arrange(eqns, kernels, movable)
+        return [
+            self._group([eqns[i] for i in unit])
+            if steps[i].action == "product"
+            else steps[i]
+            for unit in units
+            for i in unit[:1]
+        ]
+
+    def _note_across(self, eqn: Any, operand: int, views: Sequence[View]) -> None:
+        """Notes a product that no two matrices say: it is computed by itself."""
+        sides = []
+        for view in views:
+            roles = list(enumerate(self._roles(view) or []))
+            has = lambda role, roles=roles: {
+                i for i, r in roles if r in (role, "batch")
+            }
+            sides.append((has("in"), has("out")))
+        if any(cuts_across(eqn, operand, *pair) for pair in sides):
+            shapes = eqn.invars[1 - operand].aval.shape, eqn.outvars[0].aval.shape
+            self._across[id(eqn)] = [
+                Labels.of(eqn, operand, *pair).work(*shapes) for pair in sides
+            ]
+
+    def _group(self, eqns: list[Any]) -> Step:
+        operands = [self._products[id(eqn)][0] for eqn in eqns]
+        if id(eqns[0]) in self._across:
+            return self._alone(eqns[0])
+        dims: GroupDims = group_dims(eqns[0], operands[0])
+        for eqn, operand in zip(eqns[1:], operands[1:], strict=True):
+            dims = dims.with_kernels(group_dims(eqn, operand).kernels)
+        x = eqns[0].invars[1 - operands[0]].aval
+        pairs = zip(eqns, operands, strict=True)
+        kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
+        form = choose(self.contraction, dims, x, kernels)
+        features = math.prod(x.shape[i] for i in dims.contract)
+        rows = self.trips * x.size // max(features, 1)
+        for eqn, one, kernel in zip(eqns, dims.kernels, kernels, strict=True):
+            shared = math.prod(kernel.shape[i] for i in one.batch)
+            outputs = kernel.size // max(features * shared, 1)
+            flops = 6 * rows * (features + outputs)
+            if form == "merged":  # of six products two are replaced by the kernel's
+                flops = 4 * rows * (features + outputs) + 4 * self.trips * kernel.size
+            for i in self._products[id(eqn)][1]:
+                self.log.uses[i] = dataclasses.replace(
+                    self.log.uses[i],
+                    form=form,
+                    siblings=len(eqns),
+                    factor_flops=flops,
+                )
+        return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
+
+    def _alone(self, eqn: Any) -> Step:
+        operand, logged = self._products[id(eqn)]
+        for i, work in zip(logged, self._across[id(eqn)], strict=True):
+            self.log.uses[i] = dataclasses.replace(
+                self.log.uses[i], form="separate", factor_flops=6 * self.trips * work
+            )
+        return Step("product", eqns=(eqn,), kernels=(operand,))
+
+    def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
+        name, line = eqn.primitive.name, self.line_of(eqn)
+        operand = next(i for i, value in enumerate(values) if value.views)
+        views = itertools.chain(*(value.views for value in values))
+        for view, kind in zip(views, kinds, strict=False):
+            if name in CONSUME:
+                self.reaches(eqn, operand, view, bool(any_active(values)))
+            else:
+                self.meets(view)
+            self.log.uses.append(Use(view.path, kind, line, True, name))
+
+    def _roles(self, view: View) -> list[str | None] | None:
+        return view.roles(self.axes[view.path])
+
+    def _consumed(self, eqn: Any, values: list[Value]) -> list[str]:
+        """Returns the kind of use of each view, or nothing if it is no use."""
+        rule = CONSUME.get(eqn.primitive.name)
+        where = [i for i, value in enumerate(values) if value.views]
+        if rule is None or len(where) != 1 or where[0] not in rule.operands:
+            return []
+        (operand,) = where
+        kinds = []
+        for view in values[operand].views:
+            roles = self._roles(view)
+            if roles is None or not rule.supports(eqn, operand, roles):
+                return []
+            kind = rule.kind + rule.details(eqn)
+            kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
+        return kinds
+
+    def _scale_fits(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether DoRA's scale, where there is one, can be applied beside a use."""
+        for operand, value in enumerate(values):
+            if not fits(eqn, operand, self._scale_varies(eqn, operand, value)):
+                return False
+        return True
+
+    def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether a scale, where there is one, stays one in a frozen product."""
+        others = [value for value in values if not value.views]
+        if any_active(others) or self.place in self.ends:
+            return True
+        return all(
+            keeps_scale(eqn, operand, self._scale_varies(eqn, operand, value))
+            for operand, value in enumerate(values)
+        )
+
+    def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
+        """Returns the axes of an operand along which a scale of it varies."""
+        scaled = [v for v in value.views if v.path in self.dora or v.scaled]
+        varies = set().union(*map(self._varies, scaled))
+        return {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
+
+    def _varies(self, view: View) -> set[int]:
+        """Returns the axes of a value along which the scale of a kernel varies."""
+        of_dora = view.path in self.dora
+        roles = enumerate((of_dora and self._roles(view)) or [])
+        return {i for i, role in roles if role in ("batch", "out")} | view.spread
+
+    def _carried(self, eqn: Any, values: list[Value]) -> list[Value] | None:
+        rule = CARRY.get(eqn.primitive.name)
+        where = [i for i, value in enumerate(values) if value.views]
+        others = [value for value in values if not value.views]
+        if (
+            eqn.primitive.name in ("add", "sub", "reduce_sum")
+            and self.place in self.ends
+        ):
+            return None
+        if rule is None or not rule.takes(where, bool(any_active(others))):
+            return None
+        if _moved(eqn, values) and eqn.primitive.name in ("add", "sub"):
+            return None
+        outputs: list[list[View]] = [[] for _ in eqn.outvars]
+        for operand in where:
+            maps = rule.axes(eqn, operand)
+            if maps is None:
+                return None
+            for view in values[operand].views:
+                if not rule.supports(eqn, operand, self._roles(view) or []):
+                    return None
+                view = self._marked(eqn, operand, view, values)
+                for output, axis_map in zip(outputs, maps, strict=True):
+                    if axis_map is not None:
+                        moved = view.moved(axis_map).spread_along(spread(eqn))
+                        if _is_beside(eqn, values):
+                            moved = moved.scaled_along(scale_axes(eqn, operand))
+                        output.append(moved.chosen_along(grown(eqn, operand)))
+        if any(self._roles(view) is None for view in itertools.chain(*outputs)):
+            return None
+        active = any_active(values)
+        return [Value(tuple(output), active) for output in outputs]
+
+    def _marked(
+        self, eqn: Any, operand: int, view: View, values: Sequence[Value]
+    ) -> View:
+        """Returns a view with what it passes at an equation."""
+        if passed := passed_by(eqn, operand, view, self.place):
+            return view.after(passed)
+        others = [value for i, value in enumerate(values) if i != operand]
+        if self._loses_side(eqn, view) and not any_active(others):
+            axes = view.origin_of(indexed_axes(eqn))
+            return view.after(Passed(self.place, axes, "order"))
+        return view
+
+    def _is_lookup(self, eqn: Any, values: list[Value]) -> bool:
+        """Whether rows are taken for themselves: they have lost one side of the kernel.
+
+        An index that depends on no activation only puts the rows in order, unless that
+        is where the kernel comes to its end.
+        """
+        views = itertools.chain(*(value.views for value in values))
+        if not any(self._loses_side(eqn, view) for view in views):
+            return False
+        others = [value for value in values if not value.views]
+        return bool(any_active(others)) or self.place in self.ends
+
+    def _loses_side(self, eqn: Any, view: View) -> bool:
+        """Whether single entries are taken along a whole side of a kernel."""
+        indexed = indexed_axes(eqn)
+        if not indexed:
+            return False
+        roles = self._roles(view) or []
+        taken = {roles[i] for i in indexed}
+        rest = {r for i, r in enumerate(roles) if i not in indexed}
+        return bool(taken & {"in", "out"}) and not {"in", "out"} <= rest
+
+
+# What the name of a use gets where DoRA alone keeps it from staying factored, or what
+# else the adapter moves.
+OF_DORA = " over a part of DoRA's outputs"
+OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
+OF_SUM = " with a value that the adapter moves"
+
+
+def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
+    """Whether an equation scales a kernel by what the adapter moves.
+
+    Multiplied into the kernel, such a scale would have the gradient of a whole kernel
+    as its own. Beside it, as DoRA's is, it is applied to the inputs or the outputs.
+    """
+    return eqn.primitive.name in ("mul", "div") and _is_beside_moved(values)
+
+
+def _is_beside_moved(values: Sequence[Value]) -> bool:
+    """Whether the adapter moves another operand of an equation."""
+    return any_active([value for value in values if not value.views]).adapter
+
+
+def _moved(eqn: Any, values: Sequence[Value]) -> str:
+    """Names what the adapter moves beside a kernel, where that keeps it from passing.
+
+    A kernel with a scale beside it is no sum with another value; and a value that is
+    added to a kernel would have the gradient of a whole kernel.
+    """
+    if any(view.scaled for value in values for view in value.views):
+        return OF_SCALE
+    added = eqn.primitive.name in ("add", "sub")
+    return OF_SUM if added and _is_beside_moved(values) else ""
+
+
+def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:
+    """Names a product that contracts the output axes: the transposed use."""
+    if roles is None:
+        return kind
+    contracted = {s for r, s in zip(roles, settled, strict=True) if r == "in" and s}
+    return f"transposed {kind}" if contracted == {"out"} else kind
+
+
+def decide(
+    jaxpr: Any,
+    inputs: Sequence[Value],
+    axes: Mapping[str, KernelAxes],
+    contraction: Contraction,
+    dora: Collection[str] = (),
+) -> tuple[Program, Log]:
+    """Returns the program to evaluate, and the uses of the kernels in it."""
+    recall = Recall()
+
+    def run(ends: frozenset[Place]) -> tuple[Program, Log]:
+        decision = Decision(axes, contraction, dora, recall, ends)
+        return decision.whole(jaxpr, inputs), decision.log
+
+    program, log = run(frozenset())
+    if not ends_of(log):
+        return program, log
+    # What was passed, or was a use, shows where the kernels go after that.
+    found = discover(jaxpr, inputs)
+    ends = frozenset[Place]()
+    more = found.ends | (ends_of(log) - found.passed_on)
+    while not more <= ends:
+        ends |= more
+        program, log = run(ends)
+        more = ends_of(log) - found.passed_on
+    return program, log
