@@ -127,18 +127,6 @@ class Run:
                     lambda params, _, *inputs: self.fn(params, *inputs)
                 )
                 jax.eval_shape(graded, params, None, inputs)
-        if self.program.mesh and "conv_general_dilated" in self.written.source:
-            self.right_on_mesh(params, inputs)
-
-    def right_on_mesh(self, params: Any, inputs: Any) -> None:
-        """Raises if XLA gives other values on a mesh, as of images cut along space."""
-        _, plain, data = self.arguments()
-        with self.mesh():
-            got = jax.jit(self.wide)(jax.tree.map(widened, params), *inputs)
-        want = evaluated(jax.jit(self.wide).trace(plain, *data), plain, *data)
-        for x, y in zip(got, want, strict=True):
-            if difference("output", np.asarray(x), y, largest(y), 1e-2):
-                raise Unfit("other values on a mesh")
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]:
         """The kernels to merge, all params, and the inputs, in float32."""
@@ -240,12 +228,19 @@ class Run:
                     got = jax.block_until_ready(compiled(adapter, params, inputs))
                 else:
                     got = evaluated(traced, adapter, params, inputs)
+                outcome = self.differences(adapter, got)
+                if outcome.kind == "failed" and self.program.mesh == "Auto":
+                    # Such a mesh is none of the program's, but XLA multiplies some values
+                    # by the size of a mesh axis (jax 0.10 to 0.12): is it that alone?
+                    there = evaluated(traced, adapter, params, inputs)
+                    if self.differences(adapter, there).kind == "right":
+                        return Outcome("unfit", "XLA gives other values on a mesh")
         except REFUSALS:
             raise
         except Exception as error:
             unfit = "UNIMPLEMENTED" in str(error)  # XLA on CPUs lacks some products
             return Outcome("unfit" if unfit else "failed", _untyped(error))
-        return self.differences(adapter, got)
+        return outcome
 
     def configs(self) -> list[jlora.LoraConfig]:
         """One config, or two that differ in the dtype of the factors."""
@@ -300,8 +295,12 @@ class Run:
         """
         lines = self.written.source.splitlines()
         uses = [use for target in plan.targets for use in target.uses]
-        at = {lines[int(use.source.rpartition(":")[2]) - 1].strip() for use in uses}
-        return any(re.match(r"k\d+ = |y\d+ = jnp\.einsum\(.*\bc\d", l) for l in at)
+        places = [use.source.rpartition(":") for use in uses]
+        # A library's own jit may have no line of the program.
+        own = [int(line) for file, _, line in places if file == "<string>"]
+        at = {lines[line - 1].strip() for line in own}
+        features = r"k\d+ = |y\d+ = jnp\.einsum\(.*\bc\d"
+        return len(own) < len(uses) or any(re.match(features, line) for line in at)
 
     # merged
 
@@ -361,11 +360,6 @@ class Run:
             for i, x in zip(self.data.floats, floats, strict=True):
                 found[f"gradient of x{i}"] = x, max(largest(x), size)
         return found
-
-
-def widened(leaf: jax.Array) -> jax.Array:
-    """A leaf in float32."""
-    return leaf.astype(jnp.float32)
 
 
 def evaluated(traced: Any, *args: Any) -> Any:

@@ -33,7 +33,7 @@ def apart(actual: Any, expected: Any, scale: float) -> float:
     """The largest difference by the scale, where neither is NaN."""
     x, y = (np.asarray(v).astype(np.complex128) for v in (actual, expected))
     there = ~np.isnan(x) & ~np.isnan(y)
-    return float(np.abs(x - y)[there].max(initial=0.0) / max(scale, 1e-6))
+    return float(np.abs(x - y)[there].max(initial=0.0) / max(scale, 1e-3))
 
 
 def difference(
