@@ -1,7 +1,8 @@
 """Hooks of the build: what pages take from elsewhere in the repository.
 
-`<!-- rooms: _axes _init -->` in a page becomes a table of these modules, each with the
-first line of its docstring; `benchmarks.md` gets the pictures of `benchmarks/results`.
+`<!-- rooms: _params _adapter -->` in a page becomes a table of the modules in these
+rooms, each with the first line of its docstring; `benchmarks.md` gets the pictures of
+`benchmarks/results`.
 """
 
 import ast
@@ -28,12 +29,27 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return ROOMS.sub(lambda found: _table(found[1].split()), markdown)
 
 
-def _table(modules: list[str]) -> str:
-    rows = [f"| `{name}` | {_first_line(name)} |" for name in modules]
-    return "\n".join(["| room | what lives there |", "|---|---|", *rows])
+def _table(rooms: list[str]) -> str:
+    rows = [
+        f"| `{name}` | {_first_line(file)} |"
+        for room in rooms
+        for name, file in _modules(room).items()
+    ]
+    return "\n".join(["| module | what lives there |", "|---|---|", *rows])
 
 
-def _first_line(module: str) -> str:
-    text = (ROOT / "jlora" / f"{module}.py").read_text(encoding="utf-8")
-    told = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
-    return " ".join(told.split()).replace("|", r"\|")
+def _modules(room: str) -> dict[str, Path]:
+    """The files of a room by name; a door is a file by itself."""
+    folder = ROOT / "jlora" / room
+    if not folder.is_dir():
+        return {room: folder.with_suffix(".py")}
+    files = sorted(folder.rglob("*.py"))
+    name = lambda file: ".".join(
+        [room, *file.relative_to(folder).with_suffix("").parts]
+    )
+    return {name(file): file for file in files if file != folder / "__init__.py"}
+
+
+def _first_line(file: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.split("\n\n")[0].split()).replace("|", r"\|")

@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # Scripts for a Python that has torch and PEFT.
-collect_ignore = ["peft_oracle"]
+collect_ignore = ["oracle"]
 
 # What is one test for each use of a kernel, each wrapper of a function, or each model.
 CROSSED = (
@@ -86,9 +86,11 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], jax.Array]:
     """A function that returns a new key at every call, the same ones in every run.
 
     The seed is made from the name of the test, so that adding a test does not change
-    the numbers of the others; it is printed, and shown by pytest when a test fails.
+    the numbers of the others, nor does a new folder; it is printed, and shown by
+    pytest when a test fails.
     """
-    seed = zlib.crc32(request.node.nodeid.encode())
+    _, _, test = request.node.nodeid.partition("::")
+    seed = zlib.crc32(f"tests/{request.path.name}::{test}".encode())
     print(f"getkey: seed {seed}")
     count = iter(range(1 << 30))
     return lambda: jax.random.fold_in(jax.random.key(seed), next(count))

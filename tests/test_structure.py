@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import jlora
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,140 @@
+"""The README: its code runs and prints what it says, its commands are those of CI."""
+
+import dataclasses
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from fenced import blocks, run_blocks
+from paths import PYTHONPATH, ROOT
+from public import DOORS, imported_names
+
+import jlora
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+BLOCKS = blocks(README)
+SHELL = [one.text for one in BLOCKS if one.language not in ("python", "text")]
+
+
+def table(head: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column is called `head`, by first cell."""
+    start = README.index(f"| {head} |")
+    lines = README[start:].split("\n\n")[0].splitlines()[2:]
+    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def test_the_code_runs_and_prints_what_the_readme_says() -> None:
+    run_blocks(BLOCKS)
+
+
+def test_the_first_block_is_a_script_of_its_own(tmp_path: Path) -> None:
+    code, plan = (block.text for block in BLOCKS[:2])
+    (tmp_path / "quickstart.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "quickstart.py"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plan
+    assert plan.startswith("path ") and "trainable 3,072 of" in plan
+
+
+def test_there_are_two_commands() -> None:
+    assert {block.language for block in BLOCKS} == {"python", "text", "bash"}
+    assert len(SHELL) == 2
+    assert SHELL[0].splitlines()[-1] == "python examples/finetune_chat.py"
+    assert SHELL[1].splitlines()[-1].startswith("python -m pytest")
+
+
+def test_ci_runs_the_second_command_and_nothing_else_installs() -> None:
+    assert CI.count(SHELL[1]) == 1
+    assert CI.count("pip install") == SHELL[1].count("pip install")
+    assert CI.count("pytest -n") == 1
+
+
+def test_ci_runs_in_a_folder_named_like_the_package() -> None:
+    """As `git clone` makes one: frames must not be judged by the words in paths."""
+    assert 'checkout="$place/jlora"' in CI
+
+
+@pytest.mark.parametrize("command", SHELL, ids=["example", "tests"])
+def test_the_commands_name_what_exists(command: str) -> None:
+    """They differ in extras and in the last line; both begin on a fresh machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = command.splitlines()
+    assert lines[0] == "python3 -m venv .venv && . .venv/bin/activate &&"
+    found = re.fullmatch(r'pip install -e "\.\[([\w,]+)\]" &&', lines[1])
+    assert found and set(found[1].split(",")) <= set(project["optional-dependencies"])
+    assert lines[2].startswith("pip install --no-deps --require-hashes -r ")
+    files = [w for w in shlex.split(command.replace("&", "")) if "/" in w]
+    for name in [f for f in files if not f.startswith(".venv")]:
+        assert (ROOT / name).is_file(), name
+    assert len(lines) == 4
+
+
+def test_the_data_of_the_example_is_pinned() -> None:
+    text = (ROOT / "examples" / "requirements-finetune.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    packages = " ".join(lines).replace("\\", "").split()
+    names = [word for word in packages if not word.startswith("--hash")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", name) for name in names)
+    hashes = [word for word in packages if word.startswith("--hash=sha256:")]
+    assert len(hashes) == len(names) == 3
+
+
+def test_the_table_has_every_public_name() -> None:
+    assert set(table("name")) == {f"jlora.{name}" for name in imported_names()}
+    assert all(len(row) == 1 and row[0] for row in table("name").values())
+
+
+def test_the_row_of_lora_has_its_signature() -> None:
+    told = re.search(r"`lora\((.*?)\)`", table("name")["jlora.lora"][0])
+    given = inspect.signature(jlora.lora).parameters.values()
+    keywords = [f'{p.name}="{p.default}"' for p in given if isinstance(p.default, str)]
+    assert told
+    assert told[1] == ", ".join(["fn, config, *, argnum=0", *keywords])
+    assert len(given) == 3 + len(keywords)
+
+
+def test_the_row_of_the_result_has_its_methods() -> None:
+    told = re.findall(r"`(\w+)`", table("name")["jlora.Lora"][0])
+    methods = [n for n, v in vars(jlora.Lora).items() if inspect.isfunction(v)]
+    assert sorted(told) == sorted(n for n in methods if not n.startswith("_"))
+
+
+def test_public_names_are_those_of_the_module() -> None:
+    modules = {f.stem for f in (ROOT / "jlora").glob("*.py")}
+    visible = {n for n in vars(jlora) if not n.startswith("_")}
+    assert visible - modules == set(imported_names())
+
+
+def test_the_table_has_every_module() -> None:
+    assert set(table("module")) == {f"jlora.{name}" for name in DOORS}
+
+
+def test_the_table_of_fields_is_that_of_the_config() -> None:
+    fields = table("`LoraConfig`")
+    expected = {f.name: f.default for f in dataclasses.fields(jlora.LoraConfig)}
+    assert list(fields) == list(expected)
+    for name, default in expected.items():
+        told = default.__name__ if default is jnp.float32 else repr(default)
+        assert fields[name][0] == f"`{told}`", name
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).is_file(), link

@@ -1,0 +1,267 @@
+"""The kernel of the fused form, and where it is chosen.
+
+It runs on Hopper GPUs alone. On a CPU it is interpreted, where the release of JAX has
+an interpreter for it, and lowered for a GPU, which counts its shared memory. What the
+form computes from it is tested in `test_products.py`.
+"""
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import randomized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import jlora
+from jlora._product import choice, hopper_kernel
+from jlora._product.hopper_kernel import sum_of_products
+
+BF16 = jnp.bfloat16
+N, D, K = 512, 256, 384
+each_side = pytest.mark.parametrize("turned", [False, True])
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs kernels for GPUs on the CPU; two processors share the tiles."""
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip(f"jax {jax.__version__} has no interpreter for such kernels")
+    monkeypatch.setattr(hopper_kernel, "_processors", lambda: 2)
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+def operands(
+    n: int,
+    depths: tuple[int, ...],
+    columns: int,
+    rank: int,
+    turned: bool,
+    dtype: Any = BF16,
+) -> tuple[Any, ...]:
+    """Random operands, the delta as large as the sum of the base products."""
+    kernels = [(columns, d) if turned else (d, columns) for d in depths]
+    shapes = [*((n, d) for d in depths), *kernels, (n, rank), (rank, columns)]
+    keys = jax.random.split(jax.random.key(n + rank), len(shapes))
+    pairs = zip(keys, shapes, strict=True)
+    *both, h, b = (jax.random.normal(k, s, jnp.float32) for k, s in pairs)
+    *both, h, b = (v.astype(dtype) for v in (*both, h, (sum(depths) / rank) ** 0.5 * b))
+    return both[: len(depths)], both[len(depths) :], h, b
+
+
+def in_double(turned: bool, xs: Any, ws: Any, h: Any, b: Any) -> np.ndarray:
+    """The same by NumPy, in float64."""
+    xs, ws, h, b = jax.tree.map(lambda v: np.asarray(v, np.float64), (xs, ws, h, b))
+    pairs = zip(xs, ws, strict=True)
+    return sum((x @ (w.T if turned else w) for x, w in pairs), h @ b)
+
+
+# --- the kernel ---
+
+
+@each_side
+@pytest.mark.parametrize("rank", [1, 16, 24, 64, 65, 130])
+@pytest.mark.parametrize(
+    "shape", [(256, (128,), 384), (512, (384,), 128), (512, (128, 256, 384), 384)]
+)
+def test_it_is_rounded_once(
+    shape: tuple[Any, ...], rank: int, turned: bool, interpreter: None
+) -> None:
+    args = operands(*shape, rank, turned)
+    run = jax.jit(functools.partial(sum_of_products, turned=turned))
+    found, expected = np.asarray(run(*args), np.float64), in_double(turned, *args)
+    assert run(*args).dtype == BF16
+    # Half a unit in the last of eight bits, and the order of sums in float32.
+    assert np.all(np.abs(found - expected) <= 2.0**-8 * np.abs(expected) + 1e-4)
+
+
+def test_float16(interpreter: None) -> None:
+    args = operands(256, (128,), 128, 16, False, jnp.float16)
+    found, expected = jax.jit(sum_of_products)(*args), in_double(False, *args)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found, expected, rtol=2.0**-10, atol=1e-3)
+
+
+@each_side
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("shape", [(256, (128,), 128), (8192, (2048, 512, 512), 5632)])
+def test_it_lowers_for_gpus(shape: tuple[Any, ...], rank: int, turned: bool) -> None:
+    args = jax.eval_shape(lambda: operands(*shape, rank, turned))
+    run = jax.jit(functools.partial(sum_of_products, turned=turned))
+    program = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("mosaic_gpu") >= 1
+    assert "dot_general" not in program
+
+
+# --- where it is chosen ---
+
+
+def product(params: Any, x: jax.Array) -> jax.Array:
+    """A model of one product."""
+    return x @ params["w"]
+
+
+def shapes(dtype: Any = BF16, n: int = N, k: int = K) -> tuple[Any, Any]:
+    """Shapes of its params and its input."""
+    struct = jax.ShapeDtypeStruct
+    return {"w": struct((D, k), dtype)}, struct((n, D), dtype)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chooses as on one such GPU."""
+    monkeypatch.setattr(choice, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(choice, "on_hopper", lambda: True)
+    monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
+
+
+def form_of(fn: Any, params: Any, x: Any, **settings: Any) -> str:
+    """The form of the one product of a function, as the plan has it."""
+    lora = jlora.lora(fn, jlora.LoraConfig(rank=4), **settings)
+    (target,) = lora.plan(params, x).targets
+    (use,) = target.uses
+    return use.form
+
+
+def test_it_is_chosen_on_request_alone(hopper: None) -> None:
+    assert form_of(product, *shapes(), contraction="fused") == "fused"
+    assert form_of(product, *shapes()) == "extended"
+
+
+@pytest.mark.parametrize("processors", [3, 4, 5])
+def test_auto_takes_it_where_it_fills_the_gpu(
+    processors: int, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks of rows; of columns three forward, and two backward."""
+    monkeypatch.setattr(hopper_kernel, "_processors", lambda: processors)
+    expected = "fused" if processors <= 4 else "extended"
+    assert form_of(product, *shapes(), contraction="auto") == expected
+    assert form_of(product, *shapes(), contraction="fused") == "fused"
+    merged = form_of(product, *shapes(jnp.float32, n=4 * N), contraction="auto")
+    assert merged == "merged"
+
+
+def test_auto_does_without_it_where_jax_has_another_api(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_kernel, "_processors", lambda: 1)
+    assert form_of(product, *shapes(), contraction="auto") == "fused"
+    monkeypatch.delattr(plgpu, "nd_loop")
+    jax.clear_caches()
+    assert form_of(product, *shapes(), contraction="auto") == "extended"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        shapes(jnp.float32),
+        shapes(n=N + 128),
+        shapes(k=K + 64),
+        shapes(n=0),
+        ({"w": shapes(BF16)[0]["w"]}, shapes(jnp.float32)[1]),
+    ],
+    ids=["float32", "rows", "columns", "no rows", "mixed"],
+)
+def test_it_is_not_where_the_kernel_does_not_fit(case: Any, hopper: None) -> None:
+    assert form_of(product, *case, contraction="fused") in ("extended", "separate")
+
+
+def test_it_is_not_where_the_result_is_wider(hopper: None) -> None:
+    wide = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+    assert form_of(wide, *shapes(), contraction="fused") == "extended"
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0", None])
+def test_it_is_not_on_other_devices(
+    capability: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(choice, "_on_one_gpu", lambda: True)
+    monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert form_of(product, *shapes(), contraction="fused") == "extended"
+    device.compute_capability = "9.0"
+    assert form_of(product, *shapes(), contraction="fused") == "fused"
+
+
+# --- the form with its kernel ---
+
+
+def siblings(params: Any, x: jax.Array) -> jax.Array:
+    """A loss of two products of `x`, and of one more after a nonlinearity."""
+    q, k = x @ params["q"], x @ params["k"]
+    y = jnp.tanh(q[:, :D]) @ params["o"] + k
+    return jnp.sum(jnp.tanh(y.astype(jnp.float32)) ** 2)
+
+
+def of_siblings(rank: int) -> tuple[Any, ...]:
+    """Their gradient function, params, adapter and input."""
+    sizes = {"q": (D, K), "k": (D, 128), "o": (D, 128)}
+    keys = dict(zip(sizes, jax.random.split(jax.random.key(0), 3), strict=True))
+    params = {n: jax.random.normal(keys[n], s) / D**0.5 for n, s in sizes.items()}
+    x = jax.random.normal(jax.random.key(1), (256, D))
+    params, x = jax.tree.map(lambda v: v.astype(BF16), (params, x))
+    config = jlora.LoraConfig(rank=rank, alpha=3.0)
+    lora = jlora.lora(siblings, config, contraction="fused")
+    adapter = lora.init(jax.random.key(2), params, x)
+    adapter = randomized(adapter, jax.random.key(3))
+    assert {u.form for t in lora.plan(params, x).targets for u in t.uses} == {"fused"}
+    return jax.jit(jax.grad(lora.apply, argnums=(1, 2))), params, adapter, x
+
+
+def test_values_and_gradients(hopper: None, interpreter: None) -> None:
+    """Interpreted, beside the formed kernel."""
+    step, params, adapter, x = of_siblings(rank=5)
+    found = step(params, adapter, x)
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), params)
+    formed = lambda adapter, x: siblings(jlora.merge(wide, adapter), x)
+    expected = jax.grad(formed, argnums=(0, 1))(adapter, x.astype(jnp.float32))
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for ours, theirs in pairs:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert np.linalg.norm(ours - theirs) < 2e-2 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("rank", [5, 70])
+def test_siblings_are_one_sum_backward(rank: int, hopper: None) -> None:
+    """Three products forward; backward one for the two of `x`, one for the other."""
+    step, *args = of_siblings(rank)
+    program = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@mosaic_gpu") == 3 + 2
+
+
+def test_many_siblings_are_several_sums(hopper: None) -> None:
+    many = {f"w{i}": jax.ShapeDtypeStruct((D, 128), BF16) for i in range(9)}
+    x = jax.ShapeDtypeStruct((256, D), BF16)
+    fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ w)) for w in p.values())
+    lora = jlora.lora(fn, jlora.LoraConfig(rank=2), contraction="fused")
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), many, x)
+    step = jax.jit(jax.grad(lora.apply, argnums=(1, 2)))
+    program = step.trace(many, adapter, x).lower(lowering_platforms=("cuda",))
+    assert program.as_text().count("@mosaic_gpu") == 9 + 2
+
+
+def test_a_group_is_chosen_for_by_its_largest_kernel(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of q, k and v where there are fewer keys and values than queries."""
+    monkeypatch.setattr(hopper_kernel, "_processors", lambda: 4)
+    monkeypatch.setattr(choice, "_LEAST_EXTENDED", 256)
+    fn = lambda p, x: (x @ p["q"], x @ p["k"])
+
+    def forms(k: int, contraction: str) -> set[str]:
+        struct = lambda *shape: jax.ShapeDtypeStruct(shape, BF16)
+        params, x = {"q": struct(D, K), "k": struct(D, k)}, struct(N, D)
+        lora = jlora.lora(fn, jlora.LoraConfig(rank=4), contraction=contraction)
+        return {u.form for t in lora.plan(params, x).targets for u in t.uses}
+
+    assert forms(128, "auto") == {"fused"}
+    assert forms(120, "auto") == {"extended"}  # does not divide into tiles
+    assert forms(128, "factored") == {"extended"}
+    monkeypatch.setattr(choice, "_LEAST_EXTENDED", 257)
+    assert forms(128, "factored") == {"separate"}
