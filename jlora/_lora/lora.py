@@ -20,7 +20,7 @@ from .._params.quantized import Quantized
 from .._plan.new_entry import new_entry
 from .._plan.plan import Plan, make_plan
 from .._plan.problems import left_out
-from .._plan.select import program_of, resolve, with_uses
+from .._plan.select import dropout_rates, program_of, resolve, with_uses
 from .._product.choice import Contraction
 from .._program.inputs import input_stats
 from .._program.interpret import outputs_of
@@ -322,8 +322,7 @@ class Lora:
         """Returns a function from the path of a target to its key and its rate."""
         if key is None or not any(config.dropout for config in self.configs):
             return lambda path: (None, 0.0)
-        targets, _ = resolve(params, self.configs, traced)
-        rates = {target.path: target.config.dropout for target in targets}
+        rates = dropout_rates(params, self.configs, traced)
         return lambda path: (key_of(key, path), rates.get(path, 0.0))
 
     def _trace(

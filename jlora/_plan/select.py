@@ -13,7 +13,7 @@ from .._jax.versions import OWN_DERIVATIVE
 from .._params.alternatives import alternatives
 from .._params.axes import KernelAxes, Shape, with_batch
 from .._params.paths import FlatParams, is_array, is_quantized, matching, names
-from .._params.quantized import qtype_of
+from .._params.quantized import Quantized, qtype_of
 from .._product.choice import Contraction
 from .._program.decide import OF_DORA, OF_SCALE, OF_SUM, decide
 from .._program.discover import discover, settle
@@ -72,6 +72,24 @@ def resolve(
     order = {path: i for i, path in enumerate(params.paths)}
     targets.sort(key=lambda target: order[target.path])
     return targets, [u for u in unusable if u.path not in trained]
+
+
+def dropout_rates(
+    params: FlatParams, configs: Sequence[LoraConfig], traced: Traced
+) -> dict[str, float]:
+    """Returns the dropout of each target, and of leaves that are matched in vain.
+
+    The targets are only looked for where configs that match one leaf do not agree: the
+    first that can use it decides.
+    """
+    rates: dict[str, set[float]] = {}
+    for config in configs:
+        for path in _match(config, params):
+            rates.setdefault(path, set()).add(config.dropout)
+    if all(len(of_path) == 1 for of_path in rates.values()):
+        return {path: rate for path, (rate,) in rates.items()}
+    targets, _ = resolve(params, configs, traced)
+    return {target.path: target.config.dropout for target in targets}
 
 
 def _biases(
@@ -384,7 +402,8 @@ def _known(
     inputs = [Value(active=Flow(active=True))] * len(traced.inputs)
     for path, place in traced.positions.items():
         view = (View.whole(path, kernels[path]),) if path in kernels else ()
-        inputs[place] = Value(view, Flow(adapter=path in whole))
+        lazy = isinstance(traced.inputs[place], Quantized)
+        inputs[place] = Value(view, Flow(adapter=path in whole), lazy=lazy)
     return inputs
 
 

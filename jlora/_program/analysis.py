@@ -20,12 +20,14 @@ import abc
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .._jax.frames import Unsure
 from .._jax.versions import is_literal, is_var, open_jaxpr, operation_name, source_line
 from .._rules.broadcast import varies_along
+from .._rules.carry import CARRY
+from .._rules.control_flow import CONTROL_FLOW
 from .._rules.mix import holds_features, use_before
 from .._rules.view import (
     Body,
@@ -46,16 +48,12 @@ class Analysis(abc.ABC):
     """One run of the pass over a program; the two passes say what an equation does.
 
     Args:
-        control_flow: the rules of `_control_flow.py`, by primitive name.
         recall: what was found out of jaxprs, in this run and those before it.
         ends: the places where kernels come to an end, of operations that could have
             passed them on.
     """
 
-    def __init__(
-        self, control_flow: Mapping[str, Any], recall: Recall, ends: frozenset[Place]
-    ) -> None:
-        self.control_flow = control_flow
+    def __init__(self, recall: Recall, ends: frozenset[Place]) -> None:
         self.recall, self.ends = recall, ends
         self.log = Log()
         self.loop_depth = 0
@@ -136,10 +134,14 @@ class Analysis(abc.ABC):
             outputs = plain(len(eqn.outvars), any_active(values))
             if (along := varies_along(eqn, values)) is not None:
                 outputs = [dataclasses.replace(outputs[0], along=along)]
-            if alive and any(value.views for value in values):
+            lazy = any(value.lazy for value in values)
+            adapted = any(value.views for value in values)
+            if alive and (adapted or (lazy and eqn.primitive.name in CONTROL_FLOW)):
                 self.place = (*around, i)
                 wanted = tuple(v in needed for v in eqn.outvars)
                 step, outputs = self._equation(eqn, values, wanted)
+            if lazy and eqn.primitive.name in CARRY:
+                outputs = [dataclasses.replace(value, lazy=True) for value in outputs]
             steps.append(dataclasses.replace(step, eqns=(eqn,)))
             env.update(zip(eqn.outvars, outputs, strict=True))
         self.place = around
@@ -153,7 +155,7 @@ class Analysis(abc.ABC):
     def _equation(
         self, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
     ) -> tuple[Step, list[Value]]:
-        rule = self.control_flow.get(eqn.primitive.name)
+        rule = CONTROL_FLOW.get(eqn.primitive.name)
         if rule is None:
             return self.first_order(eqn, values)
         first, hurdles = len(self.log.uses), len(self.log.obstacles)

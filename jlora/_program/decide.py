@@ -12,7 +12,6 @@ from .._product.group import GroupDims
 from .._rules.broadcast import grown, narrowed
 from .._rules.carry import CARRY, scale_axes
 from .._rules.consume import CONSUME
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.dora_uses import fits, keeps_scale, spread
 from .._rules.dot_general import group_dims
 from .._rules.gather import indexed_axes
@@ -55,7 +54,7 @@ class Decision(Analysis):
         recall: Recall,
         ends: frozenset[Place],
     ) -> None:
-        super().__init__(CONTROL_FLOW, recall, ends)
+        super().__init__(recall, ends)
         self.axes, self.dora = axes, dora
         self.contraction: Contraction = contraction
         # Of each product: the operand that is a kernel, and its entries in the log.

@@ -15,7 +15,6 @@ from .._params.axes import KernelAxes
 from .._rules.broadcast import narrowed
 from .._rules.carry import CARRY
 from .._rules.consume import CONSUME
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.elementwise import ELEMENTWISE, keeps_axes
 from .._rules.gather import indexed_axes, row_layout
 from .._rules.mix import MIXES, is_frozen_product, passed_by
@@ -28,7 +27,7 @@ class Discovery(Analysis):
     """The pass that collects votes. It looks at each operand as if it were alone."""
 
     def __init__(self, recall: Recall, ends: frozenset[Place]) -> None:
-        super().__init__(CONTROL_FLOW, recall, ends)
+        super().__init__(recall, ends)
 
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Votes where a kernel is consumed, and follows it where it is carried."""

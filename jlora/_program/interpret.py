@@ -17,9 +17,7 @@ from .._rules.control_flow import CONTROL_FLOW
 from .._rules.dot_general import run_products
 from .._rules.gather import found_rows
 from .._rules.lazy_moves import carried, stays_small
-from .._rules.view import Program, Step, Value
-from .analysis import Analysis
-from .recall import Recall
+from .._rules.view import Program, Step
 
 # Returns the value of a variable of a jaxpr.
 Read = Callable[[Any], Any]
@@ -130,29 +128,10 @@ def _deeper(derive: str) -> Callable[..., list[Any]]:
     return functools.partial(run, derive=derive)
 
 
-# --- kernels that are quantised and not adapted ---
-
-
-class _Nothing(Analysis):
-    """The analysis of an equation whose operands carry no adapted kernel."""
-
-    def __init__(self) -> None:
-        super().__init__(CONTROL_FLOW, Recall(), frozenset())
-
-    def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
-        """Is not asked: without views every step is plain."""
-        raise AssertionError(f"{eqn.primitive.name} has views")
-
-
 def _plain(eqn: Any, values: list[Any], derive: str) -> Sequence[Any]:
     """Evaluates an equation without adapted operands, of which some may be lazy."""
     if not is_lazy(values):
         return rebind(eqn, values)
-    name = eqn.primitive.name
-    if name in CONTROL_FLOW:
-        wanted, rule = (True,) * len(eqn.outvars), CONTROL_FLOW[name]
-        step, _ = rule.analyze(_Nothing(), eqn, [Value()] * len(values), wanted)
-        return rule.run(eqn, step, values, _deeper(derive))
-    if name in CARRY and stays_small(eqn, values):
+    if eqn.primitive.name in CARRY and stays_small(eqn, values):
         return carried(eqn, values)
     return called(eqn, values, derive)

@@ -183,11 +183,13 @@ class Value:
         active: whether it depends on an input that is no param, or on the adapter.
         along: the axes along which it may vary, of a value that was broadcast; None if
             it was not.
+        lazy: whether it may be made where it is used, as a quantised kernel is.
     """
 
     views: Views = ()
     active: Flow = Flow()
     along: frozenset[int] | None = None
+    lazy: bool = False
 
 
 def any_active(values: Iterable[Value]) -> Flow:

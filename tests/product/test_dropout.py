@@ -20,6 +20,7 @@ from use import Use
 from uses import USES
 
 import jlora
+from jlora._plan import select
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 NAMED = {use.name: use for use in USES}
@@ -225,3 +226,21 @@ def test_on_a_mesh(kind: AxisType, getkey):
 def test_bad_rates(rate: Any):
     with pytest.raises((TypeError, ValueError), match=r"LoraConfig.dropout"):
         jlora.LoraConfig(dropout=rate)
+
+
+def test_targets_are_not_looked_for_again_to_know_the_rate(monkeypatch, getkey):
+    """Where configs that match a leaf agree: else the first that can use it decides."""
+    params = {"k": jnp.ones((5, 7)), "table": jnp.ones((11, 5))}
+    model = lambda params, i: params["table"][i] @ params["k"]
+    make = lambda target, rate: jlora.LoraConfig(target, rank=2, dropout=rate)
+    agree = jlora.lora(model, [make("k", 0.5), make("table", 0.25)])
+    differ = jlora.lora(model, [make("k", 0.5), make("k|table", 0.25)])
+    key, index = getkey(), jnp.arange(3)
+    adapter = agree.init(getkey(), params, index)
+    fill = lambda x: jax.random.normal(getkey(), x.shape)
+    adapter = jax.tree.map(fill, adapter)
+    run = lambda lora: lora.apply(params, adapter, index, lora_dropout_key=key)
+    wanted = run(differ)
+    assert float(jnp.abs(wanted - agree.apply(params, adapter, index)).max()) > 0.1
+    monkeypatch.setattr(select, "discover", lambda *args: pytest.fail("discovered"))
+    np.testing.assert_array_equal(run(agree), wanted)
