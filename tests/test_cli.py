@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 import jlora.checkpoint
 import jlora.peft
 import jlora.weights
+from jlora import SlicedFactors, TrainedRows
 from jlora.__main__ import DIFFERENT, FAILED, SAME, main
-from jlora._adapter.entries import SlicedFactors, TrainedRows
 
 CASES = Path(__file__).parent / "data" / "peft"
 GOLDEN = Path(__file__).parent / "data" / "checkpoint_v1"
