@@ -13,7 +13,7 @@ import numpy as np
 
 from .._adapter.config import LoraConfig
 from .._adapter.entries import arrays_of, axes_of
-from .._adapter.variants import VARIANTS, variant_of_entry
+from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
 from .._adapter.variants.variant import Variant
 from .._errors import CorruptFileError, FormatVersionError
 from .._files.untrusted import parse_json
@@ -203,8 +203,10 @@ def _config(values: Any, where: str) -> LoraConfig:
             "know; read it with a newer jlora"
         )
     config = LoraConfig.from_dict(values)
-    if config.variant not in {LoraConfig.variant, *_NAMED}:
-        raise _unknown(where, config.variant)
+    try:
+        variant_of_config(config)
+    except ValueError as error:
+        raise _unknown(where, values["variant"]) from error
     return config
 
 
