@@ -8,14 +8,14 @@ from importlib import metadata as _metadata
 
 from . import adalora  # noqa: F401 (its names are short in there)
 from ._adapter.config import LoraConfig as LoraConfig
-from ._adapter.entries import SlicedFactors as SlicedFactors
-from ._adapter.entries import TrainedRows as TrainedRows
 from ._adapter.factors import Adapter as Adapter
 from ._adapter.factors import LoraFactors as LoraFactors
 from ._adapter.factors import delta as delta
 from ._adapter.merge import merge as merge
 from ._adapter.shardings import shardings as shardings
 from ._adapter.shardings import state_shardings as state_shardings
+from ._adapter.variants.rows import TrainedRows as TrainedRows
+from ._adapter.variants.sliced import SlicedFactors as SlicedFactors
 from ._algebra.combine import combine as combine
 from ._algebra.spectrum import effective_rank as effective_rank
 from ._algebra.spectrum import energy_kept as energy_kept

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._adapter.entries import Factored, TrainedRows
+from ._adapter.entries import axes_of, kernel_shape
 from ._adapter.factors import LoraFactors
+from ._adapter.variants import variant_of_entry
 from ._algebra import compare as _compare
 from ._algebra.spectrum import effective_rank, singular_values
 from ._errors import AdapterError, UnsupportedFeatureError
@@ -162,18 +163,18 @@ _HEAD = (
 
 
 def _row(path: str, entry: Any) -> tuple[str, ...]:
-    if isinstance(entry, TrainedRows):
-        whole = _row(path, entry.values)
-        return (path, _shape(entry.kernel_shape), f"{len(entry.rows)} rows", *whole[3:])
-    entry = _compare.told(entry)
-    if not isinstance(entry, LoraFactors):
-        shape, norm = _shape(entry.shape), f"{_compare.norm(entry):.4g}"
-        return (path, shape, "full", "", str(entry.dtype), norm, "", "", "", "")
+    factors = _compare.told(entry)
+    if not isinstance(factors, LoraFactors):
+        norm = f"{_compare.norm(factors):.4g}"
+        note = variant_of_entry(entry).note(entry)
+        shape, dtype = _shape(kernel_shape(entry)), str(factors.dtype)
+        return (path, shape, note, "", dtype, norm, "", "", "", "")
+    entry = factors
     values = singular_values(_compare.on_host(entry))
     return (
         path,
         _shape(entry.kernel_shape),
-        f"{entry.rank}{' dora' if entry.magnitude is not None else ''}",
+        f"{entry.rank}{variant_of_entry(entry).note(entry)}",
         f"{entry.scaling:g}",
         str(entry.a.dtype),
         f"{_compare.norm(entry.a):.4g}",
@@ -266,17 +267,17 @@ def _check_layouts(adapter: Mapping[str, Any]) -> None:
 
 
 def _in_doubt(path: str, entry: Any) -> bool:
-    if isinstance(entry, Factored):
-        return len(entry.axes.in_) > 1
+    if (axes := axes_of(entry)) is not None:
+        return len(axes.in_) > 1
     known = ("kernel", "embedding", "scale", "bias", "mean", "var")
     return entry.ndim > 1 and path.rpartition("/")[2] not in known
 
 
 def _kernel(entry: Any) -> Any:
     """Returns what stands for the kernel of an entry: its shape, and a dtype."""
-    if not isinstance(entry, Factored):
+    if axes_of(entry) is None:
         return entry
-    return jax.ShapeDtypeStruct(entry.kernel_shape, jax.tree.leaves(entry)[0].dtype)
+    return jax.ShapeDtypeStruct(kernel_shape(entry), jax.tree.leaves(entry)[0].dtype)
 
 
 def _merge(given: Any) -> int:

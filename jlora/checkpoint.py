@@ -56,9 +56,10 @@ from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._adapter.config import LoraConfig
+from ._adapter.entries import arrays_of, entry_with
 from ._adapter.factors import Adapter
 from ._checkpoint.fingerprint import contents, differences, fingerprint
-from ._checkpoint.record import LIMIT, arrays_of, entry_with
+from ._checkpoint.record import LIMIT
 from ._checkpoint.record import Entry as Entry
 from ._checkpoint.record import Record as Record
 from ._checkpoint.restoring import Arrays, targets

@@ -11,7 +11,7 @@ from flax.core.scope import in_filter, subtract_filters
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._adapter.config import LoraConfig
-from ._adapter.entries import Factored
+from ._adapter.entries import axes_of
 from ._adapter.factors import Adapter, LoraFactors
 from ._adapter.merge import merge
 from ._errors import AdapterError
@@ -325,7 +325,7 @@ def _boxed(entry: Any, box: Any) -> Any:
     """Boxes the factors of a kernel with names from its box; unknown boxes say none."""
     if box is None:
         return entry
-    if not isinstance(entry, Factored):
+    if axes_of(entry) is None:
         return box.replace_boxed(entry)
     # Rows, and slices that cut across axes, have no names.
     if not isinstance(box, nn.Partitioned) or not isinstance(entry, LoraFactors):

@@ -50,7 +50,6 @@ Example:
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -60,16 +59,14 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from ._adapter.entries import Factored, TrainedRows
-from ._adapter.factors import LoraFactors
+from ._adapter.variants import VARIANTS, variant_of_entry
+from ._adapter.variants.variant import Variant
 from ._algebra.norms import adapter_norms as adapter_norms
 from ._algebra.norms import delta_norms as delta_norms
 from ._params.paths import PyTree
 
 Groups = dict[Hashable, optax.GradientTransformation]
 MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
-
-_FACTORS = {f.name for f in fields(LoraFactors) if not f.metadata.get("static")}
 
 
 def factor_labels(adapter: PyTree) -> PyTree:
@@ -101,18 +98,19 @@ def factor_labels(adapter: PyTree) -> PyTree:
         >>> tx = optax.partition({"a": slow, "b": fast, "full": slow}, factor_labels)
     """
 
-    def are_factors(node: Any) -> bool:
-        # The adapter itself is a mapping too, and may hold leaves called a and b.
-        named = isinstance(node, Mapping) and {"a", "b"} <= set(node) <= _FACTORS
-        return _is_factors(node) or (named and node is not adapter)
+    # The adapter itself is a mapping too, and may hold leaves called a and b.
+    is_all = lambda node: node is adapter and isinstance(node, Mapping)
+    variant_of = lambda node: None if is_all(node) else _variant_of(node)
 
     def label(node: Any) -> Any:
-        if isinstance(node, TrainedRows):
-            return jax.tree.map(lambda _: "full", node)
-        name = lambda path, _: keystr(path[:1], simple=True)
-        return tree_map_with_path(name, node) if are_factors(node) else "full"
+        variant = variant_of(node)
+        if variant is None:
+            return "full"
+        name = lambda path: keystr(path[:1], simple=True)
+        own = lambda path, _: variant.labels.get(name(path), name(path))
+        return tree_map_with_path(own, node)
 
-    return jax.tree.map(label, adapter, is_leaf=are_factors)
+    return jax.tree.map(label, adapter, is_leaf=lambda n: variant_of(n) is not None)
 
 
 def lora_plus(
@@ -272,8 +270,18 @@ def freeze_base(
     return optax.partition(groups, partial(_states, collection=collection))
 
 
+def _variant_of(node: Any) -> Variant | None:
+    """Returns the variant of an entry, or of its arrays by name in an `nnx.State`."""
+    if _is_factors(node):
+        return variant_of_entry(node)
+    names = set(node) if isinstance(node, Mapping) else set()
+    needed = lambda v: {*v.names} - {*v.optional}
+    fits = lambda v: v.has_roles and needed(v) <= names <= {*v.names}
+    return next((v for v in VARIANTS if fits(v)), None)
+
+
 def _is_factors(node: Any) -> bool:
-    return isinstance(node, Factored)
+    return variant_of_entry(node).has_roles
 
 
 def _speeds(adapter: PyTree) -> PyTree:

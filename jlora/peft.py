@@ -45,7 +45,7 @@ from ._peft.lora_configs import configs_of
 from ._peft.read import adapter_of
 from ._peft.vllm import for_vllm
 from ._peft.whole import write_whole
-from ._peft.write import check_rows, check_some, config_of, modules_of, tensors_of
+from ._peft.write import check_some, check_writable, config_of, modules_of, tensors_of
 from ._torch.families import names as names
 from ._torch.layout import spread
 from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
@@ -151,7 +151,7 @@ def save(
     """
     if profile not in ("peft", "vllm"):
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
-    check_rows(adapter)
+    check_writable(adapter)
     given = sorted(adapter.items())
     entries = {p: jax.tree.map(_on_host, lowered(e, None)) for p, e in given}
     factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}

@@ -15,9 +15,8 @@ import qwix
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from ._adapter.shardings import fitting
 from ._jax.sharding import explicit_sharding
-from ._params.layout import AnyMesh, Layout, Rules
+from ._params.layout import AnyMesh, Layout, Rules, fitting
 from ._params.paths import FlatParams, PyTree, is_array, is_quantized
 
 

@@ -190,6 +190,30 @@ def test_a_module_without_an_underscore_is_a_door_to_one_library(name: str) -> N
     assert roots <= {"jax", "numpy", DOORS[name]} | sys.stdlib_module_names
 
 
+# The variants of LoRA, whose kinds are told apart by their table alone.
+VARIANTS = "_adapter.variants"
+CLASSES = {"SlicedFactors", "TrainedRows"}
+# The fields of a `LoraConfig` by which one of them is chosen, and of an entry.
+CHOICES = re.compile(r"\b(config|c|entry)\.(full|rows|slices|variant)\b")
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if not n.startswith(VARIANTS)])
+def test_a_variant_is_known_in_its_own_file_alone(name: str) -> None:
+    """Where names are made public, and where a config is checked, they are named."""
+    named = {n.id for n in walk(name, ast.Name) if isinstance(n, ast.Name)}
+    assert not named & CLASSES
+    if name != "_adapter.config":
+        assert not CHOICES.search(source(name))
+
+
+def test_each_variant_is_in_the_table_once() -> None:
+    files = {
+        name.rpartition(".")[2] for name in TREES if name.startswith(f"{VARIANTS}.")
+    }
+    line = re.compile(r"from \.(\w+) import [A-Z_]+$", re.MULTILINE)
+    assert sorted(line.findall(source(VARIANTS))) == sorted(files - {"variant"})
+
+
 @each_module
 def test_nothing_private_of_jax_is_imported(name: str) -> None:
     assert not {m for m in absolute_imports(name) if "._" in m}

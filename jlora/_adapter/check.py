@@ -9,9 +9,10 @@ import jax
 
 from .._errors import AdapterError
 from .._jax.versions import manual_axes, vary
+from .._params.axes import Shape
 from .._params.paths import FlatParams, is_array, nearest
-from .entries import Special
-from .factors import LoraFactors
+from .entries import axes_of, given_shapes, wanted_shapes
+from .variants import variant_of_entry
 
 
 def check_adapter(params: FlatParams, adapter: Mapping[str, Any]) -> None:
@@ -39,58 +40,19 @@ def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
         return f"{path!r} is no path of the params. Nearest: {near}"
     if not is_array(leaves[path]):
         return f"{path!r} is no array but a {type(leaves[path]).__name__}"
+    if axes_of(entry) is None and not is_array(entry):
+        return f"{path!r} holds a {type(entry).__name__}, not factors or an array"
     shape = tuple(leaves[path].shape)
-    if isinstance(entry, Special):
-        return _special_problem(path, entry, shape)
-    if not isinstance(entry, LoraFactors):
-        if not is_array(entry):
-            return f"{path!r} holds a {type(entry).__name__}, not factors or an array"
-        if tuple(entry.shape) != shape:
-            given = tuple(entry.shape)
-            return f"{path!r} {shape} is trained whole by an array of shape {given}"
-        return None
-    return _factor_problem(path, entry, shape)
+    problem = (variant_of_entry(entry).problem or _misshapen)(entry, shape)
+    return f"{path!r} {shape} {problem}" if problem else None
 
 
-def _special_problem(path: str, entry: Special, shape: tuple[int, ...]) -> str | None:
+def _misshapen(entry: Any, shape: Shape) -> str | None:
     kind = type(entry).__name__
     if entry.axes.ndim != len(shape) or entry.kernel_shape != shape:
-        return f"{path!r} {shape} has {kind} of a kernel {entry.kernel_shape}"
-    wanted = entry.wanted(shape)
-    given = {name: tuple(getattr(entry, name).shape) for name in wanted}
-    if given == wanted:
-        return None
-    return f"{path!r} {shape} needs {wanted} in its {kind}, got {given}"
-
-
-def _factor_problem(
-    path: str, factors: LoraFactors, shape: tuple[int, ...]
-) -> str | None:
-    given = f"a {tuple(factors.a.shape)} and b {tuple(factors.b.shape)}"
-    if factors.axes.ndim != len(shape):
-        return f"{path!r} {shape} has {len(shape)} axes, its factors {factors.axes}"
-    wanted = factors.axes.factor_shapes(shape, factors.rank)
-    if wanted == (tuple(factors.a.shape), tuple(factors.b.shape)):
-        return _magnitude_problem(path, factors, shape)
-    hint = ""
-    if factors.kernel_shape == shape[::-1]:
-        hint = "; they look transposed"
-    return (
-        f"{path!r} {shape} needs a {wanted[0]} and b {wanted[1]} "
-        f"(roles {factors.axes}), got {given}{hint}"
-    )
-
-
-def _magnitude_problem(
-    path: str, factors: LoraFactors, shape: tuple[int, ...]
-) -> str | None:
-    if factors.magnitude is None:
-        return None
-    wanted = factors.axes.magnitude_shape(shape)
-    given = tuple(factors.magnitude.shape)
-    if wanted == given:
-        return None
-    return f"{path!r} {shape} needs a magnitude {wanted} of DoRA, got {given}"
+        return f"has {kind} of a kernel {entry.kernel_shape}"
+    wanted, given = wanted_shapes(entry, shape), given_shapes(entry)
+    return None if given == wanted else f"needs {wanted} in its {kind}, got {given}"
 
 
 def as_varying(params: FlatParams, adapter: Mapping[str, Any]) -> FlatParams:

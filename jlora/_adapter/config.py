@@ -65,6 +65,9 @@ class LoraConfig:
             does not, must be left. An axis that the program tells is fine.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
+        variant: the name of a variant of LoRA that has been added to
+            `jlora/_adapter/variants`; "lora" for those that are told by the fields
+            above.
 
     Raises:
         ValueError: if a value is out of its range or a pattern is no regex.
@@ -101,6 +104,7 @@ class LoraConfig:
     rows: Sequence[int] | None = None
     slices: Sequence[tuple[int, int]] | None = None
     batch: int | Sequence[int] | None = None
+    variant: str = "lora"
 
     def __post_init__(self) -> None:
         """Normalises patterns and dtype, and checks every field."""
@@ -119,6 +123,8 @@ class LoraConfig:
         object.__setattr__(self, "rows", _rows(self.rows))
         object.__setattr__(self, "slices", _slices(self.slices))
         object.__setattr__(self, "batch", _axes(self.batch))
+        if not isinstance(self.variant, str):
+            raise TypeError(f"`LoraConfig.variant` is a name, got {self.variant!r}")
         _check_one_kind(self)
         if self.full and self.target is None:
             raise ValueError(
@@ -143,8 +149,10 @@ class LoraConfig:
         >>> LoraConfig("query", rank=4).to_dict()["rank"]
         4
         """
-        plain = dataclasses.asdict(self)
-        return {**plain, "dtype": jnp.dtype(self.dtype).name}
+        plain = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
+        if self.variant == "lora":  # so that a jlora that knows no other can read it
+            del plain["variant"]
+        return plain
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
@@ -238,6 +246,7 @@ def _check_one_kind(config: "LoraConfig") -> None:
         "rows": config.rows is not None,
         "slices": config.slices is not None,
         "dora": config.dora,
+        "variant": config.variant != "lora",
     }
     chosen = [kind for kind, is_chosen in kinds.items() if is_chosen]
     if len(chosen) > 1:

@@ -94,8 +94,6 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-exportable(LoraFactors, "jlora.LoraFactors")
-
 Adapter: TypeAlias = dict[str, LoraFactors | jax.Array]
 
 

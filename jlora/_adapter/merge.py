@@ -15,8 +15,8 @@ from .._params.paths import FlatParams, PyTree, is_quantized
 from .._params.quantized import dequantized, qtype_of
 from .check import check_adapter
 from .dora import output_scale
-from .entries import TrainedRows, lowered
-from .factors import LoraFactors, delta
+from .factors import delta
+from .variants import variant_of_entry
 
 
 def merge(
@@ -92,16 +92,14 @@ def _merged(kernel: Any, entry: Any) -> Any:
 
 
 def _sum(kernel: jax.Array, entry: Any) -> jax.Array:
-    if isinstance(entry, TrainedRows):
-        return entry.placed_in(kernel)
-    entry = lowered(entry, kernel)
-    if not isinstance(entry, LoraFactors):
-        return entry.astype(kernel.dtype)
-    wide = summed_in(kernel.dtype)
-    total = kernel.astype(wide) + delta(entry, dtype=wide)
-    scale = output_scale(kernel, entry)
+    variant = variant_of_entry(entry)
+    if variant.merged is not None:
+        return variant.merged(kernel, entry)
+    factors, wide = variant.lowered(entry, kernel), summed_in(kernel.dtype)
+    total = kernel.astype(wide) + delta(factors, dtype=wide)
+    scale = output_scale(kernel, factors)
     if scale is not None:
-        total = total * _along(scale, entry.axes)
+        total = total * _along(scale, factors.axes)
     return total.astype(kernel.dtype)
 
 

@@ -1,7 +1,6 @@
 """Where factors and optimizer state live: shardings that follow those of the params."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,12 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
-from .._jax.sharding import names_of_entry
-from .._params.axes import KernelAxes, Shape
-from .._params.layout import AnyMesh, Layout, Rules, unboxed
+from .._params.axes import Shape
+from .._params.layout import AnyMesh, Layout, Rules, fitting, following, unboxed
 from .._params.paths import PyTree, is_box
-from .entries import Special, TrainedRows
-from .factors import LoraFactors
+from .entries import arrays_of, axes_of, entry_with
+from .variants import variant_of_entry
 
 
 def shardings(
@@ -138,80 +136,18 @@ def state_shardings(tx: Any, adapter: PyTree, shardings: PyTree) -> PyTree:
 
 def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
     """Returns the shardings of one entry of an adapter, in its structure."""
-    if isinstance(entry, Special):
-        return _placed_special(layout, path, entry, replicate)
-    if not isinstance(entry, LoraFactors):
-        shape = _shape(entry)
-        return _fitting(layout.sharding(path, len(shape)), range(len(shape)), shape)
-    axes = entry.axes
+    axes, arrays = axes_of(entry), arrays_of(entry)
+    if axes is None:
+        place = lambda v: fitting(layout.sharding(path, len(_shape(v))), _shape(v))
+        return entry_with(entry, {name: place(array) for name, array in arrays.items()})
     kernel = layout.sharding(path, axes.ndim)
     if replicate:
         kernel = _replicated(kernel)
-    a, b = factor_shardings(kernel, axes, _shape(entry.a), _shape(entry.b))
-    magnitude = entry.magnitude
-    if magnitude is not None:
-        kept = axes.batch + axes.out
-        magnitude = _fitting(kernel, kept, _shape(magnitude))
-    return dataclasses.replace(entry, a=a, b=b, magnitude=magnitude)
-
-
-def _placed_special(
-    layout: Layout, path: str, entry: Special, replicate: bool
-) -> Special:
-    """Places rows like the outputs of their table, and slices of outputs nowhere."""
-    axes = entry.axes
-    kernel = layout.sharding(path, axes.ndim)
-    if replicate:
-        kernel = _replicated(kernel)
-    if isinstance(entry, TrainedRows):
-        values: Any = _fitting(kernel, (None, *axes.out), _shape(entry.values))
-        return dataclasses.replace(entry, values=values)
-    a: Any = _fitting(kernel, (*axes.batch, *axes.in_, None), _shape(entry.a))
-    b: Any = _fitting(kernel, (*axes.batch, None, None), _shape(entry.b))
-    return dataclasses.replace(entry, a=a, b=b)
-
-
-def factor_shardings(
-    kernel: Sharding, axes: KernelAxes, a: Shape, b: Shape
-) -> tuple[Sharding, Sharding]:
-    """Returns the shardings of factors of the shapes `a` and `b`, from the kernel's."""
-    return (
-        _fitting(kernel, (*axes.batch, *axes.in_, None), a),
-        _fitting(kernel, (*axes.batch, None, *axes.out), b),
-    )
-
-
-def _fitting(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Sharding:
-    """Returns the sharding of a factor whose axes are these axes of the kernel."""
-    if not isinstance(kernel, NamedSharding):
-        return kernel
-    spec = tuple(kernel.spec)
-    entries = [spec[i] if i is not None and i < len(spec) else None for i in axes]
-    fits = [
-        entry if size % _parts(kernel.mesh, entry) == 0 else None
-        for entry, size in zip(entries, shape, strict=True)
-    ]
-    # Without Nones at the end, as XLA names the shardings of results: to jit the two
-    # names would be two layouts.
-    while fits and fits[-1] is None:
-        fits.pop()
-    return NamedSharding(kernel.mesh, PartitionSpec(*fits))
-
-
-def fitting(kernel: Sharding, shape: Shape) -> Sharding:
-    """Returns the sharding of an array with the axes of a kernel, such as its scales.
-
-    An axis that its mesh axes do not divide is replicated.
-    """
-    return _fitting(kernel, range(len(shape)), shape)
-
-
-def _parts(mesh: AnyMesh, entry: Any) -> int:
-    """Returns into how many parts an entry of a spec divides an axis."""
-    parts = 1
-    for name in names_of_entry(entry):
-        parts *= mesh.shape[name]
-    return parts
+    along = variant_of_entry(entry).along(axes)
+    shapes = {name: _shape(array) for name, array in arrays.items()}
+    follow = lambda name, shape: along.get(name, (None,) * len(shape))
+    places = {n: following(kernel, follow(n, s), s) for n, s in shapes.items()}
+    return entry_with(entry, places)
 
 
 def _replicated(like: Sharding) -> Sharding:

@@ -5,17 +5,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._adapter.entries import SlicedFactors, TrainedRows
 from .._adapter.factors import LoraFactors
+from .._adapter.variants import variant_of_entry
 from .spectrum import distance, singular_values
 
 
 def difference(one: Any, other: Any) -> tuple[str, str] | None:
     """Returns the relative distance of two entries, and what differs, if at all."""
-    if isinstance(one, TrainedRows) != isinstance(other, TrainedRows):
-        return "", "rows and a whole table"
-    if isinstance(one, TrainedRows) and _rows(one) != _rows(other):
-        return "", "rows"
+    variants = variant_of_entry(one), variant_of_entry(other)
+    apart = [variant for variant in variants if variant.reads_kernel]
+    if apart and variants[0] is not variants[1]:
+        return "", f"{apart[0].name} and a whole {apart[0].leaf}"
+    if apart and _static(one) != _static(other):
+        return "", apart[0].name
     one, other = told(one), told(other)
     kinds = [isinstance(entry, LoraFactors) for entry in (one, other)]
     if kinds[0] != kinds[1]:
@@ -32,9 +34,10 @@ def difference(one: Any, other: Any) -> tuple[str, str] | None:
     return _relative(one, other), ", ".join(what) or "values"
 
 
-def _rows(entry: TrainedRows) -> Any:
-    """Returns which rows of what table are trained."""
-    return entry.rows, entry.kernel_shape, entry.axes
+def _static(entry: Any) -> Any:
+    """Returns the settings of an entry, and the kernel that it is of."""
+    settings = variant_of_entry(entry).settings_of(entry)
+    return settings, entry.kernel_shape, entry.axes
 
 
 def _relative(one: Any, other: Any) -> str:
@@ -52,10 +55,17 @@ def _relative(one: Any, other: Any) -> str:
 
 
 def told(entry: Any) -> Any:
-    """Returns slices as the factors they stand for, and rows as their values."""
-    if isinstance(entry, SlicedFactors):
-        return entry.lowered()
-    return entry.values if isinstance(entry, TrainedRows) else entry
+    """Returns the factors that an entry stands for, or its values if the kernel tells.
+
+    >>> told(np.ones(3))
+    array([1., 1., 1.])
+    """
+    variant = variant_of_entry(entry)
+    if not variant.reads_kernel:
+        return variant.lowered(entry, None)
+    values = list(variant.arrays(entry).values())
+    flat = lambda: np.concatenate([np.ravel(value) for value in values])
+    return values[0] if len(values) == 1 else flat()
 
 
 def on_host(factors: LoraFactors) -> LoraFactors:

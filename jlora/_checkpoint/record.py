@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapter.config import LoraConfig
-from .._adapter.entries import Factored, SlicedFactors, TrainedRows, sliced_shapes
-from .._adapter.factors import LoraFactors
+from .._adapter.entries import arrays_of, axes_of
+from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
+from .._adapter.variants.variant import Variant
 from .._errors import CorruptFileError, FormatVersionError
 from .._files.untrusted import parse_json
 from .._params.axes import KernelAxes, Shape
@@ -25,11 +26,6 @@ VERSION = 1
 LIMIT = 64 << 20  # bytes; a kernel takes about 600 of them
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
-
-# The arrays of a `LoraFactors`, and the one of a leaf that is trained whole.
-_FACTORS = [f.name for f in dataclasses.fields(LoraFactors) if not f.metadata]
-_OPTIONAL = "magnitude"
-_WHOLE = "value"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Entry:
     """
 
     path: str
-    value: Factored | jax.ShapeDtypeStruct
+    value: Any
     alpha: float | None
     kernel: Kernel
     checksums: Mapping[str, str]
@@ -121,22 +117,6 @@ class Record:
             raise CorruptFileError(f"{where} is no record: {error}") from error
 
 
-def arrays_of(entry: Any) -> dict[str, Any]:
-    """Returns the arrays of one entry of an adapter, by name."""
-    if not isinstance(entry, Factored):
-        return {_WHOLE: entry}
-    names = [f.name for f in dataclasses.fields(entry) if not f.metadata]
-    found = {name: getattr(entry, name) for name in names}
-    return {name: array for name, array in found.items() if array is not None}
-
-
-def entry_with(entry: Any, arrays: Mapping[str, Any]) -> Any:
-    """Returns the entry with other arrays, as `arrays_of` names them."""
-    if not isinstance(entry, Factored):
-        return arrays[_WHOLE]
-    return dataclasses.replace(entry, **arrays)
-
-
 # --- to JSON ---
 
 
@@ -157,18 +137,22 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
         for name, array in arrays_of(entry.value).items()
     }
     kernel = {**dataclasses.asdict(entry.kernel), "shape": list(entry.kernel.shape)}
-    plain = {"path": entry.path, "kernel": kernel, "arrays": arrays}
-    if not isinstance(entry.value, Factored):
+    plain: dict[str, Any] = {"path": entry.path, "kernel": kernel, "arrays": arrays}
+    value, axes = entry.value, axes_of(entry.value)
+    variant = variant_of_entry(value)
+    plain |= {"variant": variant.name} if variant.is_named else {}
+    if axes is None:
         return plain
-    axes = entry.value.axes
+    if variant.rank is not None:
+        scaling = float(value.scaling)
+        plain |= {"rank": value.rank, "alpha": entry.alpha, "scaling": scaling}
+    plain |= {name: _listed(v) for name, v in variant.settings_of(value).items()}
     roles = {"batch": list(axes.batch), "in": list(axes.in_), "out": list(axes.out)}
-    if isinstance(entry.value, TrainedRows):
-        return {**plain, "rows": list(entry.value.rows), "axes": roles}
-    scaling = float(entry.value.scaling)
-    numbers = {"rank": entry.value.rank, "alpha": entry.alpha, "scaling": scaling}
-    if isinstance(entry.value, SlicedFactors):
-        numbers["slices"] = [list(pair) for pair in entry.value.slices]
-    return {**plain, **numbers, "axes": roles}
+    return {**plain, "axes": roles}
+
+
+def _listed(value: Any) -> Any:
+    return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
 # --- from JSON ---
@@ -218,37 +202,86 @@ def _config(values: Any, where: str) -> LoraConfig:
             f"{where} has a `LoraConfig` with {unknown}, which this jlora does not "
             "know; read it with a newer jlora"
         )
-    return LoraConfig.from_dict(values)
+    config = LoraConfig.from_dict(values)
+    try:
+        variant_of_config(config)
+    except ValueError as error:
+        raise _unknown(where, values["variant"]) from error
+    return config
+
+
+_NAMED = {variant.name: variant for variant in VARIANTS if variant.is_named}
+
+
+def _unknown(where: str, name: Any) -> FormatVersionError:
+    return FormatVersionError(
+        f"{where} has the variant {str(name)[:80]!r}, which this jlora does not know; "
+        "read it with one that has it"
+    )
 
 
 def _entry(values: Any, where: str) -> Entry:
+    variant = _variant(values, where)
     kinds: dict[str, Any] = {"path": str, "kernel": dict, "arrays": dict}
-    has = lambda key: isinstance(values, dict) and key in values
-    whole = not has("axes")
-    if has("rows"):
-        kinds |= {"rows": list, "axes": dict}
-    elif not whole:
-        kinds |= {"rank": int, "alpha": float, "scaling": float, "axes": dict}
-        kinds |= {"slices": list} if has("slices") else {}
-    path, kernel, arrays, *numbers = _fields(values, where, **kinds)
+    kinds |= {"variant": str} if variant.is_named else {}
+    kinds |= dict.fromkeys(variant.settings, _SETTING)
+    if variant.rank is not None:
+        kinds |= {"rank": int, "alpha": float, "scaling": float}
+    kinds |= {"axes": dict} if variant.has_roles else {}
+    path, kernel, arrays, *_ = _fields(values, where, **kinds)
     where = f"{where}, {path!r}"
     shape, dtype, samples = _fields(
         kernel, f"{where}, kernel", shape=list, dtype=_TEXT, samples=_TEXT
     )
     known = Kernel(_shape(shape, where), dtype and _stored(dtype, where), samples)
-    names = [n for n in _FACTORS if n in arrays or n != _OPTIONAL]
-    names = [_WHOLE] if whole else ["values"] if has("rows") else names
+    names = [n for n in variant.names if n in arrays or n not in variant.optional]
     _fields(arrays, f"{where}, arrays", **dict.fromkeys(names, dict))
     read = {name: _array(arrays[name], f"{where}, {name}") for name in names}
     checksums = {name: arrays[name]["checksum"] for name in names}
-    if whole:
-        _same_shape(where, known.shape, read[_WHOLE].shape)
-        return Entry(path, read[_WHOLE], None, known, checksums)
-    if has("rows"):
-        value: Any = _trained_rows(read, numbers, known.shape, where)
-        return Entry(path, value, None, known, checksums)
-    value, alpha = _factors(read, numbers, known.shape, where)
-    return Entry(path, value, alpha, known, checksums)
+    value = _value(variant, read, values, known.shape, where)
+    return Entry(path, value, values.get("alpha"), known, checksums)
+
+
+def _variant(values: Any, where: str) -> Variant:
+    """Returns the variant of an entry: named, or told by the fields that it has."""
+    has = set(values) if isinstance(values, dict) else set()
+    if "variant" in has:
+        if str(values["variant"]) not in _NAMED:
+            raise _unknown(where, values["variant"])
+        return _NAMED[values["variant"]]
+    needs = lambda v: {*v.settings, "axes"} if v.has_roles else set()
+    return next(v for v in VARIANTS if not v.is_named and needs(v) <= has)
+
+
+def _value(
+    variant: Variant,
+    arrays: Mapping[str, Any],
+    values: Mapping[str, Any],
+    shape: Shape,
+    where: str,
+) -> Any:
+    """Returns the entry of arrays that are described, if all of it fits together."""
+    axes: Any = _axes(values["axes"], shape, where) if variant.has_roles else None
+    rank: Any = values.get("rank")
+    alpha: Any = values.get("alpha")
+    if variant.rank is not None and not (alpha > 0 and rank > 0):
+        raise ValueError(f"{where} has rank {rank} and alpha {alpha}")
+    settings = _settings(variant, values, where)
+    if misfit := variant.misfit(axes, shape, **settings):
+        raise ValueError(f"{where} {misfit}")
+    for name, wanted in variant.shapes(axes, shape, rank, **settings).items():
+        if name in arrays:
+            _same_shape(f"{where}, {name}", wanted, arrays[name].shape)
+    return variant.built(arrays, axes, shape, values.get("scaling"), settings)
+
+
+def _settings(variant: Variant, values: Mapping[str, Any], where: str) -> Any:
+    """Returns the settings of a variant, as a config that is checked has them."""
+    given = {name: values[name] for name in variant.settings}
+    try:
+        return variant.settings_of(LoraConfig(**given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} has {str(given)[:80]}") from error
 
 
 def _axes(roles: Any, shape: Shape, where: str) -> KernelAxes:
@@ -259,57 +292,8 @@ def _axes(roles: Any, shape: Shape, where: str) -> KernelAxes:
     return axes
 
 
-def _trained_rows(
-    arrays: Mapping[str, Any], statics: Sequence[Any], shape: Shape, where: str
-) -> TrainedRows:
-    rows, roles = statics
-    axes, rows = _axes(roles, shape, where), _shape(rows, where)
-    if axes.batch or len(axes.in_) != 1 or len(set(rows)) < len(rows):
-        raise ValueError(f"{where} has the rows {str(rows)[:80]} of the axes {axes}")
-    length = shape[axes.in_[0]]
-    if not rows or max(rows) >= length:
-        raise ValueError(f"{where} has the rows {str(rows)[:80]} of {length}")
-    found = TrainedRows(arrays["values"], rows, length, axes)
-    wanted = found.wanted(shape)["values"]
-    _same_shape(f"{where}, values", wanted, arrays["values"].shape)
-    return found
-
-
-def _factors(
-    arrays: Mapping[str, Any], numbers: Sequence[Any], shape: Shape, where: str
-) -> tuple[Any, float]:
-    rank, alpha, scaling, roles, *slices = numbers
-    axes = _axes(roles, shape, where)
-    if not (alpha > 0 and rank > 0):
-        raise ValueError(f"{where} has rank {rank} and alpha {alpha}")
-    if slices:
-        return _sliced(arrays, (axes, scaling, slices[0]), rank, shape, where), alpha
-    for name, wanted in zip("ab", axes.factor_shapes(shape, rank), strict=True):
-        _same_shape(f"{where}, {name}", wanted, arrays[name].shape)
-    if _OPTIONAL in arrays:
-        wanted = axes.magnitude_shape(shape)
-        _same_shape(f"{where}, {_OPTIONAL}", wanted, arrays[_OPTIONAL].shape)
-    return LoraFactors(**arrays, axes=axes, scaling=scaling), alpha
-
-
-def _sliced(
-    arrays: Mapping[str, Any], statics: Any, rank: int, shape: Shape, where: str
-) -> SlicedFactors:
-    axes, scaling, pairs = statics
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"{where} has the slices {str(pairs)[:80]}")
-    slices = tuple((int(i), int(j)) for i, j in (_shape(p, where) for p in pairs))
-    ends = [end for pair in slices for end in pair]
-    fits = bool(ends) and ends == sorted(ends) and ends[-1] <= axes.fans(shape)[1]
-    if not fits or any(i == j for i, j in slices):
-        raise ValueError(f"{where} has the slices {str(pairs)[:80]}")
-    for name, wanted in sliced_shapes(axes, shape, slices, rank).items():
-        _same_shape(f"{where}, {name}", wanted, arrays[name].shape)
-    out = tuple(shape[i] for i in axes.out)
-    return SlicedFactors(arrays["a"], arrays["b"], axes, scaling, slices, out)
-
-
 _TEXT = (str, type(None))
+_SETTING = (list, str, int, float)
 _IN: dict[str, Any] = {"in": list}  # a keyword of Python
 
 

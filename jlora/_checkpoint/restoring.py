@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from .._adapter.entries import Factored, SlicedFactors
-from .._adapter.factors import LoraFactors
+from .._adapter.entries import arrays_of, axes_of, entry_with
+from .._adapter.variants import variant_of_entry
 from .._errors import AdapterError
 from .._params.layout import unboxed
 from .._params.paths import is_array, nearest
-from .record import Entry, Record, arrays_of, entry_with
+from .record import Entry, Record
 
 # By the place of the entry and the name of the array, as they are on disk.
 Arrays = dict[str, dict[str, Any]]
@@ -86,9 +86,11 @@ def _unknown(path: Any, where: str, saved: Mapping[str, Any]) -> str:
 
 def _no_arrays(entry: Any) -> str | None:
     """Returns the kind of what is no array, of an entry that should hold arrays."""
-    held = arrays_of(entry)
-    if isinstance(entry, LoraFactors | SlicedFactors):
-        held |= {"a": entry.a, "b": entry.b}  # which may be None by mistake
+    variant = variant_of_entry(entry)
+    held = variant.arrays(entry)
+    if variant.has_roles:  # what every entry has may be None by mistake
+        needed = [name for name in variant.names if name not in variant.optional]
+        held |= {name: getattr(entry, name) for name in needed}
     odd = [type(x).__name__ for x in held.values() if not is_array(unboxed(x))]
     return odd[0] if odd else None
 
@@ -101,10 +103,10 @@ def _static(entry: Any) -> dict[str, Any]:
     for name, array in arrays.items():
         static[f"shape of {name}"] = tuple(array.shape)
         static[f"dtype of {name}"] = np.dtype(array.dtype).name
-    if isinstance(entry, Factored):
+    if axes_of(entry) is not None:
         fields = [f.name for f in dataclasses.fields(entry) if f.metadata]
         static |= {_CALLED.get(name, name): getattr(entry, name) for name in fields}
-    if isinstance(entry, LoraFactors | SlicedFactors):
+    if variant_of_entry(entry).rank is not None:
         static["rank"] = entry.rank
     return static
 

@@ -12,14 +12,19 @@ from jax.core import Tracer
 
 from .._adapter.check import check_adapter
 from .._adapter.config import LoraConfig
-from .._adapter.entries import Factored, SlicedFactors, Special, TrainedRows
-from .._adapter.factors import LoraFactors
-from .._adapter.rank import capped_rank
+from .._adapter.entries import (
+    arrays_of,
+    entry_with,
+    given_shapes,
+    kernel_shape,
+    wanted_shapes,
+)
+from .._adapter.variants import variant_of_config, variant_of_entry
 from .._errors import AdapterError, NonFiniteError
 from .._params.layout import unboxed
 from .._params.paths import FlatParams, PyTree, matching
 from .fingerprint import Kernel, contents, fingerprint
-from .record import Entry, Record, arrays_of, entry_with
+from .record import Entry, Record
 
 
 def record_of(
@@ -85,19 +90,11 @@ def _unfit(what: str, array: Any) -> str | None:
 
 
 def _consistent(entry: Any) -> bool:
-    """Returns whether the shapes of factors are those that their axes say."""
-    if isinstance(entry, Special):
-        wanted = entry.wanted(entry.kernel_shape)
-        given = {name: tuple(getattr(entry, name).shape) for name in wanted}
-        return wanted == given
-    if not isinstance(entry, LoraFactors):
-        return True
-    axes, a, b = entry.axes, tuple(entry.a.shape), tuple(entry.b.shape)
-    n_batch = len(axes.batch)
-    n_axes = (n_batch + len(axes.in_) + 1, n_batch + len(axes.out) + 1)
-    if (len(a), len(b)) != n_axes:
+    """Returns whether the shapes of arrays are those that their axes say."""
+    try:
+        return wanted_shapes(entry, kernel_shape(entry)) == given_shapes(entry)
+    except IndexError:  # an array has too few axes to tell the kernel's shape
         return False
-    return axes.factor_shapes(entry.kernel_shape, entry.rank) == (a, b)
 
 
 def _alphas(
@@ -109,10 +106,9 @@ def _alphas(
         found = [config for config in configs if _explains(config, path, entry)]
         if not found:
             problems.append(_unexplained(path, entry))
-        elif isinstance(entry, LoraFactors | SlicedFactors):
-            alphas[path] = found[0].alpha
         else:
-            alphas[path] = None
+            ranked = variant_of_entry(entry).rank is not None
+            alphas[path] = found[0].alpha if ranked else None
     _raise_if(problems, "the adapter is not one of `config`")
     return alphas
 
@@ -122,40 +118,42 @@ def _explains(config: LoraConfig, path: str, entry: Any) -> bool:
     hit = lambda patterns: any(matching(p, [path]) for p in several(patterns))
     if hit(config.exclude):
         return False
-    if not isinstance(entry, Factored) and path.rpartition("/")[2] == "bias":
+    variant = variant_of_entry(entry)
+    if not variant.has_roles and path.rpartition("/")[2] == "bias":
         if config.bias != "none":
             return True
     if config.target is not None and not hit(config.target):
         return False
-    if not isinstance(entry, Factored):
-        return config.full
-    if getattr(entry, "rows", None) != config.rows:
+    settings = variant.settings_of
+    if variant_of_config(config) is not variant or settings(config) != settings(entry):
         return False
-    if isinstance(entry, TrainedRows):
+    arrays = variant.arrays(entry)
+    if any(asks(config) != (n in arrays) for n, asks in variant.optional.items()):
+        return False
+    if variant.rank is None:
         return True
-    if getattr(entry, "slices", None) != config.slices:
-        return False
-    if not isinstance(entry, LoraFactors | SlicedFactors):
-        return False
-    same = math.isclose(config.scaling, entry.scaling, rel_tol=1e-6)
-    dora = config.dora == (getattr(entry, "magnitude", None) is not None)
     # One that a file brought may have the rank that was asked all the same.
-    capped = capped_rank(config, entry.axes, entry.kernel_shape)
-    return not config.full and entry.rank in (capped, config.rank) and same and dora
+    capped = variant.rank(config, entry.axes, entry.kernel_shape)
+    same = math.isclose(config.scaling, entry.scaling, rel_tol=1e-6)
+    return same and entry.rank in (capped, config.rank)
 
 
 def _unexplained(path: str, entry: Any) -> str:
-    if isinstance(entry, TrainedRows):
-        return f"{path!r} has rows {entry.rows}, and no config that matches it has them"
-    if not isinstance(entry, LoraFactors | SlicedFactors):
+    variant = variant_of_entry(entry)
+    if not variant.has_roles:
         return f"{path!r} is trained whole, and no config that matches it is `full`"
+    if variant.rank is None:
+        settings = variant.settings_of(entry).items()
+        told = " and ".join(f"{name} {value}" for name, value in settings)
+        return f"{path!r} has {told}, and no config that matches it has them"
     rank, scaling = entry.rank, float(entry.scaling)
     dora = ", dora=True" if getattr(entry, "magnitude", None) is not None else ""
+    named = f", variant={variant.name!r}" if variant.is_named else ""
     return (
         f"{path!r} has rank {rank} and scaling {scaling}"
         f"{' and a magnitude' if dora else ''}, and no config that matches "
         f"it does; `LoraConfig({re.escape(path)!r}, rank={rank}, "
-        f"alpha={scaling * rank}{dora})` would"
+        f"alpha={scaling * rank}{dora}{named})` would"
     )
 
 
@@ -164,10 +162,7 @@ def _kernels(adapter: Mapping[str, Any], base: PyTree | None) -> dict[str, Kerne
     if base is not None:
         check_adapter(FlatParams.of(base), adapter)
         return fingerprint(base, adapter)
-    return {
-        path: Kernel(e.kernel_shape if isinstance(e, Factored) else tuple(e.shape))
-        for path, e in adapter.items()
-    }
+    return {path: Kernel(kernel_shape(entry)) for path, entry in adapter.items()}
 
 
 def _checksums(adapter: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -14,11 +14,11 @@ from jax.core import Tracer
 
 from .._adapter.check import check_adapter
 from .._adapter.factors import Adapter, LoraFactors, delta
-from .._adapter.shardings import factor_shardings
 from .._algebra.matrices import replicated, with_matrices
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._jax.dtypes import summed_in
 from .._jax.sharding import explicit_sharding
+from .._params.layout import factor_shardings
 from .._params.paths import FlatParams, PyTree, is_array, is_quantized
 from .._params.quantized import qtype_of
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter.dora import output_scale
-from .._adapter.entries import TrainedRows, lowered
 from .._adapter.factors import LoraFactors
+from .._adapter.variants import variant_of_entry
 from .._jax.versions import manual_axes, vary
 from .._params.axes import expand
 from .._params.lazy import Lazy, dense
@@ -25,7 +25,8 @@ def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
         key: a PRNG key of its own for dropout, or None for none.
         rate: the share of inputs that dropout sets to zero.
     """
-    entry = lowered(entry, dense(leaf) if isinstance(entry, TrainedRows) else leaf)
+    variant = variant_of_entry(entry)
+    entry = variant.lowered(entry, dense(leaf) if variant.reads_kernel else leaf)
     if isinstance(entry, LoraFactors):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
         return with_factors(leaf, entry, key, rate)

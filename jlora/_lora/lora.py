@@ -9,8 +9,9 @@ import jax
 
 from .._adapter.check import as_varying, check_adapter
 from .._adapter.config import LoraConfig
-from .._adapter.entries import Factored
+from .._adapter.entries import axes_of
 from .._adapter.factors import Adapter
+from .._adapter.variants import variant_of_config
 from .._errors import LeftOutWarning
 from .._jax.keys import key_of
 from .._params.input_stats import InputStats
@@ -298,7 +299,7 @@ class Lora:
         """Returns the traced call, the program to evaluate, and the uses in it."""
         call = [*args[: self.argnum], params, *args[self.argnum :]]
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
-        axes = {p: e.axes for p, e in adapter.items() if isinstance(e, Factored)}
+        axes = {p: a for p, e in adapter.items() if (a := axes_of(e)) is not None}
         dora = {
             p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
         }
@@ -394,6 +395,8 @@ def lora(
         raise TypeError(f"`jlora.lora` takes a function, got {type(fn).__name__}")
     if not several or not all(isinstance(c, LoraConfig) for c in several):
         raise TypeError(f"`config` must be one or more `LoraConfig`, got {config!r}")
+    for one in several:
+        variant_of_config(one)  # raises if there is none of that name
     if isinstance(argnum, bool) or not isinstance(argnum, int) or argnum < 0:
         raise TypeError(f"`argnum` must be an int of at least 0, got {argnum!r}")
     _one_of("materialize", materialize, ("error", "allow"))

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from .._jax.sharding import names_of_entry
+from .axes import KernelAxes, Shape
 from .paths import PyTree, is_box, is_quantized
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
@@ -209,3 +210,49 @@ def _on_mesh(names: Sequence[Any], rules: Rules, mesh: AnyMesh) -> list[MeshAxes
                 found[i] = axes if axes is None or isinstance(axes, str) else (*axes,)
                 taken.update(names_of_entry(axes))
     return [found.get(i) for i in range(len(names))]
+
+
+def following(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Sharding:
+    """Returns the sharding of an array whose axes follow these axes of a kernel.
+
+    An axis that follows none, or that its mesh axes do not divide, is replicated.
+    """
+    if not isinstance(kernel, NamedSharding):
+        return kernel
+    spec = tuple(kernel.spec)
+    entries = [spec[i] if i is not None and i < len(spec) else None for i in axes]
+    fits = [
+        entry if size % _parts(kernel.mesh, entry) == 0 else None
+        for entry, size in zip(entries, shape, strict=True)
+    ]
+    # Without Nones at the end, as XLA names the shardings of results: to jit the two
+    # names would be two layouts.
+    while fits and fits[-1] is None:
+        fits.pop()
+    return NamedSharding(kernel.mesh, PartitionSpec(*fits))
+
+
+def fitting(kernel: Sharding, shape: Shape) -> Sharding:
+    """Returns the sharding of an array with the axes of a kernel, such as its scales.
+
+    An axis that its mesh axes do not divide is replicated.
+    """
+    return following(kernel, range(len(shape)), shape)
+
+
+def factor_shardings(
+    kernel: Sharding, axes: KernelAxes, a: Shape, b: Shape
+) -> tuple[Sharding, Sharding]:
+    """Returns the shardings of factors of the shapes `a` and `b`, from the kernel's."""
+    return (
+        following(kernel, (*axes.batch, *axes.in_, None), a),
+        following(kernel, (*axes.batch, None, *axes.out), b),
+    )
+
+
+def _parts(mesh: AnyMesh, entry: MeshAxes) -> int:
+    """Returns into how many parts an entry of a spec divides an axis."""
+    parts = 1
+    for name in names_of_entry(entry):
+        parts *= mesh.shape[name]
+    return parts

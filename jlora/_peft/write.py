@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .._adapter.config import LoraConfig
-from .._adapter.entries import TrainedRows
 from .._adapter.factors import LoraFactors
+from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._torch.fused import Pair, alike, join, split
 from .._torch.layout import (
@@ -75,18 +75,21 @@ class Module:
         return "experts" in self.binding.steps
 
 
-def check_rows(adapter: Mapping[str, Any]) -> None:
-    """Refuses rows that are trained alone.
+def check_writable(adapter: Mapping[str, Any]) -> None:
+    """Refuses what is no factors without its kernel, such as rows trained alone.
 
     Raises:
         UnsupportedFeatureError: with their paths.
     """
-    rows = [path for path, entry in adapter.items() if isinstance(entry, TrainedRows)]
-    if rows:
-        raise UnsupportedFeatureError(
-            f"rows that are trained alone, {rows[:5]}, have no place in the files that "
-            "jlora writes for PEFT (`trainable_token_indices`); merge them instead"
-        )
+    kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
+    for variant in VARIANTS:
+        paths = [path for path, kind in kinds.items() if kind is variant]
+        if variant.reads_kernel and paths:
+            peft = f" (`{variant.peft}`)" if variant.peft else ""
+            raise UnsupportedFeatureError(
+                f"{variant.plural or variant.name}, {paths[:5]}, have no place in the "
+                f"files that jlora writes for PEFT{peft}; merge them instead"
+            )
 
 
 def check_some(modules: Sequence["Module"], entries: Mapping[str, Any]) -> None:
@@ -318,7 +321,8 @@ def _one_of_all(dora: Mapping[str, bool]) -> bool:
 
 def _dropout(configs: Sequence[LoraConfig]) -> float:
     """Returns the rate of all configs that adapt a kernel."""
-    rates = {config.dropout for config in configs if not config.full}
+    adapting = [config for config in configs if variant_of_config(config).has_roles]
+    rates = {config.dropout for config in adapting}
     if len(rates) > 1:
         raise UnsupportedFeatureError(
             f"PEFT has one dropout for all modules, and the configs have "

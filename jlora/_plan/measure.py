@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Sharding
 
-from .._adapter.shardings import fitting, state_shardings
 from .._adapter.shardings import shardings as shardings_of
-from .._params.layout import AnyMesh, Layout, unboxed
+from .._adapter.shardings import state_shardings
+from .._params.layout import AnyMesh, Layout, fitting, unboxed
 from .._params.paths import FlatParams, PyTree, is_array, is_box
 from .._params.quantized import arrays_of
 from .memory import Memory
-from .new_entry import entry_of
-from .target import Target, counted
+from .target import Target, counted, entry_of
 
 # An array, or its shape and dtype, and how it is laid out; None: whole everywhere.
 Placed = tuple[Any, Sharding | None]

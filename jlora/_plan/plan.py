@@ -18,7 +18,7 @@ from .._program.flops import Flops, step_flops
 from .._program.trace import Traced
 from .measure import measure, stored_bytes
 from .memory import Memory, human
-from .target import Target, Unusable, counted
+from .target import Target, Unusable, counted, entry_of, variant_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,12 +260,10 @@ def _row(target: Target, trainable: int) -> tuple[str, ...]:
 def _rank(target: Target) -> str:
     """Tells the rank, or what is trained instead, and what else the factors have."""
     config = target.config
-    if target.axes is None:
-        return "full"
-    if config.rows is not None:
-        return f"{len(config.rows)} rows"
-    told = [" dora"] if config.dora else []
-    told += [f" × {len(config.slices)} slices"] if config.slices else []
+    note = variant_of(target).note(entry_of(target, target.abstract_arrays))
+    if target.rank is None:
+        return note
+    told = [note] if note else []
     told += [f" dropout {config.dropout:g}"] if config.dropout else []
     asked = f" of {config.rank}" if target.rank != config.rank else ""
     return f"{target.rank}{asked}" + ",".join(told)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._adapter.config import LoraConfig
+from .._adapter.variants import variant_of_config
 from .._errors import MaterializationError
 from .._jax.versions import OWN_DERIVATIVE
 from .._params.alternatives import alternatives
@@ -142,17 +143,18 @@ def _elsewhere(
     """Returns the leaves that a config matches but for the collection they are in."""
     apart = [path for path in params.paths if params.collection(path) is not None]
     leaves, found = params.by_path(), {}
+    is_whole = lambda config: not variant_of_config(config).has_roles
     hits = [(c, _hit(c.target, apart) - _hit(c.exclude, apart)) for c in configs]
     for path in set().union(*(paths for _, paths in hits)):
         collection, leaf = params.collection(path), leaves[path]
         shape = tuple(getattr(leaf, "shape", ()))
-        full = any(c.full for c, paths in hits if path in paths)
+        whole = any(is_whole(c) for c, paths in hits if path in paths)
         doubtful = collection not in KEPT_BY_LAYERS and _is_floating(leaf)
         reason = (
             f"is in the collection {collection!r}, which is left alone unless a "
             f"pattern names it, as '{collection}/...' does"
         )
-        doubtful = doubtful and (full or len(shape) > 1)
+        doubtful = doubtful and (whole or len(shape) > 1)
         found[path] = Unusable(path, shape, reason, is_doubtful=doubtful)
     return found
 
@@ -296,10 +298,10 @@ def _target(
     path: str, leaf: Any, config: LoraConfig, kernels: Mapping[str, _Kernel]
 ) -> Target | Unusable:
     shape = tuple(getattr(leaf, "shape", ()))
-    known = kernels[path]
-    if config.full and is_quantized(leaf):
+    known, variant = kernels[path], variant_of_config(config)
+    if not variant.has_roles and is_quantized(leaf):
         return Unusable(path, shape, f"is quantised ({qtype_of(leaf)}): {FROZEN}")
-    if config.full:
+    if not variant.has_roles:
         if _is_floating(leaf) and not _is_empty(leaf):
             return Target(path, shape, leaf.dtype, None, config)
         return Unusable(path, shape, known.reason)
@@ -310,7 +312,7 @@ def _target(
     if axes is None:
         reason = no_batch(known.axes, config.batch_axes)
         return Unusable(path, shape, f"{reason}{NO_BATCH}")
-    reason = _misfit(config, axes, shape)
+    reason = variant.misfit(axes, shape, **variant.settings_of(config))
     if reason:
         return Unusable(path, shape, reason)
     if config.target is None and known.looked_up:
@@ -321,21 +323,6 @@ def _target(
     return Target(path, shape, leaf.dtype, axes, config, qtype=qtype)
 
 
-def _misfit(config: LoraConfig, axes: KernelAxes, shape: Shape) -> str | None:
-    """Returns why a kernel has not the rows or slices that a config names."""
-    if config.rows is not None:
-        last = max(config.rows)
-        if axes.batch or len(axes.in_) != 1:
-            return "is no table: `rows` need one input axis and no batch axes"
-        if last >= shape[axes.in_[0]]:
-            return f"has {shape[axes.in_[0]]} rows, and `rows` names row {last}"
-    if config.slices is not None:
-        _, outputs = axes.fans(shape)
-        if config.slices[-1][1] > outputs:
-            return f"has {outputs} outputs, and `slices` end at {config.slices[-1][1]}"
-    return None
-
-
 def with_uses(
     targets: Sequence[Target],
     traced: Traced,
@@ -344,7 +331,7 @@ def with_uses(
 ) -> list[Target]:
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
-    dora = {t.path for t in targets if t.config.dora}
+    dora = {t.path for t in targets if "magnitude" in t.array_shapes}
     whole = {t.path for t in targets if t.axes is None}
     _, log = program_of(
         traced, axes, materialize, contraction, dora, whole, misfit=other_batch

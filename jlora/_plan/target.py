@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from .._adapter.config import LoraConfig
-from .._adapter.entries import sliced_shapes
-from .._adapter.rank import capped_rank
+from .._adapter.variants import variant_of_config
+from .._adapter.variants.variant import Variant
 from .._jax.dtypes import widest
 from .._params.axes import KernelAxes, Shape
 from .._params.paths import FlatParams
@@ -41,7 +41,7 @@ class Target:
     @property
     def is_low_rank(self) -> bool:
         """Whether it has factors of its own: it is no leaf or rows trained whole."""
-        return self.axes is not None and self.config.rows is None
+        return self._variant.rank is not None
 
     @property
     def rank(self) -> int | None:
@@ -49,9 +49,10 @@ class Target:
 
         That of the config, or less where the kernel maps fewer features.
         """
-        if self.axes is None or not self.is_low_rank:
+        rank = self._variant.rank
+        if rank is None or self.axes is None:
             return None
-        return capped_rank(self.config, self.axes, self.shape)
+        return rank(self.config, self.axes, self.shape)
 
     @property
     def scaling(self) -> float | None:
@@ -66,29 +67,37 @@ class Target:
     @property
     def array_shapes(self) -> dict[str, Shape]:
         """The shapes of its arrays in an adapter, by name."""
-        config, axes, shape = self.config, self.axes, self.shape
-        if axes is None:
-            return {"value": shape}
-        if config.rows is not None:
-            out = tuple(shape[i] for i in axes.out)
-            return {"values": (len(tuple(config.rows)), *out)}
-        rank = capped_rank(config, axes, shape)
-        if config.slices is not None:
-            return sliced_shapes(axes, shape, tuple(config.slices), rank)
-        a, b = axes.factor_shapes(shape, rank)
-        if not config.dora:
-            return {"a": a, "b": b}
-        return {"a": a, "b": b, "magnitude": axes.magnitude_shape(shape)}
+        variant, config = self._variant, self.config
+        settings = variant.settings_of(config)
+        shapes = variant.shapes(self.axes, self.shape, self.rank, **settings)
+        left = {name for name, asked in variant.optional.items() if not asked(config)}
+        return {name: shape for name, shape in shapes.items() if name not in left}
 
     @property
     def abstract_arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and dtypes of its arrays in a new adapter, by name."""
         shapes, dtype = self.array_shapes, self.config.dtype
         found = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
-        if "magnitude" in found:
-            wide = widest(found["a"])
-            found["magnitude"] = jax.ShapeDtypeStruct(shapes["magnitude"], wide)
+        for name in found.keys() & {*self._variant.wide}:
+            wide = widest(found[name])
+            found[name] = jax.ShapeDtypeStruct(shapes[name], wide)
         return found
+
+    @property
+    def _variant(self) -> Variant:
+        return variant_of(self)
+
+
+def variant_of(target: Target) -> Variant:
+    """Returns what is trained of a target, and how."""
+    return variant_of_config(target.config, has_roles=target.axes is not None)
+
+
+def entry_of(target: Target, arrays: Mapping[str, Any]) -> Any:
+    """Returns the entry of a target in an adapter, from its arrays by name."""
+    variant, config = variant_of(target), target.config
+    settings = variant.settings_of(config)
+    return variant.built(arrays, target.axes, target.shape, config.scaling, settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 import jlora.checkpoint
 import jlora.peft
 import jlora.weights
+from jlora import SlicedFactors, TrainedRows
 from jlora.__main__ import DIFFERENT, FAILED, SAME, main
-from jlora._adapter.entries import SlicedFactors, TrainedRows
 
 CASES = DATA / "peft"
 GOLDEN = DATA / "checkpoint_v1"

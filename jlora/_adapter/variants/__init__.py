@@ -1,0 +1,54 @@
+"""The variants of LoRA, and the one table of them.
+
+A variant is what is trained of a leaf, and how it becomes two factors of the kernel:
+begin with `variant.Variant`, which says all that jlora knows of one. Nothing elsewhere
+asks which variant it has; how to add one is told in docs/add_a_variant.md.
+"""
+
+from typing import Any
+
+from ..config import LoraConfig
+from ..factors import exportable
+from .factors import FACTORS
+from .rows import ROWS
+from .sliced import SLICED
+from .variant import Variant
+from .whole import WHOLE_LEAF
+
+# The first one that a config asks for, or whose class an entry has, is taken; anything
+# is an object, so that the leaf that is trained whole comes last.
+VARIANTS: tuple[Variant, ...] = (
+    ROWS,
+    SLICED,
+    FACTORS,
+    WHOLE_LEAF,
+)
+
+for _variant in VARIANTS:
+    if _variant.has_roles:
+        exportable(_variant.entry, f"jlora.{_variant.entry.__name__}")
+
+
+def variant_of_config(config: LoraConfig, *, has_roles: bool = True) -> Variant:
+    """Returns the variant of a leaf that a config chose.
+
+    Args:
+        config: the config.
+        has_roles: whether the axes of the leaf have roles; if not, as those of a bias
+            beside a kernel, it is trained whole.
+
+    Raises:
+        ValueError: if `LoraConfig.variant` is the name of none.
+    """
+    if not has_roles:
+        return next(v for v in VARIANTS if not v.has_roles)
+    for variant in VARIANTS:
+        if variant.is_chosen(config):
+            return variant
+    known = ["lora", *(v.name for v in VARIANTS if v.is_named)]
+    raise ValueError(f"`LoraConfig.variant` is one of {known}, got {config.variant!r}")
+
+
+def variant_of_entry(entry: Any) -> Variant:
+    """Returns the variant of an entry of an adapter."""
+    return next(v for v in VARIANTS if isinstance(entry, v.entry))

@@ -1,0 +1,134 @@
+"""Factors of some slices of a fused kernel, as of q and v in a kernel of q, k, v."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..._params.axes import KernelAxes, Shape
+from ..config import LoraConfig
+from ..factors import LoraFactors
+from ..initializers import INITIALIZERS
+from .variant import New, Variant, capped_rank
+
+Slices = tuple[tuple[int, int], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlicedFactors:
+    """Factors of some slices of a fused kernel, as of q and v in a kernel of q, k, v.
+
+    Each slice is a run of outputs with an `a` and a `b` of its own; the other outputs
+    are not adapted. Slices count the outputs of all output axes together, the last
+    axis fastest.
+
+    Attributes:
+        a: of all slices side by side, of shape `(*batch, *in, slices·rank)`.
+        b: of all slices side by side, of shape `(*batch, rank, outputs of slices)`.
+        axes: the roles of the kernel's axes.
+        scaling: alpha/rank (or alpha/√rank), a Python float.
+        slices: the first output of each slice, and the one behind its last.
+        out: the sizes of the output axes.
+
+    References:
+        `MergedLinear` of loralib, <https://github.com/microsoft/LoRA>.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    axes: KernelAxes = dataclasses.field(metadata={"static": True})
+    scaling: float = dataclasses.field(metadata={"static": True})
+    slices: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+    out: Shape = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """The rank of each slice."""
+        return self.a.shape[-1] // len(self.slices)
+
+    @property
+    def kernel_shape(self) -> Shape:
+        """The shape of the kernel that the factors belong to."""
+        order = self.axes.batch + self.axes.in_ + self.axes.out
+        sizes = self.a.shape[:-1] + self.out
+        return tuple(sizes[order.index(i)] for i in range(len(order)))
+
+    def wanted(self, shape: Shape) -> dict[str, Shape]:
+        """Returns the shapes of the arrays for a kernel of a shape."""
+        return _shapes(self.axes, shape, self.rank, self.slices)
+
+    def lowered(self) -> LoraFactors:
+        """Returns the same change as factors: `b` is block-diagonal."""
+        batch, width = self.b.shape[: len(self.axes.batch)], math.prod(self.out)
+        rows, start = [], 0
+        for first, stop in self.slices:
+            block = self.b[..., start : start + stop - first]
+            start += stop - first
+            sides = [(0, 0)] * (block.ndim - 1) + [(first, width - stop)]
+            rows.append(jnp.pad(block, sides))
+        b = jnp.concatenate(rows, axis=-2)
+        b = b.reshape(*batch, b.shape[-2], *self.out)
+        return LoraFactors(self.a, b, self.axes, self.scaling)
+
+
+def _shapes(
+    axes: KernelAxes, shape: Shape, rank: int, slices: Slices
+) -> dict[str, Shape]:
+    a, b = axes.factor_shapes(shape, rank)
+    width = sum(stop - first for first, stop in slices)
+    return {"a": (*a[:-1], len(slices) * rank), "b": (*b[: len(axes.batch) + 1], width)}
+
+
+def _rank(config: LoraConfig, axes: KernelAxes, shape: Shape) -> int:
+    """Returns the rank of each slice: at most the outputs of the smallest."""
+    slices: Any = config.slices
+    least = min(stop - first for first, stop in slices)
+    return min(capped_rank(config, axes, shape), least)
+
+
+def _new(new: New, leaf: Any) -> dict[str, Any]:
+    """Makes the factors of each slice as those of a kernel of its own."""
+    axes, slices, key = new.axes, new.config.slices, new.key
+    lead = tuple(new.shape[i] for i in axes.batch + axes.in_)
+    n, end = len(axes.batch), len(lead)
+    plain = KernelAxes(tuple(range(n)), tuple(range(n, end)), (end,))
+    make, whole = INITIALIZERS[new.config.init], new.wanted()
+    of_slice = lambda width: dataclasses.replace(
+        whole, axes=plain, shape=(*lead, width)
+    )
+    made = [
+        make(jax.random.fold_in(key, i), of_slice(stop - first))
+        for i, (first, stop) in enumerate(slices or ())
+    ]
+    a, b = zip(*made, strict=True)
+    return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-1)}
+
+
+def _misfit(axes: KernelAxes, shape: Shape, slices: Slices) -> str | None:
+    _, outputs = axes.fans(shape)
+    if slices[-1][1] > outputs:
+        return f"has {outputs} outputs, and `slices` end at {slices[-1][1]}"
+    return None
+
+
+SLICED = Variant(
+    "slices",
+    SlicedFactors,
+    _shapes,
+    _new,
+    lambda entry, kernel: entry.lowered(),
+    statics=lambda axes, shape: {"out": tuple(shape[i] for i in axes.out)},
+    settings=("slices",),
+    chosen=lambda config: config.slices is not None,
+    rank=_rank,
+    misfit=_misfit,
+    # Slices cut across the output axes, which have no layout of theirs to follow.
+    along=lambda axes: {
+        "a": (*axes.batch, *axes.in_, None),
+        "b": (*axes.batch, None, None),
+    },
+    note=lambda entry: f" × {len(entry.slices)} slices",
+)

@@ -1,0 +1,85 @@
+"""The example of docs/add_a_variant.md: a file and a line, and all that follows."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fenced import blocks
+from paths import ROOT
+
+PAGE = blocks((ROOT / "docs" / "add_a_variant.md").read_text(encoding="utf-8"))
+FILES = {one.title: one.text for one in PAGE if one.language == "python"}
+(PATCH,) = (one.text for one in PAGE if one.language == "diff")
+(PRINTED,) = (one.text for one in PAGE if one.title == "with the variant")
+
+pytestmark = pytest.mark.docs
+
+
+def run(folder: Path, *command: str, **options: str) -> Any:
+    """Runs a command in a folder, whose `jlora` is the one that is imported."""
+    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONUTF8": "1", **options}
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources and of the tests, with what the page adds."""
+    copy = tmp_path_factory.mktemp("patched")
+    for name in ("jlora", "tests"):
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("__py*")
+        )
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    for name, text in FILES.items():
+        (copy / name).write_text(text, encoding="utf-8")
+    (copy / "table.diff").write_text(PATCH, encoding="utf-8")
+    # Whatever repository the folder may lie in is none of its business.
+    alone = {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
+    done = run(copy, "git", "apply", "--verbose", "table.diff", **alone)
+    assert done.returncode == 0, done.stderr
+    return copy
+
+
+def test_it_is_a_file_and_an_entry_of_the_table() -> None:
+    files = [name for name in FILES if name.startswith("jlora/")]
+    assert files == ["jlora/_adapter/variants/symmetric.py"]
+    added = re.findall(r"^\+(?!\+\+)(.*)", PATCH, re.MULTILINE)
+    assert added == ["from .symmetric import SYMMETRIC", "    SYMMETRIC,"]
+
+
+def test_it_trains_merges_and_is_stored(patched: Path) -> None:
+    done = run(patched, sys.executable, "quickstart.py", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == PRINTED
+    read = (sys.executable, "-m", "jlora")
+    shown = run(patched, *read, "inspect", "adapter", JAX_PLATFORMS="cpu")
+    assert "2 targets, 200 values" in shown.stdout, shown.stderr
+    done = run(patched, *read, "convert", "adapter", "peft", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_jlora_without_it_refuses_its_files_by_name(patched: Path) -> None:
+    """After the script above has written them."""
+    code = "import sys, jlora.checkpoint as c; c.restore(sys.argv[1])"
+    folder = str(patched / "adapter")
+    done = run(ROOT, sys.executable, "-c", code, folder, JAX_PLATFORMS="cpu")
+    assert "FormatVersionError" in done.stderr
+    assert "the variant 'symmetric', which this jlora does not know" in done.stderr
+
+
+def test_it_keeps_what_holds_for_every_variant(patched: Path) -> None:
+    """That of the table, and the shape of the package: imports, docstrings."""
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow")
+    names = ("adapter/test_variant_table.py", "test_structure.py")
+    chosen = ("-k", "symmetric or variant_is or circle or docstring or annotated")
+    tests = [f"tests/{name}" for name in names]
+    done = run(patched, sys.executable, *command, *chosen, *tests, PYTEST_ADDOPTS="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "symmetric" in (patched / "jlora/_adapter/variants/__init__.py").read_text()
