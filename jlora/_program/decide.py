@@ -9,10 +9,10 @@ from typing import Any
 from .._params.axes import KernelAxes, Roles
 from .._product.choice import Contraction, choose
 from .._product.group import GroupDims
+from .._rules import CONTROL_FLOW
 from .._rules.broadcast import grown, narrowed
 from .._rules.carry import CARRY, scale_axes
 from .._rules.consume import CONSUME
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.dora_uses import fits, keeps_scale, spread
 from .._rules.dot_general import group_dims
 from .._rules.gather import indexed_axes

@@ -12,10 +12,10 @@ from typing import Any
 
 from .._jax.versions import own_body
 from .._params.axes import KernelAxes
+from .._rules import CONTROL_FLOW
 from .._rules.broadcast import narrowed
 from .._rules.carry import CARRY
 from .._rules.consume import CONSUME
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.elementwise import ELEMENTWISE, keeps_axes
 from .._rules.gather import indexed_axes, row_layout
 from .._rules.mix import MIXES, is_frozen_product, passed_by

@@ -27,9 +27,9 @@ from .._jax.sharding import on_set_mesh
 from .._jax.versions import manual_axes, rebind, source_line, vary
 from .._params.axes import KernelAxes
 from .._params.input_stats import InputStats, projection
+from .._rules import CONTROL_FLOW
 from .._rules.adapted import Adapted, base_of
 from .._rules.carry import CARRY, take_rows
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.linear_use import Term, is_input_side, lookup_terms, use_terms
 from .._rules.mix import MIXES
 from .._rules.rule import Gathered, Run

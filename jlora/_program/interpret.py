@@ -9,11 +9,11 @@ import jax
 
 from .._jax.versions import equation_scope, in_shard_map, is_literal, rebind, staged
 from .._params.lazy import called, dense, is_lazy
+from .._rules import CONTROL_FLOW
 from .._rules.adapted import base_of, materialize
 from .._rules.broadcast import cut
 from .._rules.carry import CARRY, scale_beside, take_rows
 from .._rules.consume import EVALUATE, add_rows
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.dot_general import run_products
 from .._rules.gather import found_rows
 from .._rules.lazy_moves import carried, stays_small

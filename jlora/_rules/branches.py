@@ -1,7 +1,7 @@
 """Loops with a condition, and branches.
 
 `while`: the `..._nconsts` say what the operands are; a condition with a bool for each
-example is reduced, see `_while_loop`.
+example is reduced, see `_masked_loop`.
 
 `cond`: `branches_platforms` is kept.
 """
@@ -15,10 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._jax.sharding import explicit_sharding
-from .._jax.versions import (
-    open_jaxpr,
-    source_line,
-)
+from .._jax.versions import open_jaxpr, source_line
 from .outputs import formed, note_outputs
 from .rule import Analysis, ControlFlowRule, Gathered, Run
 from .view import Program, Step, Value, any_active, plain
@@ -151,5 +148,7 @@ def _switch(
     return lax.platform_dependent(*operands, **named)
 
 
-WHILE = ControlFlowRule(_analyze_while, _run_while, uncounted=_unknown_steps)
-COND = ControlFlowRule(_analyze_cond, _run_cond)
+CONTROL_FLOW = {
+    "while": ControlFlowRule(_analyze_while, _run_while, uncounted=_unknown_steps),
+    "cond": ControlFlowRule(_analyze_cond, _run_cond),
+}

@@ -18,7 +18,15 @@ from typing import Any
 import jax
 from jax import lax
 
-from .._jax.versions import equation_scope, is_literal, open_jaxpr, rebind, with_layout
+from .._jax.versions import (
+    JIT,
+    REMAT,
+    equation_scope,
+    is_literal,
+    open_jaxpr,
+    rebind,
+    with_layout,
+)
 from .._params.lazy import Lazy
 from .._product.low_rank import keeping
 from .adapted import Adapted
@@ -161,6 +169,12 @@ def _rebound(
     return jax.tree.unflatten(jax.tree.structure(shapes), map(read, jaxpr.outvars))
 
 
-JIT_RULE = ControlFlowRule(_analyze_call, _run_jit, is_call=True)
-REMAT_RULE = ControlFlowRule(_analyze_call, _run_remat, is_call=True)
-CALL = ControlFlowRule(_analyze_call, _run_inline, is_call=True)
+_INLINED = ("closed_call", "core_call", "composite")
+
+CONTROL_FLOW = {
+    **dict.fromkeys(JIT, ControlFlowRule(_analyze_call, _run_jit, is_call=True)),
+    **dict.fromkeys(REMAT, ControlFlowRule(_analyze_call, _run_remat, is_call=True)),
+    **dict.fromkeys(
+        _INLINED, ControlFlowRule(_analyze_call, _run_inline, is_call=True)
+    ),
+}

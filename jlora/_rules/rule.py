@@ -70,6 +70,12 @@ class Analysis(Protocol):
 class ControlFlowRule:
     """How one higher-order primitive is analyzed and emitted again.
 
+    It is emitted through the public functions of `jax` and `jax.lax`. Adapted values
+    are pytrees, so that factors pass as ordinary operands. `jax.vmap` and `jax.grad`
+    make equations that the public function of a primitive does not: a loop whose
+    condition is a bool for each example, a checkpoint that is part of a backward pass.
+    The file of each rule says what becomes of each parameter.
+
     Attributes:
         analyze: returns the step, with the programs inside, and what is known of the
             outputs, given which of these are used.

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._jax.symbolic import scan_length
-from .._jax.versions import (
-    scan_counts,
-)
+from .._jax.versions import scan_counts
 from .._params.lazy import Lazy
 from .adapted import Adapted
 from .lazy_moves import Slices
@@ -129,4 +127,4 @@ class Rows:
         return self.treedef.unflatten(leaves)
 
 
-SCAN = ControlFlowRule(_analyze_scan, _run_scan)
+CONTROL_FLOW = {"scan": ControlFlowRule(_analyze_scan, _run_scan)}

@@ -171,4 +171,6 @@ def _place(arrays: Sequence[jax.Array], shape: Shape) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec(*named))
 
 
-SELECT = ControlFlowRule(_analyze_select, _run_select, uncounted=_unseen_inputs)
+CONTROL_FLOW = {
+    "select_n": ControlFlowRule(_analyze_select, _run_select, uncounted=_unseen_inputs)
+}

@@ -95,6 +95,8 @@ def _unknown_copies(eqn: Any) -> str | None:
     )
 
 
-SHARD_MAP = ControlFlowRule(
-    _analyze_shard_map, _run_shard_map, uncounted=_unknown_copies
-)
+CONTROL_FLOW = {
+    "shard_map": ControlFlowRule(
+        _analyze_shard_map, _run_shard_map, uncounted=_unknown_copies
+    )
+}
