@@ -25,9 +25,9 @@ from typing import Any
 
 from .._jax.frames import Unsure
 from .._jax.versions import is_literal, is_var, open_jaxpr, operation_name, source_line
+from .._rules import CONTROL_FLOW
 from .._rules.broadcast import varies_along
 from .._rules.carry import CARRY
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.mix import holds_features, use_before
 from .._rules.view import (
     Body,
