@@ -3,21 +3,19 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._params.axes import KernelAxes, Roles
 from .._product.choice import Contraction, choose
 from .._product.group import GroupDims
-from .._rules.broadcast import grown, narrowed
-from .._rules.carry import CARRY, scale_axes
-from .._rules.consume import CONSUME
+from .._rules import CARRY, CONSUME
+from .._rules.broadcast import narrowed
 from .._rules.control_flow import CONTROL_FLOW
-from .._rules.dora_uses import fits, keeps_scale, spread
+from .._rules.dot_einsum import Labels, cuts_across
 from .._rules.dot_general import group_dims
-from .._rules.gather import indexed_axes
-from .._rules.labelled import Labels, cuts_across
-from .._rules.mix import is_frozen_product, passed_by
+from .._rules.lookup import indexed_axes
+from .._rules.scaling import grown_axes, scale_axes
 from .._rules.view import (
     Log,
     Passed,
@@ -32,6 +30,7 @@ from .._rules.view import (
 )
 from .analysis import Analysis, ends_of
 from .discover import discover
+from .passed import is_frozen_product, passed_by
 from .recall import Recall
 from .siblings import arrange
 
@@ -87,7 +86,8 @@ class Decision(Analysis):
                 return Step("carry"), outputs
             # It may be a use, which the next run tells, or else it is an obstacle.
             self.log.lost[self.place] = "mix"
-            self.materialized(eqn, values, OF_SUM if moved else "", used=True)
+            where = _moved(eqn, values) if moved else ""
+            self.materialized(eqn, values, where, used=True)
             return Step("materialize"), nothing
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
@@ -108,7 +108,7 @@ class Decision(Analysis):
     def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
         before = len(self.log.uses)
         self._used(eqn, values, kinds)
-        if eqn.primitive.name != "dot_general":
+        if CONSUME[eqn.primitive.name].run is not None:
             return Step("consume")
         operand = next(i for i, value in enumerate(values) if value.views)
         logged = range(before, len(self.log.uses))
@@ -224,20 +224,29 @@ class Decision(Analysis):
 
     def _scale_fits(self, eqn: Any, values: list[Value]) -> bool:
         """Whether DoRA's scale, where there is one, can be applied beside a use."""
-        for operand, value in enumerate(values):
-            if not fits(eqn, operand, self._scale_varies(eqn, operand, value)):
-                return False
-        return True
+        rule = CONSUME[eqn.primitive.name]
+        return self._all_scales(rule.scale_fits, eqn, values)
 
     def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
         """Whether a scale, where there is one, stays one in a frozen product."""
+        rule = CARRY.get(eqn.primitive.name)
         others = [value for value in values if not value.views]
-        if any_active(others) or self.place in self.ends:
+        if rule is None or any_active(others) or self.place in self.ends:
             return True
-        return all(
-            keeps_scale(eqn, operand, self._scale_varies(eqn, operand, value))
-            for operand, value in enumerate(values)
-        )
+        return self._all_scales(rule.keeps_scale, eqn, values)
+
+    def _all_scales(
+        self,
+        holds: Callable[[Any, int, set[int]], bool],
+        eqn: Any,
+        values: Sequence[Value],
+    ) -> bool:
+        """Whether something holds for the scale of each operand that has one."""
+        for operand, value in enumerate(values):
+            varies = self._scale_varies(eqn, operand, value)
+            if not holds(eqn, operand, varies):
+                return False
+        return True
 
     def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
         """Returns the axes of an operand along which a scale of it varies."""
@@ -255,16 +264,14 @@ class Decision(Analysis):
         rule = CARRY.get(eqn.primitive.name)
         where = [i for i, value in enumerate(values) if value.views]
         others = [value for value in values if not value.views]
-        if (
-            eqn.primitive.name in ("add", "sub", "reduce_sum")
-            and self.place in self.ends
-        ):
-            return None
         if rule is None or not rule.takes(where, bool(any_active(others))):
             return None
-        if _moved(eqn, values) and eqn.primitive.name in ("add", "sub"):
+        if rule.passed is not None and self.place in self.ends:
+            return None
+        if rule.obstacle and _moved(eqn, values):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
+        spread = rule.scale_varies(eqn)
         for operand in where:
             maps = rule.axes(eqn, operand)
             if maps is None:
@@ -275,10 +282,10 @@ class Decision(Analysis):
                 view = self._marked(eqn, operand, view, values)
                 for output, axis_map in zip(outputs, maps, strict=True):
                     if axis_map is not None:
-                        moved = view.moved(axis_map).spread_along(spread(eqn))
-                        if _is_beside(eqn, values):
-                            moved = moved.scaled_along(scale_axes(eqn, operand))
-                        output.append(moved.chosen_along(grown(eqn, operand)))
+                        moved = view.moved(axis_map).spread_along(spread)
+                        if rule.beside is not None:
+                            moved = _scaled(eqn, operand, moved, values)
+                        output.append(moved)
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         active = any_active(values)
@@ -323,7 +330,6 @@ class Decision(Analysis):
 # else the adapter moves.
 OF_DORA = " over a part of DoRA's outputs"
 OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
-OF_SUM = " with a value that the adapter moves"
 
 
 def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
@@ -332,7 +338,16 @@ def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
     Multiplied into the kernel, such a scale would have the gradient of a whole kernel
     as its own. Beside it, as DoRA's is, it is applied to the inputs or the outputs.
     """
-    return eqn.primitive.name in ("mul", "div") and _is_beside_moved(values)
+    rule = CARRY.get(eqn.primitive.name)
+    scales = rule is not None and rule.beside is not None
+    return scales and _is_beside_moved(values)
+
+
+def _scaled(eqn: Any, operand: int, view: View, values: Sequence[Value]) -> View:
+    """Returns a view with the marks of the scale that an equation has beside it."""
+    if _is_beside_moved(values):
+        view = view.scaled_along(scale_axes(eqn, operand))
+    return view.chosen_along(grown_axes(eqn, operand))
 
 
 def _is_beside_moved(values: Sequence[Value]) -> bool:
@@ -348,8 +363,8 @@ def _moved(eqn: Any, values: Sequence[Value]) -> str:
     """
     if any(view.scaled for value in values for view in value.views):
         return OF_SCALE
-    added = eqn.primitive.name in ("add", "sub")
-    return OF_SUM if added and _is_beside_moved(values) else ""
+    rule = CARRY.get(eqn.primitive.name)
+    return rule.obstacle if rule is not None and _is_beside_moved(values) else ""
 
 
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:

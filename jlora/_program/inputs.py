@@ -37,13 +37,12 @@ from .._jax.versions import (
 )
 from .._params.axes import KernelAxes
 from .._params.input_stats import InputStats, projection
+from .._rules import CARRY
 from .._rules.adapted import Adapted, base_of
 from .._rules.broadcast import cut
-from .._rules.carry import CARRY, take_rows
 from .._rules.control_flow import Rows, specs_like
 from .._rules.emit import is_mapped, switch
 from .._rules.linear_use import is_input_side, lookup_terms, use_terms
-from .._rules.mix import MIXES
 from .._rules.view import Program, Step
 from .interpret import Read, walk
 from .trace import Traced
@@ -179,15 +178,14 @@ def _step(step: Step, read: Read, *, tally: Tally) -> Sequence[Any]:
     if step.action == "consume":
         return _use(eqn, values, tally)
     if step.action in ("carry", "lookup"):
-        if name in MIXES:
+        if CARRY[name].mixes:
             raise UnsupportedFeatureError(
                 f"`lora.inputs` cannot count the inputs of a target that {name} at "
                 f"{source_line(eqn)} mixes with a frozen value; leave the target out "
                 "of the config that it is made with"
             )
         # A probe is not to be zero, row by row, where all rows share it.
-        move = (lambda *args: [take_rows(*args)]) if name == "gather" else None
-        outputs = (move or CARRY[name].run)(eqn, values)
+        outputs = CARRY[name].run_rows(eqn, values)
         if step.action == "carry":
             return outputs
         for term in lookup_terms(eqn, values[0], outputs):

@@ -9,14 +9,13 @@ import jax
 
 from .._jax.versions import equation_scope, in_shard_map, is_literal, rebind, staged
 from .._params.lazy import called, dense, is_lazy
-from .._rules.adapted import base_of, materialize
+from .._rules import CARRY, CONSUME
+from .._rules.adapted import materialize
 from .._rules.broadcast import cut
-from .._rules.carry import CARRY, scale_beside, take_rows
-from .._rules.consume import EVALUATE, add_rows
 from .._rules.control_flow import CONTROL_FLOW
-from .._rules.dot_general import run_products
-from .._rules.gather import found_rows
-from .._rules.lazy_moves import carried, stays_small
+from .._rules.lazy_moves import stays_small
+from .._rules.lookup import look_up
+from .._rules.products import run_products
 from .._rules.view import Program, Step, Value
 from .analysis import Analysis
 from .recall import Recall
@@ -104,24 +103,26 @@ def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
         return CONTROL_FLOW[name].run(eqn, step, values, _deeper(derive))
     with jax.named_scope("jlora"):
         if step.action == "consume":
-            return EVALUATE[name](eqn, list(map(dense, values)), derive)
-        if not (name in CARRY and CARRY[name].together):
-            # What stands beside the adapted operand.
-            values = list(map(dense, values))
-        if step.beside:
-            return scale_beside(eqn, values)
-        if step.action == "carry":
-            return CARRY[name].run(eqn, values)
-        if step.action == "lookup":
-            return _lookup(eqn, values)
+            return _consume(eqn, list(map(dense, values)), derive)
+        if step.action in ("carry", "lookup"):
+            return _carry(eqn, step, values)
         return rebind(eqn, [materialize(value) for value in values])
 
 
-def _lookup(eqn: Any, values: list[Any]) -> list[jax.Array]:
-    if eqn.primitive.name != "gather":
-        return list(map(add_rows, CARRY[eqn.primitive.name].run(eqn, values)))
-    found = found_rows(eqn, base_of(values[0]).shape, *values[1:])
-    return [add_rows(take_rows(eqn, values), found)]
+def _consume(eqn: Any, values: list[Any], derive: str) -> list[Any]:
+    run = CONSUME[eqn.primitive.name].run
+    if run is None:  # they are evaluated in groups, see `_products`
+        raise AssertionError(f"{eqn.primitive.name} is a product")
+    return run(eqn, values, derive)
+
+
+def _carry(eqn: Any, step: Step, values: list[Any]) -> list[Any]:
+    rule = CARRY[eqn.primitive.name]
+    if not rule.together:  # what stands beside the adapted operand
+        values = list(map(dense, values))
+    if step.beside and rule.beside is not None:
+        return rule.beside(eqn, values)
+    return look_up(eqn, values) if step.action == "lookup" else rule.run(eqn, values)
 
 
 @functools.cache
@@ -153,6 +154,7 @@ def _plain(eqn: Any, values: list[Any], derive: str) -> Sequence[Any]:
         wanted, rule = (True,) * len(eqn.outvars), CONTROL_FLOW[name]
         step, _ = rule.analyze(_Nothing(), eqn, [Value()] * len(values), wanted)
         return rule.run(eqn, step, values, _deeper(derive))
-    if name in CARRY and stays_small(eqn, values):
-        return carried(eqn, values)
+    carry = CARRY.get(name)
+    if carry is not None and (carry.beside is None or stays_small(eqn, values)):
+        return carry.on_bases(eqn, values)
     return called(eqn, values, derive)

@@ -1,4 +1,38 @@
 """What jlora knows of each primitive: how factors pass it, and how they are used.
 
-No adapter, no config. Begin at `rule.py`.
+No adapter, no config. Begin at `rule.py`; each file has the rules of its primitives.
 """
+
+from . import (
+    collectives,
+    conv,
+    cutting,
+    dot_general,
+    gather,
+    joining,
+    passing,
+    ragged_dot,
+    reshaping,
+    scaling,
+    summing,
+)
+from .rule import CarryRule, ConsumeRule
+
+# The rules by the names of their primitives. An operation may be in both tables: what
+# has a frozen operand besides the kernel carries it, if that is not its use.
+CARRY: dict[str, CarryRule] = {
+    **collectives.CARRY,
+    **cutting.CARRY,
+    **dot_general.CARRY,
+    **gather.CARRY,
+    **joining.CARRY,
+    **passing.CARRY,
+    **reshaping.CARRY,
+    **scaling.CARRY,
+    **summing.CARRY,
+}
+CONSUME: dict[str, ConsumeRule] = {
+    **conv.CONSUME,
+    **dot_general.CONSUME,
+    **ragged_dot.CONSUME,
+}

@@ -18,10 +18,11 @@ from .._jax.sharding import without_axes
 from .._jax.versions import manual_axes
 from .._params.axes import Shape, free_axes
 from .adapted import Adapted, Part, complete, times_place
-from .conv import Window, convolve
-from .dot_general import dot_dims, factor_matrix
-from .gather import indexed_axes
-from .ragged_dot import Rows, rows_product
+from .dot_general import dot_dims
+from .lookup import indexed_axes
+from .parts import factor_matrix
+from .ragged_rows import Rows, rows_product
+from .window import Window, convolve
 
 # A probe, and what it gathers.
 Term = tuple[jax.Array, jax.Array]
