@@ -244,7 +244,7 @@ class Decision(Analysis):
         """Whether something holds for the scale of each operand that has one."""
         for operand, value in enumerate(values):
             varies = self._scale_varies(eqn, operand, value)
-            if not holds(eqn, operand, varies):
+            if varies and not holds(eqn, operand, varies):
                 return False
         return True
 
