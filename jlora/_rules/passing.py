@@ -1,5 +1,6 @@
 """Operations that touch a value as a whole, and leave its axes as they are."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def _convert_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
     return same_axes(eqn, operand)
 
 
-def _barrier_axes(eqn: Any, operand: int) -> list[AxisMap | None]:
+def _own_axes(eqn: Any, operand: int) -> list[AxisMap | None]:
     """Only the output of the same position comes from the operand."""
     maps: list[AxisMap | None] = [None] * len(eqn.outvars)
     maps[operand] = identity(eqn.outvars[operand].aval.ndim)
@@ -47,8 +48,8 @@ def _power_axes(eqn: Any, operand: int) -> list[AxisMap] | None:
     return same_axes(eqn, operand) if eqn.params["y"] == 1 else None
 
 
-_plain = CarryRule(same_axes, unchanged)
 _entrywise = CarryRule(same_axes, unchanged, entrywise=True)
+_several = CarryRule(_own_axes, unchanged, operands=None, together=True)
 
 CARRY = {
     "convert_element_type": CarryRule(_convert_axes, unchanged, entrywise=True),
@@ -57,10 +58,8 @@ CARRY = {
     "copy": _entrywise,
     "copy_p": _entrywise,
     "name": _entrywise,
-    "device_put": _plain,
-    "layout_constraint": _plain,
-    "optimization_barrier": CarryRule(
-        _barrier_axes, unchanged, operands=None, together=True, lazy=_lazy_barrier
-    ),
+    "device_put": _several,
+    "layout_constraint": CarryRule(same_axes, unchanged),
+    "optimization_barrier": dataclasses.replace(_several, lazy=_lazy_barrier),
     "stop_gradient": CarryRule(same_axes, each_factor(rebound), entrywise=True),
 }
