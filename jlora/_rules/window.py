@@ -142,8 +142,7 @@ def _backward(window: Window, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.
     counts = tuple(dy.shape[i] for i in window.out[2:])
     flipped = _flipped(window, kernel)
     dx = _convolved(window.turned(x, taps, counts), dy, flipped)
-    gradient = _grad_shared if window.shared else _grad_own
-    dk = gradient(window, x, dy, kernel)
+    dk = _kernel_gradient(window, x, dy, kernel)
     return as_type_of(dx, x), as_type_of(dk, kernel)
 
 
@@ -212,24 +211,32 @@ def _of_whole_space(window: Window, x: jax.Array) -> jax.Array:
     return whole_along(x, (*window.lhs[2:], *split))
 
 
-def _grad_shared(
+def _kernel_gradient(
     window: Window, x: jax.Array, dy: jax.Array, kernel: jax.Array
 ) -> jax.Array:
-    """Returns `Σ xᵀ·dy` under each tap, `(*taps, in, out)`, in float32 at least."""
+    """Returns `Σ xᵀ·dy` under each tap, laid out as the kernel, in float32 at least."""
     dtype, taps = summed_in(kernel.dtype, x.dtype, dy.dtype), kernel.shape[:-2]
     x, dy = _operands(window, x, dy)
     if 0 in (*x.shape, *dy.shape):
         return jnp.zeros(kernel.shape, dtype)
-    n = len(taps)
-    sizes, counts = x.shape[1 : n + 1], dy.shape[1 : n + 1]
-    reaches = _reaches(window, taps, counts)
-    rows, precision = range(n + 2), window.precision
-    pairs, batch = (rows, rows), ((), ())
+    reaches = _reaches(window, taps, dy.shape[1 : len(taps) + 1])
+    sums = _shared_sums if window.shared else _own_sums
+    return sums(window, x, dy, reaches, dtype).reshape(kernel.shape)
+
+
+def _shared_sums(
+    window: Window, x: jax.Array, dy: jax.Array, reaches: Sequence[Reach], dtype: Any
+) -> jax.Array:
+    """Sums over all groups too, by one product; `(*taps, in, out)`."""
+    n, precision = len(reaches), window.precision
+    rows, batch = range(n + 2), ((), ())
     if not _turns(x.shape, dy.shape, n):
-        return rank_last(dy, spread(x, reaches), pairs, batch, dtype, precision)
-    dy = spread(dy, [turned(*pair) for pair in zip(reaches, sizes, strict=True)])
+        return rank_last(dy, spread(x, reaches), (rows, rows), batch, dtype, precision)
+    pairs = zip(reaches, x.shape[1 : n + 1], strict=True)
+    dy = spread(dy, [turned(*pair) for pair in pairs])
     dy = dy.reshape(*dy.shape[: n + 2], -1)
-    found = rank_last(dy, x, pairs, batch, dtype, precision)
+    found = rank_last(dy, x, (rows, rows), batch, dtype, precision)
+    taps = [reach.taps for reach in reaches]
     return jnp.moveaxis(found.reshape(x.shape[-1], *taps, -1), 0, n)
 
 
@@ -239,23 +246,16 @@ def _turns(x: Shape, dy: Shape, n: int) -> bool:
     return places(x) * dy[-1] < places(dy) * x[-1]
 
 
-def _grad_own(
-    window: Window, x: jax.Array, dy: jax.Array, kernel: jax.Array
+def _own_sums(
+    window: Window, x: jax.Array, dy: jax.Array, reaches: Sequence[Reach], dtype: Any
 ) -> jax.Array:
-    """Returns `Σ xᵀ·dy` of each group under each tap: sums of products, no matrices."""
-    dtype, taps = summed_in(kernel.dtype, x.dtype, dy.dtype), kernel.shape[:-2]
-    x, dy = _operands(window, x, dy)
-    if 0 in (*x.shape, *dy.shape):
-        return jnp.zeros(kernel.shape, dtype)
-    n = len(taps)
-    reaches = _reaches(window, taps, dy.shape[1 : n + 1])
+    """Sums of products of each group, no matrices; `(taps, in, groups, out)`."""
     dy = dy.astype(dtype)[..., None, :]
     sums = [
-        (piece.astype(dtype)[..., None] * dy).sum(range(n + 1))
+        (piece.astype(dtype)[..., None] * dy).sum(range(len(reaches) + 1))
         for piece in each_tap(x, reaches)
     ]
-    found = jnp.moveaxis(jnp.stack(sums), 1, 2)  # (taps, in, groups, out)
-    return found.reshape(kernel.shape)
+    return jnp.moveaxis(jnp.stack(sums), 1, 2)
 
 
 # --- forward, left to autodiff ---
