@@ -1,19 +1,14 @@
 """The second pass: how each equation is evaluated, once the roles are settled."""
 
-import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._params.axes import KernelAxes, Roles
-from .._product.choice import Contraction, choose
-from .._product.group import GroupDims
+from .._product.choice import Contraction
 from .._rules import CARRY, CONSUME
 from .._rules.broadcast import narrowed
 from .._rules.control_flow import CONTROL_FLOW
-from .._rules.dot_einsum import Labels, cuts_across
-from .._rules.dot_general import group_dims
 from .._rules.lookup import indexed_axes
 from .._rules.scaling import grown_axes, scale_axes
 from .._rules.view import (
@@ -31,8 +26,8 @@ from .._rules.view import (
 from .analysis import Analysis, ends_of
 from .discover import discover
 from .passed import is_frozen_product, passed_by
+from .products import Products
 from .recall import Recall
-from .siblings import arrange
 
 
 class Decision(Analysis):
@@ -56,11 +51,7 @@ class Decision(Analysis):
     ) -> None:
         super().__init__(CONTROL_FLOW, recall, ends)
         self.axes, self.dora = axes, dora
-        self.contraction: Contraction = contraction
-        # Of each product: the operand that is a kernel, and its entries in the log.
-        self._products: dict[int, tuple[int, range]] = {}
-        # Of those that cut across the roles: what each entry takes for each rank.
-        self._across: dict[int, list[int]] = {}
+        self._products = Products(contraction)
 
     def kind_of(self, path: str) -> Hashable:
         """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
@@ -112,8 +103,8 @@ class Decision(Analysis):
             return Step("consume")
         operand = next(i for i, value in enumerate(values) if value.views)
         logged = range(before, len(self.log.uses))
-        self._products[id(eqn)] = (operand, logged)
-        self._note_across(eqn, operand, values[operand].views)
+        roles = [self._roles(view) or [] for view in values[operand].views]
+        self._products.note(eqn, operand, logged, roles)
         return Step("product")
 
     def _passes_on(self, eqn: Any, values: list[Value]) -> bool:
@@ -123,74 +114,7 @@ class Decision(Analysis):
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
-        eqns = [step.eqns[0] for step in steps]
-        kernels = {
-            i: self._products[id(eqn)][0]
-            for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
-            if step.action == "product" and id(eqn) not in self._across
-        }
-        movable = lambda i: (
-            steps[i].action in ("plain", "carry") and not eqns[i].effects
-        )
-        units = arrange(eqns, kernels, movable)
-        return [
-            self._group([eqns[i] for i in unit])
-            if steps[i].action == "product"
-            else steps[i]
-            for unit in units
-            for i in unit[:1]
-        ]
-
-    def _note_across(self, eqn: Any, operand: int, views: Sequence[View]) -> None:
-        """Notes a product that no two matrices say: it is computed by itself."""
-        sides = []
-        for view in views:
-            roles = list(enumerate(self._roles(view) or []))
-            has = lambda role, roles=roles: {
-                i for i, r in roles if r in (role, "batch")
-            }
-            sides.append((has("in"), has("out")))
-        if any(cuts_across(eqn, operand, *pair) for pair in sides):
-            shapes = eqn.invars[1 - operand].aval.shape, eqn.outvars[0].aval.shape
-            self._across[id(eqn)] = [
-                Labels.of(eqn, operand, *pair).work(*shapes) for pair in sides
-            ]
-
-    def _group(self, eqns: list[Any]) -> Step:
-        operands = [self._products[id(eqn)][0] for eqn in eqns]
-        if id(eqns[0]) in self._across:
-            return self._alone(eqns[0])
-        dims: GroupDims = group_dims(eqns[0], operands[0])
-        for eqn, operand in zip(eqns[1:], operands[1:], strict=True):
-            dims = dims.with_kernels(group_dims(eqn, operand).kernels)
-        x = eqns[0].invars[1 - operands[0]].aval
-        pairs = zip(eqns, operands, strict=True)
-        kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
-        form = choose(self.contraction, dims, x, kernels)
-        features = math.prod(x.shape[i] for i in dims.contract)
-        rows = self.trips * x.size // max(features, 1)
-        for eqn, one, kernel in zip(eqns, dims.kernels, kernels, strict=True):
-            shared = math.prod(kernel.shape[i] for i in one.batch)
-            outputs = kernel.size // max(features * shared, 1)
-            flops = 6 * rows * (features + outputs)
-            if form == "merged":  # of six products two are replaced by the kernel's
-                flops = 4 * rows * (features + outputs) + 4 * self.trips * kernel.size
-            for i in self._products[id(eqn)][1]:
-                self.log.uses[i] = dataclasses.replace(
-                    self.log.uses[i],
-                    form=form,
-                    siblings=len(eqns),
-                    factor_flops=flops,
-                )
-        return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
-
-    def _alone(self, eqn: Any) -> Step:
-        operand, logged = self._products[id(eqn)]
-        for i, work in zip(logged, self._across[id(eqn)], strict=True):
-            self.log.uses[i] = dataclasses.replace(
-                self.log.uses[i], form="separate", factor_flops=6 * self.trips * work
-            )
-        return Step("product", eqns=(eqn,), kernels=(operand,))
+        return self._products.arranged(steps, self.log, self.trips)
 
     def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)
