@@ -276,10 +276,11 @@ def _loop(params: Tree, h: jax.Array, auto: bool = True) -> jax.Array:
     return jax.lax.scan(layer, h, params)[0]
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("check", [True, False])
-def test_inside_of_a_shard_map(check: bool, getkey: Key) -> None:
+def test_inside_of_a_shard_map(check: bool, kind: Any, getkey: Key) -> None:
     """Rows over one axis of the mesh, the outputs of one kernel over the other."""
-    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2)
     fn = jax.shard_map(
         lambda p, x: (x @ p["w"], x @ p["v"]),
         mesh=mesh,
@@ -290,11 +291,15 @@ def test_inside_of_a_shard_map(check: bool, getkey: Key) -> None:
     x, params = jax.random.normal(getkey(), (6, 5)), {"w": jnp.ones((5, 4))}
     params["v"] = jnp.ones((5, 3))
     lora = adapted(fn)
-    if not check:
-        with pytest.raises(jlora.UnsupportedFeatureError, match="check_vma=False"):
-            gather(lora)(params, x)
-        return
-    for stats in gather(lora)(params, x).values():
+    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
+    placed = {"w": put(params["w"], None, "model"), "v": put(params["v"])}
+    with jax.set_mesh(mesh):
+        if not check:
+            with pytest.raises(jlora.UnsupportedFeatureError, match="check_vma=False"):
+                gather(lora)(placed, put(x, "data"))
+            return
+        found = jax.device_get(gather(lora)(placed, put(x, "data")))
+    for stats in found.values():
         close(stats.moment, moment(x))
         assert int(stats.rows) == 6
 

@@ -47,7 +47,7 @@ class Analysis(abc.ABC):
     """One run of the pass over a program; the two passes say what an equation does.
 
     Args:
-        control_flow: the rules of `_control_flow.py`, by primitive name.
+        control_flow: the rules of operations with a function inside, by primitive name.
         recall: what was found out of jaxprs, in this run and those before it.
         ends: the places where kernels come to an end, of operations that could have
             passed them on.

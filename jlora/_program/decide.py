@@ -6,9 +6,8 @@ from typing import Any
 
 from .._params.axes import KernelAxes, Roles
 from .._product.choice import Contraction
-from .._rules import CARRY, CONSUME
+from .._rules import CARRY, CONSUME, CONTROL_FLOW
 from .._rules.broadcast import narrowed
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.lookup import indexed_axes
 from .._rules.scaling import grown_axes, scale_axes
 from .._rules.view import (

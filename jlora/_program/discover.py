@@ -12,9 +12,8 @@ from typing import Any
 
 from .._jax.versions import own_body
 from .._params.axes import KernelAxes
-from .._rules import CARRY, CONSUME
+from .._rules import CARRY, CONSUME, CONTROL_FLOW
 from .._rules.broadcast import narrowed
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.elementwise import is_elementwise, keeps_axes
 from .._rules.rows import RowLayout
 from .._rules.rule import CarryRule

@@ -3,68 +3,63 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from .._jax.versions import equation_scope, in_shard_map, is_literal, rebind, staged
 from .._params.lazy import called, dense, is_lazy
-from .._rules import CARRY, CONSUME
+from .._rules import CARRY, CONSUME, CONTROL_FLOW
 from .._rules.adapted import materialize
 from .._rules.broadcast import cut
-from .._rules.control_flow import CONTROL_FLOW
 from .._rules.lazy_moves import stays_small
 from .._rules.lookup import look_up
 from .._rules.products import run_products
+from .._rules.rule import Gathered, Run
 from .._rules.view import Program, Step, Value
 from .analysis import Analysis
 from .recall import Recall
 
-# Returns the value of a variable of a jaxpr.
-Read = Callable[[Any], Any]
+
+class Evaluation(Protocol):
+    """What is done with values at each action, see `Step`; each returns the outputs."""
+
+    def plain(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Evaluates an equation without adapted operands."""
+        ...
+
+    def carry(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Moves kernels: the outputs are kernels again."""
+        ...
+
+    def lookup(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Takes rows of a kernel as plain values."""
+        ...
+
+    def consume(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Uses a kernel up."""
+        ...
+
+    def materialize(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Evaluates an operation without a rule."""
+        ...
+
+    def enter(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Evaluates an operation with programs inside."""
+        ...
+
+    def product(self, step: Step, x: Any, kernels: list[Any]) -> Sequence[Any]:
+        """Multiplies one value by the kernels of all products of a step."""
+        ...
 
 
-def run(program: Program, values: Sequence[Any], *, derive: str) -> list[Any]:
-    """Evaluates a program on plain and adapted values.
-
-    Args:
-        program: the jaxpr with the step of each equation.
-        values: one array, `Adapted` or `Lazy`, per input of the jaxpr.
-        derive: "custom" or "autodiff", see `_linear.low_rank_product`.
-
-    Returns:
-        The outputs, of which those with views are `Adapted`, and others may be `Lazy`.
-    """
-
-    def evaluate(step: Step, read: Read) -> Sequence[Any]:
-        if step.action == "product":
-            return _products(step, read, derive)
-        return _evaluate(step, read, derive)
-
-    return walk(program, values, evaluate)
-
-
-def outputs_of(program: Program, inputs: Sequence[Any], *, derive: str) -> Any:
-    """Returns the outputs of the function itself, as `run` does, all of them plain."""
-
-    def evaluate(*inputs: Any) -> list[jax.Array]:
-        return list(map(materialize, run(program, inputs, derive=derive)))
-
-    return (staged(evaluate) if in_shard_map() else evaluate)(*inputs)
-
-
-def walk(
-    program: Program,
-    values: Sequence[Any],
-    evaluate: Callable[[Step, Read], Sequence[Any]],
-) -> list[Any]:
+def walk(program: Program, values: Sequence[Any], evaluation: Evaluation) -> list[Any]:
     """Goes through the steps of a program.
 
     Args:
         program: the jaxpr with the step of each equation.
         values: one value per input of the jaxpr.
-        evaluate: returns the outputs of all equations of a step, given a function that
-            reads the value of a variable.
+        evaluation: what is done at each.
 
     Returns:
         The outputs of the program.
@@ -76,62 +71,127 @@ def walk(
         if step.action == "dead":
             continue
         with equation_scope(step.eqns[0]):
-            outputs = evaluate(step, read)
+            outputs = _outputs(step, read, evaluation)
         outvars = itertools.chain.from_iterable(eqn.outvars for eqn in step.eqns)
         env.update(zip(outvars, outputs, strict=True))
     return [read(v) for v in program.jaxpr.outvars]
 
 
-def _products(step: Step, read: Read, derive: str) -> list[Any]:
-    """Siblings are evaluated where the first stands, with its other operand."""
-    x = dense(read(step.eqns[0].invars[1 - step.kernels[0]]))
-    pairs = zip(step.eqns, step.kernels, strict=True)
-    kernels = [read(eqn.invars[i]) for eqn, i in pairs]
-    with jax.named_scope("jlora"):
-        return run_products(step.eqns, step.kernels, x, kernels, step.form, derive)
-
-
-def _evaluate(step: Step, read: Read, derive: str) -> Sequence[Any]:
+def _outputs(
+    step: Step, read: Callable[[Any], Any], evaluation: Evaluation
+) -> Sequence[Any]:
+    """Returns the outputs of all equations of a step."""
+    if step.action == "product":
+        # Siblings are evaluated where the first stands, with its other operand.
+        x = read(step.eqns[0].invars[1 - step.kernels[0]])
+        pairs = zip(step.eqns, step.kernels, strict=True)
+        return evaluation.product(step, x, [read(eqn.invars[i]) for eqn, i in pairs])
     (eqn,) = step.eqns
     values = [read(v) for v in eqn.invars]
-    name = eqn.primitive.name
     if step.along is not None:
         values = cut(values, step.along)
-    if step.action == "plain":
-        return _plain(eqn, values, derive)
-    if step.action == "enter":
-        return CONTROL_FLOW[name].run(eqn, step, values, _deeper(derive))
-    with jax.named_scope("jlora"):
-        if step.action == "consume":
-            return _consume(eqn, list(map(dense, values)), derive)
-        if step.action in ("carry", "lookup"):
-            return _carry(eqn, step, values)
-        return rebind(eqn, [materialize(value) for value in values])
+    return getattr(evaluation, step.action)(eqn, step, values)
 
 
-def _consume(eqn: Any, values: list[Any], derive: str) -> list[Any]:
-    run = CONSUME[eqn.primitive.name].run
-    if run is None:  # they are evaluated in groups, see `_products`
-        raise AssertionError(f"{eqn.primitive.name} is a product")
-    return run(eqn, values, derive)
+# --- a program with adapted kernels ---
 
 
-def _carry(eqn: Any, step: Step, values: list[Any]) -> list[Any]:
-    rule = CARRY[eqn.primitive.name]
-    if not rule.together:  # what stands beside the adapted operand
-        values = list(map(dense, values))
-    if step.beside and rule.beside is not None:
-        return rule.beside(eqn, values)
-    return look_up(eqn, values) if step.action == "lookup" else rule.run(eqn, values)
+def outputs_of(program: Program, inputs: Sequence[Any], *, derive: str) -> Any:
+    """Returns the outputs of the function itself, all of them plain.
+
+    Args:
+        program: the jaxpr with the step of each equation.
+        inputs: one array, `Adapted` or `Lazy`, per input of the jaxpr.
+        derive: "custom" or "autodiff", see `_linear.low_rank_product`.
+    """
+
+    def evaluate(*inputs: Any) -> list[jax.Array]:
+        return list(map(materialize, walk(program, inputs, _factored(derive))))
+
+    return (staged(evaluate) if in_shard_map() else evaluate)(*inputs)
 
 
 @functools.cache
-def _deeper(derive: str) -> Callable[..., list[Any]]:
-    """Returns what runs the programs inside of a program: always the same function."""
-    return functools.partial(run, derive=derive)
+def _factored(derive: str) -> "Factored":
+    return Factored(derive)
 
 
-# --- kernels that are quantised and not adapted ---
+class Factored:
+    """An evaluation on plain and adapted values, some of which may be lazy.
+
+    Outputs with views are `Adapted`, and others may be `Lazy`.
+
+    Args:
+        derive: as in `outputs_of`.
+    """
+
+    def __init__(self, derive: str) -> None:
+        self.derive = derive
+        # One for all programs, as functions are kept by what runs them.
+        self.run = Run(self._inside, materialize, lambda values: ())
+
+    def _inside(
+        self, program: Program, values: Sequence[Any]
+    ) -> tuple[list[Any], Sequence[Gathered]]:
+        return walk(program, values, self), ()
+
+    def plain(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Evaluates an equation without adapted operands, of which some may be lazy."""
+        if not is_lazy(values):
+            return rebind(eqn, values)
+        name = eqn.primitive.name
+        if name in CONTROL_FLOW:
+            none, wanted = [Value()] * len(values), (True,) * len(eqn.outvars)
+            step, _ = CONTROL_FLOW[name].analyze(_Nothing(), eqn, none, wanted)
+            return self.enter(eqn, step, values)
+        rule = CARRY.get(name)
+        if rule is not None and (rule.beside is None or stays_small(eqn, values)):
+            return rule.on_bases(eqn, values)
+        return called(eqn, values, self.derive)
+
+    def enter(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Emits control flow around the same evaluation of what is inside."""
+        rule = CONTROL_FLOW[eqn.primitive.name]
+        outputs, _ = rule.run(eqn, step, values, self.run)
+        return outputs
+
+    def product(self, step: Step, x: Any, kernels: list[Any]) -> Sequence[Any]:
+        """Multiplies by all kernels at once."""
+        x, eqns = dense(x), step.eqns
+        with jax.named_scope("jlora"):
+            return run_products(eqns, step.kernels, x, kernels, step.form, self.derive)
+
+    def consume(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Adds what the factors give to what the base gives."""
+        run = CONSUME[eqn.primitive.name].run
+        if run is None:  # it has a step of its own, which evaluates it in a group
+            raise AssertionError(f"{eqn.primitive.name} is a product")
+        with jax.named_scope("jlora"):
+            return run(eqn, list(map(dense, values)), self.derive)
+
+    def carry(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Moves the factors with the base."""
+        with jax.named_scope("jlora"):
+            values, rule = _beside_dense(eqn, values), CARRY[eqn.primitive.name]
+            if step.beside and rule.beside is not None:
+                return rule.beside(eqn, values)
+            return rule.run(eqn, values)
+
+    def lookup(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Takes rows of the base and of the factors, and adds them."""
+        with jax.named_scope("jlora"):
+            return look_up(eqn, _beside_dense(eqn, values))
+
+    def materialize(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
+        """Forms the kernels."""
+        with jax.named_scope("jlora"):
+            return rebind(eqn, list(map(materialize, values)))
+
+
+def _beside_dense(eqn: Any, values: list[Any]) -> list[Any]:
+    """Makes what stands beside an adapted operand, unless all are carried together."""
+    together = CARRY[eqn.primitive.name].together
+    return values if together else list(map(dense, values))
 
 
 class _Nothing(Analysis):
@@ -143,18 +203,3 @@ class _Nothing(Analysis):
     def first_order(self, eqn: Any, values: list[Value]) -> tuple[Step, list[Value]]:
         """Is not asked: without views every step is plain."""
         raise AssertionError(f"{eqn.primitive.name} has views")
-
-
-def _plain(eqn: Any, values: list[Any], derive: str) -> Sequence[Any]:
-    """Evaluates an equation without adapted operands, of which some may be lazy."""
-    if not is_lazy(values):
-        return rebind(eqn, values)
-    name = eqn.primitive.name
-    if name in CONTROL_FLOW:
-        wanted, rule = (True,) * len(eqn.outvars), CONTROL_FLOW[name]
-        step, _ = rule.analyze(_Nothing(), eqn, [Value()] * len(values), wanted)
-        return rule.run(eqn, step, values, _deeper(derive))
-    carry = CARRY.get(name)
-    if carry is not None and (carry.beside is None or stays_small(eqn, values)):
-        return carry.on_bases(eqn, values)
-    return called(eqn, values, derive)

@@ -4,6 +4,8 @@ No adapter, no config. Begin at `rule.py`; each file has the rules of its primit
 """
 
 from . import (
+    branches,
+    calls,
     collectives,
     conv,
     cutting,
@@ -14,9 +16,12 @@ from . import (
     ragged_dot,
     reshaping,
     scaling,
+    scan,
+    select,
+    shard_map,
     summing,
 )
-from .rule import CarryRule, ConsumeRule
+from .rule import CarryRule, ConsumeRule, ControlFlowRule
 
 # The rules by the names of their primitives. An operation may be in both tables: what
 # has a frozen operand besides the kernel carries it, if that is not its use.
@@ -35,4 +40,11 @@ CONSUME: dict[str, ConsumeRule] = {
     **conv.CONSUME,
     **dot_general.CONSUME,
     **ragged_dot.CONSUME,
+}
+CONTROL_FLOW: dict[str, ControlFlowRule] = {
+    **branches.CONTROL_FLOW,
+    **calls.CONTROL_FLOW,
+    **scan.CONTROL_FLOW,
+    **select.CONTROL_FLOW,
+    **shard_map.CONTROL_FLOW,
 }

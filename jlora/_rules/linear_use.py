@@ -1,11 +1,12 @@
-"""What one use of a kernel does, done to a probe of its inputs; see `_inputs.py`.
+"""What one use of a kernel does, done to a probe of its inputs; see `inputs.py`.
 
 Every use is linear in the kernel, so that a probe `Ω` in the place of the kernel gives
 `h = x·Ω`, and the transpose of that map takes `h` to `xᵀ·(x·Ω)`.
 """
 
+import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,74 +29,76 @@ from .window import Window, convolve
 Term = tuple[jax.Array, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearUse:
+    """How one primitive uses a kernel up, as a map that is linear in it.
+
+    Attributes:
+        summed: `(eqn, operand) -> axes` of the kernel that it sums over.
+        shared: `(eqn, operand) -> axes` that the kernel shares with what it meets.
+        apply: `(eqn, operand, others, probe, shape, own) -> x·Ω`, given the other
+            operands, the kernel's shape and the summed axes that are batch axes here.
+        rows: `(eqn, operand, values) -> number of inputs`, for each group if there are.
+        sums_batches: whether it may sum over batch axes.
+    """
+
+    summed: Callable[[Any, int], Sequence[int]]
+    shared: Callable[[Any, int], Sequence[int]]
+    apply: Callable[
+        [Any, int, Sequence[Any], jax.Array, Shape, Collection[int]], jax.Array
+    ]
+    rows: Callable[[Any, int, Sequence[Any]], Any]
+    sums_batches: bool = False
+
+
 def is_input_side(eqn: Any, operand: int, part: Part, shape: Shape) -> bool:
     """Whether a use sums over input axes of the kernel.
 
     A transposed use (a tied head, the backward pass of an inner gradient) sums over the
     output axes: what it multiplies is no input of the kernel.
     """
-    own = _own_axes(eqn, operand, part)
-    summed = [i for i in _summed_axes(eqn, operand) if i not in own]
+    use = USES[eqn.primitive.name]
+    own = _own_axes(use, eqn, operand, part)
+    summed = [i for i in use.summed(eqn, operand) if i not in own]
     if own and all(part.a.shape[i] == 1 for i in summed):
         return False  # it sums over batch axes alone
     return all(shape[i] == 1 or part.b.shape[i] == 1 for i in summed)
 
 
-def _own_axes(eqn: Any, operand: int, part: Part) -> set[int]:
+def _own_axes(use: LinearUse, eqn: Any, operand: int, part: Part) -> set[int]:
     """Returns the batch axes of a kernel that a product sums over.
 
     Each index along them has inputs of its own: a config names such axes.
     """
-    if eqn.primitive.name != "dot_general":
+    if not use.sums_batches:
         return set()
-    summed = _summed_axes(eqn, operand)
+    summed = use.summed(eqn, operand)
     return {i for i in summed if part.a.shape[i] != 1 and part.b.shape[i] != 1}
-
-
-def _summed_axes(eqn: Any, operand: int) -> Sequence[int]:
-    if eqn.primitive.name == "dot_general":
-        return dot_dims(eqn, operand)[0]
-    if eqn.primitive.name == "conv_general_dilated":
-        out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-        return free_axes(eqn.invars[1].aval.ndim, [out_axis])
-    dims = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return dims[0][1]
 
 
 def use_terms(
     eqn: Any, operand: int, part: Part, values: Sequence[Any]
 ) -> Iterator[Term]:
     """Returns what the columns of a probe gather in a product or convolution."""
+    use = USES[eqn.primitive.name]
     shape, x = values[operand].base.shape, values[1 - operand]
-    x = x.astype(summed_in(x.dtype))
-    a = _placed(eqn, operand, part)
+    others = [x.astype(summed_in(x.dtype)), *values[2:]]
+    a = _placed(use, eqn, operand, part)
     probe, ones = a[..., :-1], a[..., -1:]
-    own = _own_axes(eqn, operand, part)
-    if eqn.primitive.name == "dot_general":
-        apply = lambda probe: _dot(eqn, operand, x, probe, shape, own)
-        ones = complete(ones, dot_dims(eqn, operand)[1], shape)
-    elif eqn.primitive.name == "conv_general_dilated":
-        apply = lambda probe: _conv(eqn, x, probe, shape)
-    else:
-        apply = lambda probe: _ragged(eqn, x, values[2:], probe, shape)
-        ones = complete(ones, _ragged_shared(eqn), shape)
+    own = _own_axes(use, eqn, operand, part)
+    apply = lambda probe: use.apply(eqn, operand, others, probe, shape, own)
     h, pull = jax.vjp(apply, lax.stop_gradient(probe))
     # The norm of a complex x·Ω: its gradient is the real part of xᴴ·x·Ω.
     h = lax.conj(h) if jnp.issubdtype(h.dtype, jnp.complexfloating) else h
     yield probe, pull(h)[0] / _copies(part)
-    summed = [i for i in _summed_axes(eqn, operand) if i not in own]
-    ones = complete(ones, summed, shape)
-    yield ones, _counted(ones, _rows(eqn, operand, values), summed)
+    summed = [i for i in use.summed(eqn, operand) if i not in own]
+    ones = complete(ones, [*use.shared(eqn, operand), *summed], shape)
+    yield ones, _counted(ones, use.rows(eqn, operand, values), summed)
 
 
-def _placed(eqn: Any, operand: int, part: Part) -> jax.Array:
+def _placed(use: LinearUse, eqn: Any, operand: int, part: Part) -> jax.Array:
     """Returns a probe that is zero where its part does not stand, but among outputs."""
-    shared = ()
-    if eqn.primitive.name == "dot_general":
-        shared = dot_dims(eqn, operand)[1]
-    elif eqn.primitive.name != "conv_general_dilated":
-        shared = _ragged_shared(eqn)
-    taken = {*_summed_axes(eqn, operand), *shared}
+    taken = {*use.summed(eqn, operand), *use.shared(eqn, operand)}
     a = part.a
     for place in part.places:
         along = {i for i, n in enumerate(place.shape) if n != 1}
@@ -144,38 +147,22 @@ def _counted(ones: jax.Array, rows: Any, summed: Sequence[int]) -> jax.Array:
     return jnp.where(here, rows / (times * scale), 0)
 
 
-def _rows(eqn: Any, operand: int, values: Sequence[Any]) -> Any:
-    """Returns the number of inputs of one use: for each group if it is ragged."""
-    params, out = eqn.params, eqn.outvars[0].aval
-    if eqn.primitive.name == "dot_general":
-        _, _, contract, batch = dot_dims(eqn, operand)
-        shape = values[1 - operand].shape
-        return math.prod(shape[i] for i in free_axes(len(shape), contract, batch))
-    if eqn.primitive.name == "conv_general_dilated":
-        channels = params["dimension_numbers"].out_spec[1]
-        positions = [n for i, n in enumerate(out.shape) if i != channels]
-        return math.prod(positions) * params["feature_group_count"]
-    (group,) = params["ragged_dot_dimension_numbers"].rhs_group_dimensions
-    ndim = values[1].base.ndim + 1
-    sizes = values[2].astype(jnp.float32)
-    return sizes.reshape([-1 if i == group else 1 for i in range(ndim)])
-
-
-# --- the uses, with a probe in the place of the kernel ---
+# --- dot_general ---
 
 
 def _dot(
     eqn: Any,
     operand: int,
-    x: jax.Array,
+    others: Sequence[Any],
     probe: jax.Array,
     shape: Shape,
     own: Collection[int],
-) -> Any:
+) -> jax.Array:
     """The product; the columns of the probe are one more free axis.
 
     It sums over no axis of `own`: these are batch axes here.
     """
+    x = others[0]
     contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
     pairs = list(zip(contract, x_contract, strict=True))
     shared = [*zip(batch, x_batch, strict=True), *(p for p in pairs if p[0] in own)]
@@ -185,8 +172,30 @@ def _dot(
     return dot(x, probe, sides(pairs), sides(shared), x.dtype, lax.Precision.HIGHEST)
 
 
-def _conv(eqn: Any, x: jax.Array, probe: jax.Array, shape: Shape) -> jax.Array:
+def _dot_rows(eqn: Any, operand: int, values: Sequence[Any]) -> int:
+    _, _, contract, batch = dot_dims(eqn, operand)
+    shape = values[1 - operand].shape
+    return math.prod(shape[i] for i in free_axes(len(shape), contract, batch))
+
+
+# --- conv_general_dilated ---
+
+
+def _conv_summed(eqn: Any, operand: int) -> Sequence[int]:
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    return free_axes(eqn.invars[1].aval.ndim, [out_axis])
+
+
+def _conv(
+    eqn: Any,
+    operand: int,
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> jax.Array:
     """The convolution, to as many channels as the probe has columns, in each group."""
+    x = others[0]
     dims, sharding = eqn.params["dimension_numbers"], eqn.params["out_sharding"]
     _, in_, *space = dims.rhs_spec
     channels = dims.out_spec[1]
@@ -201,19 +210,71 @@ def _conv(eqn: Any, x: jax.Array, probe: jax.Array, shape: Shape) -> jax.Array:
     return convolve(window, x, factor_matrix(probe, [*space, in_], shape), "custom")
 
 
+def _conv_rows(eqn: Any, operand: int, values: Sequence[Any]) -> int:
+    params, out = eqn.params, eqn.outvars[0].aval
+    channels = params["dimension_numbers"].out_spec[1]
+    positions = [n for i, n in enumerate(out.shape) if i != channels]
+    return math.prod(positions) * params["feature_group_count"]
+
+
+# --- ragged_dot_general ---
+
+
 def _ragged(
-    eqn: Any, x: jax.Array, rest: Sequence[Any], probe: jax.Array, shape: Shape
+    eqn: Any,
+    operand: int,
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
 ) -> jax.Array:
     """The ragged product; rows of each group with the probe of that group."""
+    x, sizes, *_ = others
     dims = eqn.params["ragged_dot_dimension_numbers"]
     (x_contract, contract), (x_batch, _) = dims.dot_dimension_numbers
     (ragged,) = dims.lhs_ragged_dimensions
-    factor = factor_matrix(probe, [*_ragged_shared(eqn), *contract], shape)
+    factor = factor_matrix(probe, [*_ragged_shared(eqn, operand), *contract], shape)
     highest, dtype = lax.Precision.HIGHEST, x.dtype
     rows = Rows(x_contract, x_batch, ragged, highest, dtype, dtype)
-    return rows_product(rows, x, factor, rest[0], "custom")
+    return rows_product(rows, x, factor, sizes, "custom")
 
 
-def _ragged_shared(eqn: Any) -> list[int]:
+def _ragged_summed(eqn: Any, operand: int) -> Sequence[int]:
+    return eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][1]
+
+
+def _ragged_shared(eqn: Any, operand: int) -> Sequence[int]:
     dims = eqn.params["ragged_dot_dimension_numbers"]
     return [*dims.rhs_group_dimensions, *dims.dot_dimension_numbers[1][1]]
+
+
+def _ragged_rows(eqn: Any, operand: int, values: Sequence[Any]) -> jax.Array:
+    """Returns the number of inputs of each group."""
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (group,) = dims.rhs_group_dimensions
+    ndim = values[1].base.ndim + 1
+    sizes = values[2].astype(jnp.float32)
+    return sizes.reshape([-1 if i == group else 1 for i in range(ndim)])
+
+
+USES: dict[str, LinearUse] = {
+    "dot_general": LinearUse(
+        summed=lambda eqn, operand: dot_dims(eqn, operand)[0],
+        shared=lambda eqn, operand: dot_dims(eqn, operand)[1],
+        apply=_dot,
+        rows=_dot_rows,
+        sums_batches=True,
+    ),
+    "conv_general_dilated": LinearUse(
+        summed=_conv_summed,
+        shared=lambda eqn, operand: (),
+        apply=_conv,
+        rows=_conv_rows,
+    ),
+    "ragged_dot_general": LinearUse(
+        summed=_ragged_summed,
+        shared=_ragged_shared,
+        apply=_ragged,
+        rows=_ragged_rows,
+    ),
+}

@@ -15,15 +15,51 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._jax.sharding import spec_of
-from .._jax.versions import explicit_mesh, rebind
+from .._jax.versions import explicit_mesh, rebind, source_line
 from .._params.axes import Shape, free_axes
 from .._params.lazy import dense, is_lazy
 from .._product.dropout import more_keys
 from .adapted import Adapted, Part, base_of
 from .lazy_moves import remembered
+from .rule import Analysis, ControlFlowRule, Gathered, Run
+from .view import Step, Value, any_active, plain
 
 
-def select(eqn: Any, along: Sequence[int], values: Sequence[Any]) -> list[Any]:
+def _analyze_select(
+    analysis: Analysis, eqn: Any, values: list[Value], wanted: tuple[bool, ...]
+) -> tuple[Step, list[Value]]:
+    sizes = enumerate(eqn.invars[0].aval.shape)
+    along = frozenset(i for i, n in sizes if n != 1)
+    if values[0].along is not None:
+        along &= values[0].along
+    active = any_active(values)
+    views = [view for value in values[1:] for view in value.views]
+    # What was formed of a kernel is none any more where features are chosen beside it.
+    views = [view for view in views if not (view.formed and active)]
+    if not all(analysis.is_one_sided(view, along) for view in views):
+        analysis.materialized(eqn, values)
+        return Step("materialize"), plain(1, active)
+    # A scale of one kernel ends where another is chosen.
+    chosen = [view.spread_along(along).chosen_along(along) for view in views]
+    output = Value(tuple(dict.fromkeys(chosen)), active)
+    return Step("enter", predicate=tuple(sorted(along))), [output]
+
+
+def _run_select(
+    eqn: Any, step: Step, values: list[Any], run: Run
+) -> tuple[Sequence[Any], Sequence[Gathered]]:
+    with jax.named_scope("jlora"):
+        return _select(eqn, step.predicate, values), ()
+
+
+def _unseen_inputs(eqn: Any) -> str:
+    return (
+        f"look into {eqn.primitive.name} at {source_line(eqn)}, which uses a target; "
+        "leave the target out of the config that it is made with"
+    )
+
+
+def _select(eqn: Any, along: Sequence[int], values: Sequence[Any]) -> list[Any]:
     """Evaluates a `select_n` of plain and adapted cases.
 
     Args:
@@ -137,3 +173,8 @@ def _place(arrays: Sequence[jax.Array], shape: Shape) -> NamedSharding | None:
     specs = list(zip(*map(spec_of, arrays), strict=True))
     named = [next((entry for entry in axis if entry), None) for axis in specs]
     return NamedSharding(mesh, PartitionSpec(*named))
+
+
+CONTROL_FLOW = {
+    "select_n": ControlFlowRule(_analyze_select, _run_select, uncounted=_unseen_inputs)
+}
