@@ -201,12 +201,7 @@ def test_nothing_private_of_jax_is_imported(name: str) -> None:
 # one primitive, one file
 
 # The files of `_rules/` that name a primitive besides that of its rule.
-NAMED_ELSEWHERE = {
-    "name": {"calls"},  # as a parameter of `jit` too
-    "dot_general": {"linear_use"},  # what uses do to a probe is not in their rules yet
-    "conv_general_dilated": {"linear_use"},
-    "ragged_dot_general": {"linear_use"},
-}
+NAMED_ELSEWHERE = {"name": {"calls"}}  # as a parameter of `jit` too
 
 
 def test_a_primitive_is_named_in_the_file_of_its_rule_alone() -> None:

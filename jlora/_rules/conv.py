@@ -1,15 +1,18 @@
 """Convolutions with an adapted kernel: its roles, and how they are evaluated."""
 
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._errors import MaterializationError
 from .._jax.dtypes import product_dtype
 from .._jax.sharding import explicit_sharding, spec_of, without_axes
 from .._jax.versions import source_line
-from .._params.axes import Roles, free_axes
+from .._params.axes import Roles, Shape, free_axes
 from .._params.lazy import called
 from .adapted import Adapted, Part, complete, part_delta
 from .channels import Mixing, mix_channels
@@ -22,7 +25,7 @@ from .parts import (
     split_join,
     times,
 )
-from .rule import Axes, ConsumeRule
+from .rule import Axes, ConsumeRule, LinearUse
 from .window import Window, convolve
 
 
@@ -141,13 +144,53 @@ def _scale_fits(eqn: Any, operand: int, varies: Axes) -> bool:
     return varies <= {eqn.params["dimension_numbers"].rhs_spec[0]}
 
 
+# --- with a probe in the place of the kernel, see `linear_use.py` ---
+
+
+def _summed(eqn: Any, operand: int) -> Sequence[int]:
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    return free_axes(eqn.invars[1].aval.ndim, [out_axis])
+
+
+def _on_probe(
+    eqn: Any,
+    operand: int,
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> jax.Array:
+    """The convolution, to as many channels as the probe has columns, in each group."""
+    x = others[0]
+    dims, sharding = eqn.params["dimension_numbers"], eqn.params["out_sharding"]
+    _, in_, *space = dims.rhs_spec
+    channels = dims.out_spec[1]
+    if sharding is not None:
+        spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+        sharding = without_axes(sharding, spec, [channels])
+    window = Window.of(
+        eqn, shared=True, computed=x.dtype, result=x.dtype, sharding=sharding
+    )
+    highest = lax.Precision.HIGHEST
+    window = window._replace(precision=(highest, highest))
+    return convolve(window, x, factor_matrix(probe, [*space, in_], shape), "custom")
+
+
+def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> int:
+    params, out = eqn.params, eqn.outvars[0].aval
+    channels = params["dimension_numbers"].out_spec[1]
+    positions = [n for i, n in enumerate(out.shape) if i != channels]
+    return math.prod(positions) * params["feature_group_count"]
+
+
 CONSUME = {
     "conv_general_dilated": ConsumeRule(
         "conv",
         (1,),
         _roles,
         _flops,
-        _run,
+        run=_run,
+        linear=LinearUse(_summed, lambda eqn, operand: (), _on_probe, _inputs),
         supports=_supports,
         details=_details,
         scale_fits=_scale_fits,

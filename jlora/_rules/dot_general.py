@@ -6,12 +6,18 @@ kernel, see `mix.py`.
 """
 
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from .._params.axes import free_axes
+import jax
+from jax import lax
+
+from .._jax.dots import dot
+from .._params.axes import Shape, free_axes
 from .._product.group import GroupDims, KernelDims
+from .adapted import complete
 from .mix import Mix, mixing
-from .rule import Axes, ConsumeRule
+from .rule import Axes, ConsumeRule, LinearUse
 from .view import View
 
 
@@ -93,6 +99,37 @@ def _mix(eqn: Any, operand: int) -> Mix:
     )
 
 
+# --- with a probe in the place of the kernel, see `linear_use.py` ---
+
+
+def _on_probe(
+    eqn: Any,
+    operand: int,
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> jax.Array:
+    """The product; the columns of the probe are one more free axis.
+
+    It sums over no axis of `own`: these are batch axes here.
+    """
+    x = others[0]
+    contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
+    pairs = list(zip(contract, x_contract, strict=True))
+    shared = [*zip(batch, x_batch, strict=True), *(p for p in pairs if p[0] in own)]
+    pairs = [pair for pair in pairs if pair[0] not in own]
+    probe = complete(probe, [*contract, *batch], shape)
+    sides = lambda pairs: ([j for _, j in pairs], [i for i, _ in pairs])
+    return dot(x, probe, sides(pairs), sides(shared), x.dtype, lax.Precision.HIGHEST)
+
+
+def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> int:
+    _, _, contract, batch = dot_dims(eqn, operand)
+    shape = values[1 - operand].shape
+    return math.prod(shape[i] for i in free_axes(len(shape), contract, batch))
+
+
 CARRY = {
     "dot_general": mixing(_mix, features=_holds_features, operands=(0, 1), frozen=True)
 }
@@ -102,6 +139,13 @@ CONSUME = {
         (0, 1),
         _roles,
         _flops,
+        linear=LinearUse(
+            summed=lambda eqn, operand: dot_dims(eqn, operand)[0],
+            shared=lambda eqn, operand: dot_dims(eqn, operand)[1],
+            apply=_on_probe,
+            rows=_inputs,
+            sums_batches=True,
+        ),
         scale_fits=_scale_fits,
         features=_holds_features,
         by_heads=_by_heads,

@@ -1,17 +1,18 @@
 """Ragged products with an adapted kernel: experts, each with a group of rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._errors import MaterializationError
 from .._jax.dtypes import common, product_dtype
 from .._jax.sharding import explicit_sharding
 from .._jax.versions import explicit_mesh, source_line
-from .._params.axes import Roles, free_axes
+from .._params.axes import Roles, Shape, free_axes
 from .._params.lazy import called, dense, is_lazy, made_again
 from .adapted import Adapted, Part, base_of
 from .parts import (
@@ -24,7 +25,7 @@ from .parts import (
     times,
 )
 from .ragged_rows import Rows, rows_product
-from .rule import Axes, ConsumeRule
+from .rule import Axes, ConsumeRule, LinearUse
 
 
 def _dims(eqn: Any) -> Any:
@@ -175,13 +176,54 @@ def _scale_fits(eqn: Any, operand: int, varies: Axes) -> bool:
     return any(varies <= {group, *axes} for axes in sides)
 
 
+# --- with a probe in the place of the kernel, see `linear_use.py` ---
+
+
+def _on_probe(
+    eqn: Any,
+    operand: int,
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> jax.Array:
+    """The ragged product; rows of each group with the probe of that group."""
+    x, sizes, *_ = others
+    dims = _dims(eqn)
+    (x_contract, contract), (x_batch, _) = dims.dot_dimension_numbers
+    (ragged,) = dims.lhs_ragged_dimensions
+    factor = factor_matrix(probe, [*_shared(eqn, operand), *contract], shape)
+    highest, dtype = lax.Precision.HIGHEST, x.dtype
+    rows = Rows(x_contract, x_batch, ragged, highest, dtype, dtype)
+    return rows_product(rows, x, factor, sizes, "custom")
+
+
+def _summed(eqn: Any, operand: int) -> Sequence[int]:
+    return _dims(eqn).dot_dimension_numbers[0][1]
+
+
+def _shared(eqn: Any, operand: int) -> Sequence[int]:
+    dims = _dims(eqn)
+    return [*dims.rhs_group_dimensions, *dims.dot_dimension_numbers[1][1]]
+
+
+def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> jax.Array:
+    """Returns the number of inputs of each group."""
+    dims = _dims(eqn)
+    (group,) = dims.rhs_group_dimensions
+    ndim = values[1].base.ndim + 1
+    sizes = values[2].astype(jnp.float32)
+    return sizes.reshape([-1 if i == group else 1 for i in range(ndim)])
+
+
 CONSUME = {
     "ragged_dot_general": ConsumeRule(
         "ragged_dot",
         (1,),
         _roles,
         _flops,
-        _run,
+        run=_run,
+        linear=LinearUse(_summed, _shared, _on_probe, _inputs),
         supports=_supports,
         scale_fits=_scale_fits,
     )

@@ -171,6 +171,28 @@ def rebound(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arra
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearUse:
+    """How one primitive uses a kernel up, as a map that is linear in it.
+
+    Attributes:
+        summed: `(eqn, operand) -> axes` of the kernel that it sums over.
+        shared: `(eqn, operand) -> axes` that the kernel shares with what it meets.
+        apply: `(eqn, operand, others, probe, shape, own) -> x·Ω`, given the other
+            operands, the kernel's shape and the summed axes that are batch axes here.
+        rows: `(eqn, operand, values) -> number of inputs`, for each group if there are.
+        sums_batches: whether it may sum over batch axes.
+    """
+
+    summed: Callable[[Any, int], Sequence[int]]
+    shared: Callable[[Any, int], Sequence[int]]
+    apply: Callable[
+        [Any, int, Sequence[Any], jax.Array, Shape, Collection[int]], jax.Array
+    ]
+    rows: Callable[[Any, int, Sequence[Any]], Any]
+    sums_batches: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ConsumeRule:
     """One operation that is linear in a kernel and gives a plain value.
 
@@ -181,6 +203,7 @@ class ConsumeRule:
             equation says nothing about them: this is where the axes of a kernel are
             learnt.
         flops: `eqn -> FLOPs` of the forward pass.
+        linear: the use as a map that is linear in the kernel, for statistics of inputs.
         run: `(eqn, operands, derive) -> outputs`; None for products, of which those
             that share an operand are evaluated together, see `products.py`.
         supports: `(eqn, operand, roles of the value) -> bool`.
@@ -197,6 +220,7 @@ class ConsumeRule:
     operands: tuple[int, ...]
     roles: Callable[[Any, int], list[str] | None]
     flops: Callable[[Any], int]
+    linear: LinearUse
     run: Callable[[Any, list[Any], str], list[Any]] | None = None
     supports: Callable[[Any, int, Roles], bool] = lambda eqn, operand, roles: True
     details: Callable[[Any], str] = lambda eqn: ""
