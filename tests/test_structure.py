@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from paths import ROOT
 
 import jlora
+from jlora._rules import CARRY, CONSUME, CONTROL_FLOW
 
 PACKAGE = ROOT / "jlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -218,6 +220,26 @@ def test_each_variant_is_in_the_table_once() -> None:
 def test_nothing_private_of_jax_is_imported(name: str) -> None:
     assert not {m for m in absolute_imports(name) if "._" in m}
     assert "jax._src" not in source(name)
+
+
+# one primitive, one file
+
+# The files of `_rules/` that name a primitive besides that of its rule.
+NAMED_ELSEWHERE = {"name": {"calls"}}  # as a parameter of `jit` too
+
+
+def test_a_primitive_is_named_in_the_file_of_its_rule_alone() -> None:
+    """What jlora knows of it stands there: no other file asks for its name."""
+    names, files = {*CARRY, *CONSUME, *CONTROL_FLOW}, defaultdict(set)
+    assert names >= {"add", "conv_general_dilated", "dot_general", "gather", "scan"}
+    for module in TREES:
+        for node in walk(module, ast.Constant) if room(module) == "_rules" else ():
+            if isinstance(node, ast.Constant) and node.value in names:
+                files[node.value].add(module.rpartition(".")[2])
+    shared = {name for name, found in files.items() if len(found) > 1}
+    assert shared == set(NAMED_ELSEWHERE)
+    for name, others in NAMED_ELSEWHERE.items():
+        assert others < files[name] and len(files[name] - others) == 1
 
 
 # what the code may not do

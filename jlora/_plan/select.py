@@ -16,12 +16,11 @@ from .._params.axes import KernelAxes, Shape, with_batch
 from .._params.paths import FlatParams, is_array, is_quantized, matching, names
 from .._params.quantized import Quantized, qtype_of
 from .._product.choice import Contraction
-from .._program.decide import OF_DORA, OF_SCALE, OF_SUM, decide
+from .._program.decide import OF_DORA, OF_SCALE, decide
 from .._program.discover import discover, settle
 from .._program.trace import Traced
-from .._rules.carry import CARRY
-from .._rules.consume import CONSUME
-from .._rules.elementwise import ELEMENTWISE
+from .._rules import CARRY, CONSUME
+from .._rules.elementwise import is_elementwise
 from .._rules.view import Flow, Log, Use, Value, View, Vote
 from .conflicts import conflicts, no_batch, other_batch, other_roles
 from .problems import DOUBT, EMPTY, FROZEN, NO_BATCH, check, several
@@ -252,7 +251,7 @@ def _is_known(primitive: str) -> bool:
     A bias or a position table is added, and a norm scale multiplied. A product with a
     rule is not the one of a kernel where it gives no roles.
     """
-    known = primitive in ELEMENTWISE or primitive in CARRY or primitive in CONSUME
+    known = primitive in CARRY or primitive in CONSUME or is_elementwise(primitive)
     return known or primitive == "output" or primitive.startswith(("reduce_", "arg"))
 
 
@@ -404,7 +403,8 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
     has = lambda text: any(use.kind.endswith(text) for use in uses)
     apart = ", leave DoRA off for them with a config of their own"
     apart = apart if has(OF_DORA) else ""
-    moved = has(OF_SCALE) or has(OF_SUM)
+    obstacles = {OF_SCALE, *(rule.obstacle for rule in CARRY.values())} - {""}
+    moved = any(map(has, obstacles))
     apart += ", do not train what is beside them there" if moved else ""
     return (
         "\n".join(lines)

@@ -25,10 +25,8 @@ from typing import Any
 
 from .._jax.frames import Unsure
 from .._jax.versions import is_literal, is_var, open_jaxpr, operation_name, source_line
-from .._rules import CONTROL_FLOW
+from .._rules import CARRY, CONSUME, CONTROL_FLOW
 from .._rules.broadcast import varies_along
-from .._rules.carry import CARRY
-from .._rules.mix import holds_features, use_before
 from .._rules.view import (
     Body,
     Log,
@@ -41,6 +39,7 @@ from .._rules.view import (
     any_active,
     plain,
 )
+from .passed import use_before
 from .recall import Call, Kinds, Recall
 
 
@@ -223,7 +222,8 @@ class Analysis(abc.ABC):
         if before is not None:
             self.log.lost[before.place] = before.kind
             return False
-        features = active or holds_features(eqn, operand)
+        rule = CONSUME[eqn.primitive.name]
+        features = active or rule.features(eqn, operand)
         self.meets(view, features=features, active=active)
         return True
 

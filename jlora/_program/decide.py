@@ -1,22 +1,15 @@
 """The second pass: how each equation is evaluated, once the roles are settled."""
 
-import dataclasses
 import itertools
-import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._params.axes import KernelAxes, Roles
-from .._product.choice import Contraction, choose
-from .._product.group import GroupDims
-from .._rules.broadcast import grown, narrowed
-from .._rules.carry import CARRY, scale_axes
-from .._rules.consume import CONSUME
-from .._rules.dora_uses import fits, keeps_scale, spread
-from .._rules.dot_general import group_dims
-from .._rules.gather import indexed_axes
-from .._rules.labelled import Labels, cuts_across
-from .._rules.mix import is_frozen_product, passed_by
+from .._product.choice import Contraction
+from .._rules import CARRY, CONSUME
+from .._rules.broadcast import narrowed
+from .._rules.lookup import indexed_axes
+from .._rules.scaling import grown_axes, scale_axes
 from .._rules.view import (
     Log,
     Passed,
@@ -31,8 +24,9 @@ from .._rules.view import (
 )
 from .analysis import Analysis, ends_of
 from .discover import discover
+from .passed import is_frozen_product, passed_by
+from .products import Products
 from .recall import Recall
-from .siblings import arrange
 
 
 class Decision(Analysis):
@@ -56,11 +50,7 @@ class Decision(Analysis):
     ) -> None:
         super().__init__(recall, ends)
         self.axes, self.dora = axes, dora
-        self.contraction: Contraction = contraction
-        # Of each product: the operand that is a kernel, and its entries in the log.
-        self._products: dict[int, tuple[int, range]] = {}
-        # Of those that cut across the roles: what each entry takes for each rank.
-        self._across: dict[int, list[int]] = {}
+        self._products = Products(contraction)
 
     def kind_of(self, path: str) -> Hashable:
         """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
@@ -86,7 +76,8 @@ class Decision(Analysis):
                 return Step("carry"), outputs
             # It may be a use, which the next run tells, or else it is an obstacle.
             self.log.lost[self.place] = "mix"
-            self.materialized(eqn, values, OF_SUM if moved else "", used=True)
+            where = _moved(eqn, values) if moved else ""
+            self.materialized(eqn, values, where, used=True)
             return Step("materialize"), nothing
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
@@ -107,12 +98,12 @@ class Decision(Analysis):
     def _use(self, eqn: Any, values: list[Value], kinds: Sequence[str]) -> Step:
         before = len(self.log.uses)
         self._used(eqn, values, kinds)
-        if eqn.primitive.name != "dot_general":
+        if CONSUME[eqn.primitive.name].run is not None:
             return Step("consume")
         operand = next(i for i, value in enumerate(values) if value.views)
         logged = range(before, len(self.log.uses))
-        self._products[id(eqn)] = (operand, logged)
-        self._note_across(eqn, operand, values[operand].views)
+        roles = [self._roles(view) or [] for view in values[operand].views]
+        self._products.note(eqn, operand, logged, roles)
         return Step("product")
 
     def _passes_on(self, eqn: Any, values: list[Value]) -> bool:
@@ -122,74 +113,7 @@ class Decision(Analysis):
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
-        eqns = [step.eqns[0] for step in steps]
-        kernels = {
-            i: self._products[id(eqn)][0]
-            for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
-            if step.action == "product" and id(eqn) not in self._across
-        }
-        movable = lambda i: (
-            steps[i].action in ("plain", "carry") and not eqns[i].effects
-        )
-        units = arrange(eqns, kernels, movable)
-        return [
-            self._group([eqns[i] for i in unit])
-            if steps[i].action == "product"
-            else steps[i]
-            for unit in units
-            for i in unit[:1]
-        ]
-
-    def _note_across(self, eqn: Any, operand: int, views: Sequence[View]) -> None:
-        """Notes a product that no two matrices say: it is computed by itself."""
-        sides = []
-        for view in views:
-            roles = list(enumerate(self._roles(view) or []))
-            has = lambda role, roles=roles: {
-                i for i, r in roles if r in (role, "batch")
-            }
-            sides.append((has("in"), has("out")))
-        if any(cuts_across(eqn, operand, *pair) for pair in sides):
-            shapes = eqn.invars[1 - operand].aval.shape, eqn.outvars[0].aval.shape
-            self._across[id(eqn)] = [
-                Labels.of(eqn, operand, *pair).work(*shapes) for pair in sides
-            ]
-
-    def _group(self, eqns: list[Any]) -> Step:
-        operands = [self._products[id(eqn)][0] for eqn in eqns]
-        if id(eqns[0]) in self._across:
-            return self._alone(eqns[0])
-        dims: GroupDims = group_dims(eqns[0], operands[0])
-        for eqn, operand in zip(eqns[1:], operands[1:], strict=True):
-            dims = dims.with_kernels(group_dims(eqn, operand).kernels)
-        x = eqns[0].invars[1 - operands[0]].aval
-        pairs = zip(eqns, operands, strict=True)
-        kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
-        form = choose(self.contraction, dims, x, kernels)
-        features = math.prod(x.shape[i] for i in dims.contract)
-        rows = self.trips * x.size // max(features, 1)
-        for eqn, one, kernel in zip(eqns, dims.kernels, kernels, strict=True):
-            shared = math.prod(kernel.shape[i] for i in one.batch)
-            outputs = kernel.size // max(features * shared, 1)
-            flops = 6 * rows * (features + outputs)
-            if form == "merged":  # of six products two are replaced by the kernel's
-                flops = 4 * rows * (features + outputs) + 4 * self.trips * kernel.size
-            for i in self._products[id(eqn)][1]:
-                self.log.uses[i] = dataclasses.replace(
-                    self.log.uses[i],
-                    form=form,
-                    siblings=len(eqns),
-                    factor_flops=flops,
-                )
-        return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
-
-    def _alone(self, eqn: Any) -> Step:
-        operand, logged = self._products[id(eqn)]
-        for i, work in zip(logged, self._across[id(eqn)], strict=True):
-            self.log.uses[i] = dataclasses.replace(
-                self.log.uses[i], form="separate", factor_flops=6 * self.trips * work
-            )
-        return Step("product", eqns=(eqn,), kernels=(operand,))
+        return self._products.arranged(steps, self.log, self.trips)
 
     def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)
@@ -223,20 +147,29 @@ class Decision(Analysis):
 
     def _scale_fits(self, eqn: Any, values: list[Value]) -> bool:
         """Whether DoRA's scale, where there is one, can be applied beside a use."""
-        for operand, value in enumerate(values):
-            if not fits(eqn, operand, self._scale_varies(eqn, operand, value)):
-                return False
-        return True
+        rule = CONSUME[eqn.primitive.name]
+        return self._all_scales(rule.scale_fits, eqn, values)
 
     def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
         """Whether a scale, where there is one, stays one in a frozen product."""
+        rule = CARRY.get(eqn.primitive.name)
         others = [value for value in values if not value.views]
-        if any_active(others) or self.place in self.ends:
+        if rule is None or any_active(others) or self.place in self.ends:
             return True
-        return all(
-            keeps_scale(eqn, operand, self._scale_varies(eqn, operand, value))
-            for operand, value in enumerate(values)
-        )
+        return self._all_scales(rule.keeps_scale, eqn, values)
+
+    def _all_scales(
+        self,
+        holds: Callable[[Any, int, set[int]], bool],
+        eqn: Any,
+        values: Sequence[Value],
+    ) -> bool:
+        """Whether something holds for the scale of each operand that has one."""
+        for operand, value in enumerate(values):
+            varies = self._scale_varies(eqn, operand, value)
+            if varies and not holds(eqn, operand, varies):
+                return False
+        return True
 
     def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
         """Returns the axes of an operand along which a scale of it varies."""
@@ -254,16 +187,14 @@ class Decision(Analysis):
         rule = CARRY.get(eqn.primitive.name)
         where = [i for i, value in enumerate(values) if value.views]
         others = [value for value in values if not value.views]
-        if (
-            eqn.primitive.name in ("add", "sub", "reduce_sum")
-            and self.place in self.ends
-        ):
-            return None
         if rule is None or not rule.takes(where, bool(any_active(others))):
             return None
-        if _moved(eqn, values) and eqn.primitive.name in ("add", "sub"):
+        if rule.passed is not None and self.place in self.ends:
+            return None
+        if rule.obstacle and _moved(eqn, values):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
+        spread = rule.scale_varies(eqn)
         for operand in where:
             maps = rule.axes(eqn, operand)
             if maps is None:
@@ -274,10 +205,10 @@ class Decision(Analysis):
                 view = self._marked(eqn, operand, view, values)
                 for output, axis_map in zip(outputs, maps, strict=True):
                     if axis_map is not None:
-                        moved = view.moved(axis_map).spread_along(spread(eqn))
-                        if _is_beside(eqn, values):
-                            moved = moved.scaled_along(scale_axes(eqn, operand))
-                        output.append(moved.chosen_along(grown(eqn, operand)))
+                        moved = view.moved(axis_map).spread_along(spread)
+                        if rule.beside is not None:
+                            moved = _scaled(eqn, operand, moved, values)
+                        output.append(moved)
         if any(self._roles(view) is None for view in itertools.chain(*outputs)):
             return None
         active = any_active(values)
@@ -322,7 +253,6 @@ class Decision(Analysis):
 # else the adapter moves.
 OF_DORA = " over a part of DoRA's outputs"
 OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
-OF_SUM = " with a value that the adapter moves"
 
 
 def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
@@ -331,7 +261,16 @@ def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
     Multiplied into the kernel, such a scale would have the gradient of a whole kernel
     as its own. Beside it, as DoRA's is, it is applied to the inputs or the outputs.
     """
-    return eqn.primitive.name in ("mul", "div") and _is_beside_moved(values)
+    rule = CARRY.get(eqn.primitive.name)
+    scales = rule is not None and rule.beside is not None
+    return scales and _is_beside_moved(values)
+
+
+def _scaled(eqn: Any, operand: int, view: View, values: Sequence[Value]) -> View:
+    """Returns a view with the marks of the scale that an equation has beside it."""
+    if _is_beside_moved(values):
+        view = view.scaled_along(scale_axes(eqn, operand))
+    return view.chosen_along(grown_axes(eqn, operand))
 
 
 def _is_beside_moved(values: Sequence[Value]) -> bool:
@@ -347,8 +286,8 @@ def _moved(eqn: Any, values: Sequence[Value]) -> str:
     """
     if any(view.scaled for value in values for view in value.views):
         return OF_SCALE
-    added = eqn.primitive.name in ("add", "sub")
-    return OF_SUM if added and _is_beside_moved(values) else ""
+    rule = CARRY.get(eqn.primitive.name)
+    return rule.obstacle if rule is not None and _is_beside_moved(values) else ""
 
 
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 
 from .._jax.versions import own_body
 from .._params.axes import KernelAxes
+from .._rules import CARRY, CONSUME
 from .._rules.broadcast import narrowed
-from .._rules.carry import CARRY
-from .._rules.consume import CONSUME
-from .._rules.elementwise import ELEMENTWISE, keeps_axes
-from .._rules.gather import indexed_axes, row_layout
-from .._rules.mix import MIXES, is_frozen_product, passed_by
+from .._rules.elementwise import is_elementwise, keeps_axes
+from .._rules.rows import RowLayout
+from .._rules.rule import CarryRule
 from .._rules.view import Log, Passed, Place, Step, Value, View, Vote, any_active
 from .analysis import Analysis, ends_of
+from .passed import is_frozen_product
 from .recall import Recall
 
 
@@ -63,15 +63,6 @@ class Discovery(Analysis):
             return [() for _ in eqn.outvars]
         formed = dataclasses.replace(view, formed=True)
         return [(formed,) for _ in eqn.outvars]
-
-    @staticmethod
-    def _is_beside_kernels(eqn: Any, active: bool) -> bool:
-        """Whether what was formed of a kernel goes on as something else.
-
-        A gate or an offset of features is no kernel, nor is a sum of frozen products.
-        """
-        name = eqn.primitive.name
-        return name in MIXES or (active and name in ELEMENTWISE)
 
     def _look_inside(self, eqn: Any, operand: int, values: list[Value]) -> None:
         """Learns roles from a function that takes the kernel as a whole.
@@ -133,15 +124,17 @@ class Discovery(Analysis):
         maps = rule.axes(eqn, operand)
         if maps is None:
             return None
-        if view.formed and self._is_beside_kernels(eqn, active):
+        if view.formed and (
+            rule.mixes or (active and is_elementwise(eqn.primitive.name))
+        ):
+            # A gate or an offset of features is no kernel, nor is a sum of products.
             self._lose(view)
             return [() for _ in maps]
-        passed = passed_by(eqn, operand, view, self.place)
-        if passed is not None and not view.formed:
+        if rule.passed is not None and not view.formed:
             if self.place in self.ends:
                 return None
-            view = view.after(passed)
-        indexed = self._indexed(eqn, view, active)
+            view = view.after(rule.passed(eqn, operand, view, self.place))
+        indexed = self._indexed(eqn, rule, view, active)
         if indexed is None:
             return [() for _ in maps]
         return self._moved(indexed, maps)
@@ -151,21 +144,23 @@ class Discovery(Analysis):
     ) -> list[tuple[View, ...]]:
         return [() if axes is None else (view.moved(axes),) for axes in maps]
 
-    def _indexed(self, eqn: Any, view: View, active: bool) -> View | None:
+    def _indexed(
+        self, eqn: Any, rule: CarryRule, view: View, active: bool
+    ) -> View | None:
         """Marks a view that passes an indexing operation, and votes for a lookup.
 
         None if it ends there.
         """
-        if eqn.primitive.name not in ("gather", "dynamic_slice"):
-            return view
-        axes = view.origin_of(indexed_axes(eqn))
-        if not axes:
+        # What is taken without an index is known beforehand, and no row of a table.
+        layout = rule.rows(eqn) if len(eqn.invars) > 1 else None
+        axes = frozenset() if layout is None else view.origin_of(layout.indexed)
+        if layout is None or not axes:
             return view
         # One index inside a loop picks a layer, of a bias stack too: no evidence.
-        evidence = self.loop_depth == 0 or _takes_many(eqn)
+        evidence = self.loop_depth == 0 or bool(layout.index_axes)
         if active or self.place in self.ends:
             if evidence:
-                self._vote_lookup(eqn, view, axes)
+                self._vote_lookup(layout, view, axes)
             if not active and evidence:
                 return None
             return view.after(Passed(self.place, axes, "index"))
@@ -173,20 +168,15 @@ class Discovery(Analysis):
             return view
         return view.after(Passed(self.place, axes, "order"))
 
-    def _vote_lookup(self, eqn: Any, view: View, indexed: frozenset[int]) -> None:
+    def _vote_lookup(
+        self, layout: RowLayout, view: View, indexed: frozenset[int]
+    ) -> None:
         roles = {i: "out" for origin in view.origins for i in origin}
         roles.update(dict.fromkeys(indexed, "in"))
-        if eqn.primitive.name == "gather" and (layout := row_layout(eqn)):
-            along = view.origin_of(layout.batching)
-            roles.update(dict.fromkeys(along, "batch"))
+        roles.update(dict.fromkeys(view.origin_of(layout.batching), "batch"))
         self.meets(view)
         vote = Vote(view.path, "lookup", roles, self.place, formed=view.formed)
         self.log.votes.append(vote)
-
-
-def _takes_many(eqn: Any) -> bool:
-    layout = row_layout(eqn) if eqn.primitive.name == "gather" else None
-    return layout is not None and bool(layout.index_axes)
 
 
 def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:

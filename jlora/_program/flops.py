@@ -8,11 +8,12 @@ ragged products are counted; the body of a `while` loop counts once.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .._jax.symbolic import are_known, exceeds
 from .._jax.versions import is_literal, open_jaxpr, scan_counts
+from .._rules import CONSUME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,37 +139,11 @@ def _count_branches(
 
 
 def _add(eqn: Any, flags: list[bool], times: int, count: _Count) -> None:
-    rule = _RULES.get(eqn.primitive.name)
+    rule = CONSUME.get(eqn.primitive.name)
     if rule is None or all(flags[:2]):
         return
-    flops = times * rule(eqn)
+    flops = times * rule.flops(eqn)
     if any(flags[:2]):
         count.kernels += flops
     else:
         count.others += flops
-
-
-def _dot(eqn: Any) -> int:
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    return 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contract)
-
-
-def _conv(eqn: Any) -> int:
-    out, kernel = eqn.outvars[0].aval, eqn.invars[1].aval
-    features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * out.size * (kernel.size // features)
-
-
-def _ragged(eqn: Any) -> int:
-    dims = eqn.params["ragged_dot_dimension_numbers"]
-    (contract, _), _ = dims.dot_dimension_numbers
-    shape = eqn.invars[0].aval.shape
-    return 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contract)
-
-
-_RULES: dict[str, Callable[[Any], int]] = {
-    "dot_general": _dot,
-    "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged,
-}

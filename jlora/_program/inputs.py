@@ -27,11 +27,9 @@ from .._jax.sharding import on_set_mesh
 from .._jax.versions import manual_axes, rebind, source_line, vary
 from .._params.axes import KernelAxes
 from .._params.input_stats import InputStats, projection
-from .._rules import CONTROL_FLOW
+from .._rules import CARRY, CONTROL_FLOW
 from .._rules.adapted import Adapted, base_of
-from .._rules.carry import CARRY, take_rows
 from .._rules.linear_use import Term, is_input_side, lookup_terms, use_terms
-from .._rules.mix import MIXES
 from .._rules.rule import Gathered, Run
 from .._rules.view import Program, Step
 from .interpret import walk
@@ -187,16 +185,14 @@ class _Uses:
     def carry(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
         """Moves the probes with the base."""
         name = eqn.primitive.name
-        if name in MIXES:
+        if CARRY[name].mixes:
             raise UnsupportedFeatureError(
                 f"`lora.inputs` cannot count the inputs of a target that {name} at "
                 f"{source_line(eqn)} mixes with a frozen value; leave the target out "
                 "of the config that it is made with"
             )
         # A probe is not to be zero, row by row, where all rows share it.
-        if name == "gather":
-            return [take_rows(eqn, values)]
-        return CARRY[name].run(eqn, values)
+        return CARRY[name].run_rows(eqn, values)
 
     def lookup(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
         """Takes rows, and adds a term for the probes of each."""

@@ -9,14 +9,12 @@ import jax
 
 from .._jax.versions import equation_scope, in_shard_map, is_literal, rebind, staged
 from .._params.lazy import called, dense, is_lazy
-from .._rules import CONTROL_FLOW
-from .._rules.adapted import base_of, materialize
+from .._rules import CARRY, CONSUME, CONTROL_FLOW
+from .._rules.adapted import materialize
 from .._rules.broadcast import cut
-from .._rules.carry import CARRY, scale_beside, take_rows
-from .._rules.consume import EVALUATE, add_rows
-from .._rules.dot_general import run_products
-from .._rules.gather import found_rows
-from .._rules.lazy_moves import carried, stays_small
+from .._rules.lazy_moves import stays_small
+from .._rules.lookup import look_up
+from .._rules.products import run_products
 from .._rules.rule import Gathered, Run
 from .._rules.view import Program, Step
 
@@ -139,8 +137,9 @@ class Factored:
         """Evaluates an equation without adapted operands, of which some may be lazy."""
         if not is_lazy(values):
             return rebind(eqn, values)
-        if eqn.primitive.name in CARRY and stays_small(eqn, values):
-            return carried(eqn, values)
+        rule = CARRY.get(eqn.primitive.name)
+        if rule is not None and (rule.beside is None or stays_small(eqn, values)):
+            return rule.on_bases(eqn, values)
         return called(eqn, values, self.derive)
 
     def enter(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
@@ -157,27 +156,24 @@ class Factored:
 
     def consume(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
         """Adds what the factors give to what the base gives."""
+        run = CONSUME[eqn.primitive.name].run
+        if run is None:  # it has a step of its own, which evaluates it in a group
+            raise AssertionError(f"{eqn.primitive.name} is a product")
         with jax.named_scope("jlora"):
-            evaluate = EVALUATE[eqn.primitive.name]
-            return evaluate(eqn, list(map(dense, values)), self.derive)
+            return run(eqn, list(map(dense, values)), self.derive)
 
     def carry(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
         """Moves the factors with the base."""
         with jax.named_scope("jlora"):
-            values = _beside_dense(eqn, values)
-            if step.beside:
-                return scale_beside(eqn, values)
-            return CARRY[eqn.primitive.name].run(eqn, values)
+            values, rule = _beside_dense(eqn, values), CARRY[eqn.primitive.name]
+            if step.beside and rule.beside is not None:
+                return rule.beside(eqn, values)
+            return rule.run(eqn, values)
 
     def lookup(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
         """Takes rows of the base and of the factors, and adds them."""
-        name = eqn.primitive.name
         with jax.named_scope("jlora"):
-            values = _beside_dense(eqn, values)
-            if name != "gather":
-                return list(map(add_rows, CARRY[name].run(eqn, values)))
-            found = found_rows(eqn, base_of(values[0]).shape, *values[1:])
-            return [add_rows(take_rows(eqn, values), found)]
+            return look_up(eqn, _beside_dense(eqn, values))
 
     def materialize(self, eqn: Any, step: Step, values: list[Any]) -> Sequence[Any]:
         """Forms the kernels."""

@@ -12,12 +12,12 @@ import jax
 from jax import lax
 
 from .._params.lazy import Lazy
+from . import CARRY
 from .adapted import Adapted
 from .view import Value
 
-# Operations that take a value entry by entry, so that it varies where it did.
-_SCALES = ("mul", "div")
-_ENTRYWISE = ("convert_element_type", "neg", "copy", "stop_gradient", "not")
+# Operations without a rule that take a mask entry by entry: it varies where it did.
+_ENTRYWISE = ("not",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,13 @@ class _Narrowed:
 
 def varies_along(eqn: Any, values: Sequence[Value]) -> frozenset[int] | None:
     """Returns along which axes an output varies, if it was broadcast."""
-    name = eqn.primitive.name
-    if name in _ENTRYWISE:
-        return values[0].along
-    if name != "broadcast_in_dim":
-        return None
-    shape, dims = eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"]
-    before = range(len(shape)) if values[0].along is None else values[0].along
-    return frozenset(int(dims[i]) for i in before if shape[i] != 1)
+    rule, along = CARRY.get(eqn.primitive.name), values[0].along if values else None
+    if rule is None:
+        return along if eqn.primitive.name in _ENTRYWISE else None
+    if rule.repeats is not None:
+        ndim = eqn.invars[0].aval.ndim
+        return rule.repeats(eqn, frozenset(range(ndim)) if along is None else along)
+    return along if rule.entrywise and len(values) == 1 else None
 
 
 def narrowed(eqn: Any, values: Sequence[Value]) -> tuple[Any, frozenset[int] | None]:
@@ -44,8 +43,11 @@ def narrowed(eqn: Any, values: Sequence[Value]) -> tuple[Any, frozenset[int] | N
 
     And these axes: None where there is nothing to cut.
     """
+    rule = CARRY.get(eqn.primitive.name)
+    if rule is None or rule.beside is None:
+        return eqn, None
     scales = [i for i, value in enumerate(values) if not value.views]
-    if eqn.primitive.name not in _SCALES or len(scales) != 1 or len(values) != 2:
+    if len(scales) != 1:
         return eqn, None
     (index,) = scales
     aval, along = eqn.invars[index].aval, values[index].along
@@ -55,14 +57,6 @@ def narrowed(eqn: Any, values: Sequence[Value]) -> tuple[Any, frozenset[int] | N
     invars = list(eqn.invars)
     invars[index] = _Narrowed(jax.ShapeDtypeStruct(shape, aval.dtype))
     return eqn.replace(invars=invars), along
-
-
-def grown(eqn: Any, operand: int) -> frozenset[int]:
-    """Returns the axes of size one that a scale makes longer: factors differ there."""
-    if eqn.primitive.name not in _SCALES:
-        return frozenset()
-    pairs = zip(eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape, strict=True)
-    return frozenset(i for i, (own, out) in enumerate(pairs) if own != out)
 
 
 def cut(values: Sequence[Any], along: frozenset[int]) -> list[Any]:

@@ -1,29 +1,24 @@
-"""The products of a program with adapted kernels: what `dot_general` becomes.
+"""Products with an adapted kernel: which axes they contract, and what they say of it.
 
-A kernel's parts are brought to two matrices, `a` over what is contracted and `b` over
-what is free, and all products that share an operand go to `_linear` as one group. Where
-the factors are no such matrices, each part is a branch of its own, see `_labelled`.
+With activations a product is the use of its kernel, and is evaluated with those that
+share its other operand, see `products.py`. With a frozen operand it may only mix the
+kernel, see `mix.py`.
 """
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from .._errors import MaterializationError
-from .._jax.dtypes import common, product_dtype, summed_in, workable
-from .._jax.versions import source_line
-from .._params.axes import free_axes
-from .._params.lazy import called
-from .._product.branch import Arrays, Static, add_branch
-from .._product.dropout import drop
-from .._product.group import Form, GroupDims, KernelDims, Operands, concatenate
-from .._product.low_rank import low_rank_product
-from .adapted import Adapted, Part, complete, times_place
-from .labelled import add_labelled
+from .._jax.dots import dot
+from .._params.axes import Shape, free_axes
+from .._product.group import GroupDims, KernelDims
+from .adapted import complete
+from .mix import Mix, mixing
+from .rule import Axes, ConsumeRule, LinearUse
+from .view import View
 
 
 def dot_dims(eqn: Any, operand: int) -> tuple[tuple, tuple, tuple, tuple]:
@@ -33,7 +28,7 @@ def dot_dims(eqn: Any, operand: int) -> tuple[tuple, tuple, tuple, tuple]:
     return contract[operand], batch[operand], contract[other], batch[other]
 
 
-def dot_roles(eqn: Any, operand: int) -> list[str]:
+def _roles(eqn: Any, operand: int) -> list[str]:
     """Returns the role that a product gives each axis of an operand."""
     contract, batch, _, _ = dot_dims(eqn, operand)
     roles = ["out"] * eqn.invars[operand].aval.ndim
@@ -53,274 +48,106 @@ def group_dims(eqn: Any, operand: int, scaling: float = 1.0) -> GroupDims:
     return GroupDims(x_contract, x_batch, (one,))
 
 
-class _Member(NamedTuple):
-    dims: GroupDims
-    operands: Operands
+def _flops(eqn: Any) -> int:
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    return 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contract)
 
 
-def run_products(
-    eqns: Sequence[Any],
-    operands: Sequence[int],
-    x: jax.Array,
-    kernels: Sequence[Adapted],
-    form: Form,
-    derive: str,
-) -> list[jax.Array]:
-    """Evaluates products that share their other operand.
+def _scale_fits(eqn: Any, operand: int, varies: Axes) -> bool:
+    """Whether a scale can be applied before or after: not to a part of each."""
+    contract, batch, _, _ = dot_dims(eqn, operand)
+    free = free_axes(eqn.invars[operand].aval.ndim, contract, batch)
+    return not varies & set(contract) or not varies & set(free)
 
-    Args:
-        eqns: the `dot_general` equations.
-        operands: which operand of each is the kernel.
-        x: the other operand.
-        kernels: the kernels.
-        form: how the group is computed.
-        derive: who derives the backward pass.
 
-    Returns:
-        The output of each equation.
+def _holds_features(eqn: Any, operand: int) -> bool:
+    """Returns whether the other operand is contracted along its last axes.
+
+    As features are (`x @ w`), frozen ones too: learned queries, encoded positions. A
+    matrix that a kernel is multiplied by (`w @ m`) is contracted along its first axes.
     """
-    rows = zip(eqns, operands, kernels, strict=True)
-    scaled = [Scaled.of(eqn, operand, x, kernel) for eqn, operand, kernel in rows]
-    rows = zip(eqns, operands, scaled, strict=True)
-    members = [_member(eqn, i, one.x, one.kernel) for eqn, i, one in rows]
-    groups: dict[Any, list[int]] = {}
-    for i, member in enumerate(members):
-        key: Any = ("alone", i)
-        if member is not None and scaled[i].x is x:
-            key = _type_of(member.operands.a[0])
-        groups.setdefault(key, []).append(i)
-    outputs: dict[int, jax.Array] = {}
-    for which in groups.values():
-        found = [m for i in which if (m := members[i]) is not None]
-        if not found:
-            (i,) = which
-            one = scaled[i]
-            outputs[i] = _apart(eqns[i], operands[i], one.x, one.kernel, derive)
-            continue
-        dims, arrays = _join(found)
-        products = low_rank_product(dims, arrays, form=form, derive=derive)
-        outputs.update(zip(which, products, strict=True))
-    return [scaled[i].finish(outputs[i]) for i in range(len(eqns))]
+    _, _, contract, _ = dot_dims(eqn, operand)
+    ndim = eqn.invars[1 - operand].aval.ndim
+    last = set(range(ndim - len(contract), ndim))
+    return bool(contract) and set(contract) == last
 
 
-class Scaled(NamedTuple):
-    """A product with DoRA's scale moved from the kernel to `x` or to the result.
+def _by_heads(eqn: Any, operand: int, view: View) -> bool:
+    """Whether a kernel's outputs are contracted, with frozen features as a free axis.
 
-    Attributes:
-        x: the other operand; scaled where the output axes of the kernel are contracted.
-        kernel: the kernel without its scale.
-        after: what the result is multiplied by, if anything.
+    As the keys of attention whose queries are learned are, head by head.
     """
-
-    x: jax.Array
-    kernel: Adapted
-    after: jax.Array | None = None
-
-    @classmethod
-    def of(cls, eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> "Scaled":
-        """Moves the scale of a kernel, if it has one."""
-        scale = kernel.scale
-        if scale is None:
-            return cls(x, kernel)
-        kernel = dataclasses.replace(kernel, scale=None)
-        contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
-        free = free_axes(kernel.base.ndim, contract, batch)
-        if all(scale.shape[i] == 1 for i in contract):
-            return cls(x, kernel, _after(eqn, operand, scale, batch, free))
-        if all(scale.shape[i] == 1 for i in free):
-            axes, places = [*batch, *contract], [*x_batch, *x_contract]
-            own = factor_matrix(scale, axes, kernel.base.shape)[..., 0]
-            return cls(times(x, _placed(own, places, x.ndim)), kernel)
-        raise MaterializationError(
-            f"a DoRA kernel of shape {kernel.base.shape} is contracted over a part of "
-            f"its output axes at {source_line(eqn)}, where its norm fits neither side; "
-            "adapt it without `dora=True`"
-        )
-
-    def finish(self, y: jax.Array) -> jax.Array:
-        """Returns the result with the scale applied."""
-        return y if self.after is None else times(y, self.after)
+    contract, batch, _, _ = dot_dims(eqn, operand)
+    free = free_axes(len(view.origins), contract, batch)
+    own = lambda axes: any(view.origins[i] - view.mixed for i in axes)
+    of_features = any(view.origins[i] & view.mixed for i in free)
+    return own(batch) and own(contract) and not own(free) and of_features
 
 
-def _after(
+def _mix(eqn: Any, operand: int) -> Mix:
+    ndim, other = eqn.invars[operand].aval.ndim, eqn.invars[1 - operand].aval.ndim
+    contract, batch, other_contract, other_batch = map(tuple, dot_dims(eqn, operand))
+    return Mix(
+        contract,
+        batch,
+        free_axes(ndim, contract, batch),
+        other_contract,
+        other_batch,
+        new=other - len(other_contract) - len(other_batch),
+        own_first=operand == 0,
+    )
+
+
+# --- with a probe in the place of the kernel, see `linear_use.py` ---
+
+
+def _on_probe(
     eqn: Any,
     operand: int,
-    scale: jax.Array,
-    batch: Sequence[int],
-    free: Sequence[int],
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
 ) -> jax.Array:
-    """Lays a scale out as the result: `(batch, free of left, free of right)`."""
-    shape, n = eqn.invars[operand].aval.shape, len(batch)
-    own = factor_matrix(scale, [*batch, *free], shape)[..., 0]
-    ndim = eqn.outvars[0].aval.ndim
-    start = n if operand == 0 else ndim - len(free)
-    return _placed(own, [*range(n), *range(start, start + len(free))], ndim)
+    """The product; the columns of the probe are one more free axis.
 
-
-def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
-    """Lays a value out with its axes at these places among `ndim`, for broadcasting."""
-    value = jnp.transpose(value, sorted(range(len(places)), key=places.__getitem__))
-    return jnp.expand_dims(value, free_axes(ndim, places))
-
-
-def times(value: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns a value times a scale in the scale's precision, in its own dtype."""
-    wide = common(summed_in(value.dtype), summed_in(scale.dtype))
-    return (value.astype(wide) * scale.astype(wide)).astype(value.dtype)
-
-
-def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
-    """Returns a product as a group of one.
-
-    None if its parts are no two matrices, or have dropout and so an `x` of their own.
+    It sums over no axis of `own`: these are batch axes here.
     """
-    if any(part.dropout for part in kernel.parts):
-        return None
-    contract, batch, _, _ = dot_dims(eqn, operand)
-    matrices = _as_matrices(kernel, contract, batch)
-    if matrices is None:
-        return None
-    a, b, scaling = matrices
-    dims = group_dims(eqn, operand, scaling)
-    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,)))
+    x = others[0]
+    contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
+    pairs = list(zip(contract, x_contract, strict=True))
+    shared = [*zip(batch, x_batch, strict=True), *(p for p in pairs if p[0] in own)]
+    pairs = [pair for pair in pairs if pair[0] not in own]
+    probe = complete(probe, [*contract, *batch], shape)
+    sides = lambda pairs: ([j for _, j in pairs], [i for i, _ in pairs])
+    return dot(x, probe, sides(pairs), sides(shared), x.dtype, lax.Precision.HIGHEST)
 
 
-def _type_of(a: jax.Array) -> Any:
-    """What must agree, but for the rank, for factors to be concatenated."""
-    aval = jax.typeof(a)
-    return aval.dtype, aval.sharding.spec
+def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> int:
+    _, _, contract, batch = dot_dims(eqn, operand)
+    shape = values[1 - operand].shape
+    return math.prod(shape[i] for i in free_axes(len(shape), contract, batch))
 
 
-def _join(members: Sequence[_Member]) -> tuple[GroupDims, Operands]:
-    dims, operands = members[0]
-    for member in members[1:]:
-        dims = dims.with_kernels(member.dims.kernels)
-        more = member.operands
-        operands = Operands(
-            operands.x,
-            operands.kernels + more.kernels,
-            operands.a + more.a,
-            operands.b + more.b,
-        )
-    return dims, operands
-
-
-def _as_matrices(
-    value: Adapted, contract: Sequence[int], batch: Sequence[int]
-) -> tuple[jax.Array, jax.Array, float] | None:
-    """Returns `a: (*batch, *contract, r)`, `b: (*batch, *free, r)` and the scaling.
-
-    A transposed use (a tied head) swaps the two factors. None if the parts do not fall
-    into a contracted and a free factor. Several parts are one, with the ranks joined.
-    """
-    shape = value.base.shape
-    free = free_axes(len(shape), contract, batch)
-    pairs = []
-    for part in value.parts:
-        pair = contracted_first(part, contract, free)
-        if pair is None:
-            return None
-        pairs.append(pair)
-    scalings = {part.scaling for part in value.parts}
-    common = scalings.pop() if len(scalings) == 1 else None
-    a_list, b_list = [], []
-    for part, (first, second) in zip(value.parts, pairs, strict=True):
-        a_list.append(factor_matrix(first, [*batch, *contract], shape))
-        b = factor_matrix(second, [*batch, *free], shape)
-        b_list.append(b if common is not None else part.scaling * b)
-    a, b = concatenate(_alike(a_list)), concatenate(_alike(b_list))
-    return a, b, 1.0 if common is None else common
-
-
-def _alike(factors: list[jax.Array]) -> list[jax.Array]:
-    """Returns factors in one dtype: joined kernels may have configs of their own."""
-    dtype = common(*(factor.dtype for factor in factors))
-    return [factor.astype(dtype) for factor in factors]
-
-
-def contracted_first(
-    part: Part, contract: Sequence[int], free: Sequence[int]
-) -> tuple[jax.Array, jax.Array] | None:
-    """Returns the factor without free axes and the one without contracted axes."""
-    for first, second in ((part.a, part.b), (part.b, part.a)):
-        lacks_free = all(first.shape[i] == 1 for i in free)
-        if lacks_free and all(second.shape[i] == 1 for i in contract):
-            return _placed_in(part, first, second, contract, free)
-    return None
-
-
-def _placed_in(
-    part: Part,
-    first: jax.Array,
-    second: jax.Array,
-    contract: Sequence[int],
-    free: Sequence[int],
-) -> tuple[jax.Array, jax.Array] | None:
-    """Multiplies each place into the factor of its side; None if one is of both."""
-    for place in part.places:
-        along = {i for i, n in enumerate(place.shape) if n != 1}
-        if not along & {*contract}:
-            second = times_place(second, place)
-        elif along & {*free}:
-            return None
-        else:
-            first = times_place(first, place)
-    return first, second
-
-
-def factor_matrix(
-    factor: jax.Array, axes: Sequence[int], shape: tuple[int, ...]
-) -> jax.Array:
-    """Returns a factor with just `axes`, in that order and whole, and the rank."""
-    factor = complete(factor, axes, shape)
-    if absent := free_axes(len(shape), axes):
-        factor = lax.squeeze(factor, absent)
-    kept = sorted(axes)
-    return lax.transpose(factor, (*map(kept.index, axes), len(kept)))
-
-
-def _apart(
-    eqn: Any, operand: int, x: jax.Array, value: Adapted, derive: str
-) -> jax.Array:
-    """The base product, and each part by itself."""
-    base = [value.base, x] if operand == 0 else [x, value.base]
-    (y,) = called(eqn, base, derive)
-    contract, batch, _, x_batch = dot_dims(eqn, operand)
-    kernel = jax.ShapeDtypeStruct(value.base.shape, value.base.dtype)
-    for part in value.parts:
-        words = part_words(part, batch)
-        one = Adapted(value.base, (part,))
-        matrices = _as_matrices(one, contract, batch)
-        if matrices is None:
-            computed = product_dtype(x.dtype, kernel.dtype, y.dtype)
-            dropped = dropped_input(part, workable(x, computed), words, x_batch)
-            y = add_labelled(eqn, operand, dropped, computed, part, y, derive=derive)
-            continue
-        a, b, scaling = matrices
-        static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
-        y = add_branch(static, Arrays(x, a, b, words), y, derive=derive)
-    return y
-
-
-def part_words(part: Part, batch: Sequence[int]) -> jax.Array | None:
-    """Returns the state of a part's keys for the batch axes of a product.
-
-    Along any other axis the first key serves for all.
-    """
-    if part.key is None:
-        return None
-    shape = [max(part.key.shape[i], part.a.shape[i]) for i in range(part.key.ndim - 1)]
-    others = free_axes(len(shape), batch)
-    first = part.key
-    for axis in others:
-        first = lax.slice_in_dim(first, 0, 1, axis=axis)
-    return factor_matrix(first, batch, tuple(shape))
-
-
-def dropped_input(
-    part: Part, x: jax.Array, words: jax.Array | None, batch: Sequence[int]
-) -> jax.Array:
-    """Returns the input of a part's branch, with dropout if it has any."""
-    if part.dropout is None or words is None:
-        return x
-    return drop(x, words, part.dropout, batch)
+CARRY = {
+    "dot_general": mixing(_mix, features=_holds_features, operands=(0, 1), frozen=True)
+}
+CONSUME = {
+    "dot_general": ConsumeRule(
+        "dot_general",
+        (0, 1),
+        _roles,
+        _flops,
+        linear=LinearUse(
+            summed=lambda eqn, operand: dot_dims(eqn, operand)[0],
+            shared=lambda eqn, operand: dot_dims(eqn, operand)[1],
+            apply=_on_probe,
+            rows=_inputs,
+            sums_batches=True,
+        ),
+        scale_fits=_scale_fits,
+        features=_holds_features,
+        by_heads=_by_heads,
+    )
+}

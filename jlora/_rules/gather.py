@@ -1,4 +1,4 @@
-"""The carry rule of `gather`: rows taken along some axes, the other axes whole.
+"""Gathers: rows taken along some axes, the other axes whole.
 
 Embedding lookups, experts chosen per example, and layers indexed in a loop are all of
 this form; whether a gather is a lookup (the rows are what is wanted) or only carries
@@ -12,33 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._jax.dots import as_laid_out
-from .adapted import complete
-
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowLayout:
-    """How a gather takes rows.
-
-    Attributes:
-        indexed: the operand axes along which single entries are taken.
-        batching: the operand axes that go along with axes of the indices.
-        sources: per output axis, the operand axis it is (or None for an index axis).
-    """
-
-    indexed: tuple[int, ...]
-    batching: tuple[int, ...]
-    sources: tuple[int | None, ...]
-
-    @property
-    def index_axes(self) -> list[int]:
-        """The output axes that come from the indices."""
-        return [i for i, source in enumerate(self.sources) if source is None]
+from .._params.axes import Shape
+from .._params.quantized import Quantized
+from .adapted import Adapted, complete
+from .rows import RowLayout, where_found
+from .rule import CarryRule, each_factor
+from .tiles import Moved, apart
 
 
-def row_layout(eqn: Any) -> RowLayout | None:
+def _layout(eqn: Any) -> RowLayout | None:
     """Returns the layout of a gather, or None where it takes anything but rows."""
     dims, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     sizes, collapsed = eqn.params["slice_sizes"], set(dims.collapsed_slice_dims)
@@ -66,9 +48,9 @@ def row_layout(eqn: Any) -> RowLayout | None:
     return RowLayout(tuple(indexed), batching, tuple(sources))
 
 
-def gather_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
+def _axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
     """The axis map: index axes come from the indexed axes, others from themselves."""
-    layout = row_layout(eqn)
+    layout = _layout(eqn)
     if layout is None:
         return None
     origins = []
@@ -79,17 +61,17 @@ def gather_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
     return [origins]
 
 
-def gather_rows(
+def _take(
     eqn: Any, factor: jax.Array, shape: Shape, others: list[Any], fill: Any = 0
 ) -> jax.Array:
     """Takes the rows of an aligned factor that the gather takes of the value.
 
     The delta of a row that is out of bounds is zero, whatever the base is there.
     """
-    layout = row_layout(eqn)
+    layout = _layout(eqn)
     if layout is None:  # the analysis has let only such gathers pass
         raise AssertionError("a gather that takes no rows")
-    if lacks_rows(eqn, factor):
+    if _lacks_rows(eqn, factor):
         return _without_indexed(factor, layout)
     factor = complete(factor, [*layout.indexed, *layout.batching], shape)
     single = (*layout.indexed, *layout.batching)
@@ -108,7 +90,7 @@ def gather_rows(
     )
 
 
-def found_rows(eqn: Any, shape: Shape, indices: jax.Array) -> jax.Array | None:
+def _mask(eqn: Any, shape: Shape, indices: jax.Array) -> jax.Array | None:
     """Returns which rows of a gather are inside of the value; None if it fills none.
 
     What comes back to a row that was filled in belongs to nobody, and may be NaN: a
@@ -135,25 +117,9 @@ def found_rows(eqn: Any, shape: Shape, indices: jax.Array) -> jax.Array | None:
     return jnp.expand_dims(found, dims.offset_dims)
 
 
-def select(found: jax.Array | None, rows: jax.Array, other: Any) -> jax.Array:
-    """Returns `rows` where they were found, and `other` where they were filled in.
-
-    Args:
-        found: what `found_rows` returns.
-        rows: what is laid out as the result, perhaps with the rank behind.
-        other: a number.
-    """
-    if found is None:
-        return rows
-    found = found.reshape(*found.shape, *[1] * (rows.ndim - found.ndim))
-    shape = jnp.broadcast_shapes(found.shape, rows.shape)
-    rows = jnp.broadcast_to(rows, shape)
-    return jnp.where(as_laid_out(jnp.broadcast_to(found, shape), rows), rows, other)
-
-
-def lacks_rows(eqn: Any, factor: jax.Array) -> bool:
+def _lacks_rows(eqn: Any, factor: jax.Array) -> bool:
     """Returns whether an aligned factor has none of the axes that are indexed."""
-    layout = row_layout(eqn)
+    layout = _layout(eqn)
     return layout is not None and all(factor.shape[i] == 1 for i in layout.indexed)
 
 
@@ -167,17 +133,85 @@ def _without_indexed(factor: jax.Array, layout: RowLayout) -> jax.Array:
     return jnp.expand_dims(factor, layout.index_axes)
 
 
-def indexed_axes(eqn: Any) -> list[int]:
-    """Returns the axes of the operand along which single entries are taken."""
-    shape, params = eqn.invars[0].aval.shape, eqn.params
-    if eqn.primitive.name == "gather":
-        layout = row_layout(eqn)
-        return [] if layout is None else list(layout.indexed)
-    if eqn.primitive.name == "dynamic_slice":
-        sizes = params["slice_sizes"]
-    elif eqn.primitive.name == "slice":
-        pairs = zip(params["start_indices"], params["limit_indices"], strict=True)
-        sizes = [limit - start for start, limit in pairs]
-    else:
-        return []
-    return [i for i, n in enumerate(sizes) if n == 1 and shape[i] != 1]
+def _tiles(eqn: Any, q: Quantized, others: list[Any]) -> Moved:
+    layout = _layout(eqn)
+    if layout is None or not all(
+        apart(q, i) for i in (*layout.indexed, *layout.batching)
+    ):
+        return None
+    shape = q.shape
+    if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        rows = lambda v: _take(eqn, v[..., None], shape, others)[..., 0]
+        return [q.each(rows)]
+    return _filled(eqn, q, others, layout)
+
+
+def _filled(eqn: Any, q: Quantized, others: list[Any], layout: RowLayout) -> Moved:
+    """Rows out of bounds get the code of one, and NaN as their scale.
+
+    Any other number would be changed by a cast or a factor that came before.
+    """
+    floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    if not floating or eqn.params["fill_value"] is not None or q.zero_point is not None:
+        return None
+    sizes = list(q.scale.shape)
+    for axis in layout.indexed:
+        sizes[axis] = q.shape[axis]
+    scale = jnp.broadcast_to(q.scale, sizes)
+    take = lambda v, fill: _take(eqn, v[..., None], q.shape, others, fill)[..., 0]
+    one = 15 if q.qtype == "nf4" else 1
+    return [Quantized(take(q.qvalue, one), take(scale, jnp.nan), None, q.qtype)]
+
+
+def _take_rows(eqn: Any, operands: list[Any], bases: list[Any]) -> list[Adapted]:
+    """Takes rows; those that are filled in have no scale."""
+    (rows,) = _take_factors(eqn, operands, bases)
+    if rows.scale is None:
+        return [rows]
+    found = _found(eqn, operands)
+    return [dataclasses.replace(rows, scale=where_found(found, rows.scale, 1))]
+
+
+_take_factors = each_factor(_take)
+
+
+def _found(eqn: Any, operands: list[Any]) -> jax.Array | None:
+    value, indices = operands
+    return _mask(eqn, value.base.shape, indices)
+
+
+def _gather(eqn: Any, operands: list[Any], bases: list[Any]) -> list[Any]:
+    """Takes rows; a factor that all rows share is zero for those that are filled in.
+
+    So its gradient leaves them out, as that of a factor with rows of its own does.
+    """
+    (rows,), found = _take_rows(eqn, operands, bases), _found(eqn, operands)
+    parts = []
+    for old, part in zip(operands[0].parts, rows.parts, strict=True):
+        shared = [name for name in "ab" if _lacks_rows(eqn, getattr(old, name))]
+        new = {name: where_found(found, getattr(part, name), 0) for name in shared}
+        parts.append(dataclasses.replace(part, **new))
+    return [dataclasses.replace(rows, parts=tuple(parts))]
+
+
+def _filled_in(eqn: Any) -> frozenset[int]:
+    """Returns the axes along which rows may be filled in, which have no scale."""
+    layout = _layout(eqn)
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if layout is None or not fills:
+        return frozenset()
+    picked = (None, *layout.batching)
+    return frozenset(i for i, s in enumerate(layout.sources) if s in picked)
+
+
+CARRY = {
+    "gather": CarryRule(
+        _axes,
+        _gather,
+        rows=_layout,
+        found=_found,
+        take=_take_rows,
+        scale_varies=_filled_in,
+        tiles=_tiles,
+    )
+}

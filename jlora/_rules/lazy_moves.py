@@ -12,58 +12,54 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._jax.sharding import names_of_entry
-from .._jax.versions import rebind
 from .._params.lazy import Applied, Dequantize, Entry, Lazy, is_lazy
 from .._params.quantized import Quantized
-from .tiles import MOVES, Moved, apart
+from .tiles import Moved, TilesMove, apart
 
 
-def carried(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluates an equation that carries a value; of lazy values the result is lazy."""
-    if not is_lazy(values):
-        return rebind(eqn, list(values))
-    name, first = eqn.primitive.name, values[0]
-    if name == "optimization_barrier":
-        return _barrier(eqn, values)
-    if name in MOVES and isinstance(first, Lazy):
+def remembered(
+    eqn: Any,
+    values: Sequence[Any],
+    *,
+    tiles: TilesMove | None = None,
+    entrywise: bool = False,
+) -> list[Any]:
+    """Does an equation to values of which some are lazy, and so are its outputs.
+
+    Args:
+        eqn: the equation.
+        values: its operands.
+        tiles: what does it to quantised arrays, if anything.
+        entrywise: whether each entry comes from the entries at its place alone.
+    """
+    first = values[0]
+    if tiles is not None and isinstance(first, Lazy):
         others = list(values[1:])
-        found = _moved(first, lambda q: MOVES[name](eqn, q, others))
-        if found is not None:
-            return found
-    along = _entrywise(name, values)
+        moved = _moved(first, lambda q: tiles(eqn, q, others))
+        if moved is not None:
+            return moved
+    along = _changed(values) if entrywise else None
     outputs = range(len(eqn.outvars))
     return [Lazy(tuple(values), Applied(eqn, i, along)) for i in outputs]
 
 
 def stays_small(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether what a lazy value must remember is less than the value itself."""
-    if eqn.primitive.name not in ("mul", "div"):
-        return True
+    """Whether the scale that a lazy value must remember is less than the value."""
     others = [jnp.size(v) for v in values if not isinstance(v, Lazy)]
     return sum(others) < eqn.outvars[0].aval.size
 
 
-def _entrywise(name: str, values: Sequence[Any]) -> int | None:
-    """Returns the operand that an operation changes entry by entry, if it does."""
-    if name not in _ENTRYWISE:
-        return None
+def _changed(values: Sequence[Any]) -> int | None:
+    """Returns the operand that is changed entry by entry, if the others are scalars."""
     (index, *others) = [i for i, v in enumerate(values) if jnp.ndim(_shaped(v))] or [0]
     return index if not others and isinstance(values[index], Lazy) else None
 
 
 def _shaped(value: Any) -> Any:
     return jax.ShapeDtypeStruct(value.shape, value.dtype) if is_lazy([value]) else value
-
-
-def _barrier(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """A value that is not made yet needs no barrier: it has one where it is made."""
-    where = [i for i, v in enumerate(values) if not isinstance(v, Lazy)]
-    held = iter(lax.optimization_barrier([values[i] for i in where]) if where else ())
-    return [next(held) if i in where else v for i, v in enumerate(values)]
 
 
 def _moved(value: Lazy, move: Callable[[Quantized], Moved]) -> list[Lazy] | None:
@@ -160,15 +156,3 @@ def _spec_fits(q: Quantized, axis: int, entry: Any, mesh: Any) -> bool:
     found: list[bool] = []
     q.each(lambda v: found.append(v.shape[axis] == 1 or v.shape[axis] % parts == 0))
     return all(found)
-
-
-_ENTRYWISE = (
-    "convert_element_type",
-    "mul",
-    "div",
-    "neg",
-    "reduce_precision",
-    "copy",
-    "copy_p",
-    "name",
-)

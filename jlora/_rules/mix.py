@@ -3,12 +3,12 @@
 `w·m` with a frozen `m` is linear in `w`: `m` multiplies the factor that has the axis
 which is summed over. `w` is still a kernel after that; a later product with activations
 uses it up. Which of the two products is the use is for the analysis to say, see
-`_view.Passed`.
+`view.Passed`.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,99 +17,14 @@ from jax import lax
 
 from .._jax.dots import dot
 from .._jax.dtypes import common, summed_in
-from .._params.axes import Roles, Shape, free_axes
-from .adapted import Adapted, Part, base_of, complete, whole
-from .dot_general import dot_dims
-from .lazy_moves import carried
-from .view import Passed, Place, Value, View, any_active
-
-MIXES = ("dot_general", "reduce_sum")
-
-
-# --- what the analysis asks ---
-
-
-def is_frozen_product(eqn: Any, others: Sequence[Value]) -> bool:
-    """Returns whether an equation sums a kernel with nothing but frozen operands."""
-    return eqn.primitive.name in MIXES and not any_active(others)
-
-
-def holds_features(eqn: Any, operand: int) -> bool:
-    """Returns whether the other operand is contracted along its last axes.
-
-    As features are (`x @ w`), frozen ones too: learned queries, encoded positions. A
-    matrix that a kernel is multiplied by (`w @ m`) is contracted along its first axes.
-    """
-    if eqn.primitive.name != "dot_general":
-        return False
-    _, _, contract, _ = dot_dims(eqn, operand)
-    ndim = eqn.invars[1 - operand].aval.ndim
-    last = set(range(ndim - len(contract), ndim))
-    return bool(contract) and set(contract) == last
-
-
-def passed_by(eqn: Any, operand: int, view: View, place: Place) -> Passed | None:
-    """Returns what a view passes in a frozen product or sum; None elsewhere."""
-    name = eqn.primitive.name
-    if name in MIXES:
-        how, features = _Mix.of(eqn, operand), holds_features(eqn, operand)
-        axes, tied = view.origin_of(how.contract), view.origin_of(how.batch)
-        return Passed(place, axes, "mix", features, tied)
-    if name in ("add", "sub"):
-        return Passed(place, frozenset(), "sum")
-    return None
-
-
-def use_before(eqn: Any, operand: int, view: View, active: bool) -> Passed | None:
-    """Returns what a view has passed that was its use, if this product is not.
-
-    A frozen product is where frozen features went into the kernel, and this product
-    contracts their outputs head by head: the keys `k` of attention whose queries are
-    learned. So it is where an operation without a rule follows, as an activation
-    function does. A sum of frozen values is one of features where it goes into a frozen
-    product.
-    """
-    kinds = [passed.kind for passed in view.passed]
-    if "sum" in kinds:
-        first = kinds.index("sum")
-        if not active or "mix" in kinds[first:]:
-            return view.passed[first]
-    mixes = [p for p in view.passed if p.kind == "mix" and p.features]
-    if mixes and view.formed:
-        return mixes[-1]
-    if not mixes or eqn.primitive.name != "dot_general":
-        return None
-    contract, batch, _, _ = dot_dims(eqn, operand)
-    free = free_axes(len(view.origins), contract, batch)
-    own = lambda axes: any(view.origins[i] - view.mixed for i in axes)
-    of_features = any(view.origins[i] & view.mixed for i in free)
-    by_heads = own(batch) and own(contract) and not own(free)
-    return mixes[-1] if by_heads and of_features else None
-
-
-def mix_axes(eqn: Any, operand: int) -> list[list[frozenset[int]]] | None:
-    """The axes that are kept; new axes come from those that are summed over."""
-    how = _Mix.of(eqn, operand)
-    if not how.contract and (how.new or not how.batch):
-        return None
-    new = [frozenset(how.contract)] * how.new
-    own = [frozenset([i]) for i in how.free]
-    batch = [frozenset([i]) for i in how.batch]
-    return [[*batch, *(own + new if how.own_first else new + own)]]
-
-
-def mix_supports(eqn: Any, operand: int, roles: Roles) -> bool:
-    """Whether all that is summed over, or scaled, is on one side of the kernel."""
-    how = _Mix.of(eqn, operand)
-    changed = {roles[i] for i in how.contract or how.batch}
-    return not {"in", "out"} <= changed
-
-
-# --- evaluation ---
+from .._params.axes import Roles, Shape
+from .adapted import Adapted, Part, complete, whole
+from .rule import CarryRule
+from .view import Passed, Place, View
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mix:
+class Mix:
     """How a kernel enters a frozen product.
 
     The result is laid out `(batch, free of left, free of right)`.
@@ -132,26 +47,24 @@ class _Mix:
     new: int
     own_first: bool
 
-    @classmethod
-    def of(cls, eqn: Any, operand: int) -> "_Mix":
-        ndim = eqn.invars[operand].aval.ndim
-        if eqn.primitive.name == "reduce_sum":
-            axes = tuple(eqn.params["axes"])
-            return cls(axes, (), free_axes(ndim, axes), (), (), 0, True)
-        contract, batch, other_contract, other_batch = dot_dims(eqn, operand)
-        free = free_axes(ndim, contract, batch)
-        other = eqn.invars[1 - operand].aval.ndim
-        new = other - len(other_contract) - len(other_batch)
-        first = operand == 0
-        return cls(
-            tuple(contract),
-            tuple(batch),
-            free,
-            tuple(other_contract),
-            tuple(other_batch),
-            new,
-            first,
-        )
+    def axes(self) -> list[list[frozenset[int]]] | None:
+        """The axes that are kept; new axes come from those that are summed over."""
+        if not self.contract and (self.new or not self.batch):
+            return None
+        new = [frozenset(self.contract)] * self.new
+        own = [frozenset([i]) for i in self.free]
+        batch = [frozenset([i]) for i in self.batch]
+        return [[*batch, *(own + new if self.own_first else new + own)]]
+
+    def supports(self, roles: Roles) -> bool:
+        """Whether all that is summed over, or scaled, is on one side of the kernel."""
+        changed = {roles[i] for i in self.contract or self.batch}
+        return not {"in", "out"} <= changed
+
+    def passed(self, view: View, place: Place, *, features: bool) -> Passed:
+        """Returns what a view passes, given whether the other operand is features."""
+        axes, tied = view.origin_of(self.contract), view.origin_of(self.batch)
+        return Passed(place, axes, "mix", features, tied)
 
     def laid_out(
         self, batch: list[int], free: list[int], new: list[int]
@@ -218,18 +131,48 @@ class _Mix:
         return total.reshape(*sizes, math.prod(total.shape[len(sizes) :]))
 
 
-def mix(eqn: Any, operands: list[Any]) -> list[Any]:
-    """Evaluates a frozen product with an adapted operand."""
-    index = next(i for i, v in enumerate(operands) if isinstance(v, Adapted))
-    value, how = operands[index], _Mix.of(eqn, index)
-    (base,) = carried(eqn, [base_of(v) for v in operands])
-    other = operands[1 - index] if len(operands) > 1 else None
+def mixing(
+    of: Callable[[Any, int], Mix],
+    features: Callable[[Any, int], bool] = lambda eqn, operand: False,
+    **settings: Any,
+) -> CarryRule:
+    """Returns the carry rule of an operation that sums over axes of a kernel.
+
+    Args:
+        of: `(eqn, operand) -> Mix`.
+        features: `(eqn, operand) -> bool`, as `ConsumeRule.features`.
+        settings: other fields of the rule.
+    """
+
+    def move(eqn: Any, operands: list[Any], bases: list[Any]) -> list[Any]:
+        index = next(i for i, v in enumerate(operands) if isinstance(v, Adapted))
+        other = operands[1 - index] if len(operands) > 1 else None
+        return [_mixed_value(of(eqn, index), operands[index], other, bases[0])]
+
+    def passed(eqn: Any, operand: int, view: View, place: Place) -> Passed:
+        how = of(eqn, operand)
+        return how.passed(view, place, features=features(eqn, operand))
+
+    return CarryRule(
+        lambda eqn, operand: of(eqn, operand).axes(),
+        move,
+        supports=lambda eqn, operand, roles: of(eqn, operand).supports(roles),
+        mixes=True,
+        passed=passed,
+        keeps_scale=lambda eqn, operand, varies: (
+            not varies & set(of(eqn, operand).contract)
+        ),
+        **settings,
+    )
+
+
+def _mixed_value(how: Mix, value: Adapted, other: Any, base: Any) -> Adapted:
     parts = tuple(_mixed(how, part, other, value.base.shape) for part in value.parts)
     scale = None if value.scale is None else how.follow(value.scale, ())
-    return [Adapted(base, parts, scale)]
+    return Adapted(base, parts, scale)
 
 
-def _mixed(how: _Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part:
+def _mixed(how: Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part:
     """Sums one factor; an axis that both factors have becomes part of the rank.
 
     `Σ_e m_e (a_e·b_e)` is `[m_1 a_1, m_2 a_2, …]·[b_1; b_2; …]`: batch axes that are

@@ -1,162 +1,230 @@
-"""Ragged products of the low-rank branch: each group of rows with factors of its own.
+"""Ragged products with an adapted kernel: experts, each with a group of rows."""
 
-Their gradients are ragged products too: with the rows as the ragged axis again, or
-summed over the rows of each group, in float32 at least. On an Explicit mesh each says
-how its result is laid out: JAX asks for that, and forgets it in its own derivatives.
-"""
-
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from .._jax.dots import as_type_of
-from .._jax.dtypes import summed_in
-from .._jax.sharding import spec_of, whole_along
-from .._jax.versions import explicit_mesh, manual_axes, vary
-from .._params.axes import free_axes
-
-Axes = tuple[int, ...]
-
-
-class Rows(NamedTuple):
-    """What is static about one product of rows with a factor of each group.
-
-    The factor is laid out `(groups, *batch, *contract, *free)`, the result as
-    `(*batch, *free of x, *free)`.
-
-    Attributes:
-        contract: the axes of `x` that are summed over, in the order of the factor.
-        batch: the batch axes of `x`, in the order of the factor.
-        ragged: the axis of `x` along which the groups lie.
-        precision: of the base product.
-        computed: the dtype in which it is computed.
-        result: the dtype of the result.
-        sharding: of the result, on an Explicit mesh; None if it has none.
-    """
-
-    contract: Axes
-    batch: Axes
-    ragged: int
-    precision: Any
-    computed: Any
-    result: Any
-    sharding: Any = None
-
-    def free(self, x: jax.Array) -> Axes:
-        """Returns the axes of `x` that are neither summed over nor batch axes."""
-        return free_axes(x.ndim, self.contract, self.batch)
-
-    def turned(self, x: jax.Array, dy: jax.Array) -> "Rows":
-        """Returns the product that takes the cotangent of the result to that of `x`.
-
-        Its result has the axes of `x` as `(*batch, *free, *contract)`.
-        """
-        n, free = len(self.batch), self.free(x)
-        order = (*self.batch, *free, *self.contract)
-        return self._replace(
-            contract=tuple(range(n + len(free), dy.ndim)),
-            batch=tuple(range(n)),
-            ragged=n + free.index(self.ragged),
-            result=self.computed,
-            sharding=_sharding(x, [spec_of(x)[i] for i in order]),
-        )
+from .._errors import MaterializationError
+from .._jax.dtypes import common, product_dtype
+from .._jax.sharding import explicit_sharding
+from .._jax.versions import explicit_mesh, source_line
+from .._params.axes import Roles, Shape, free_axes
+from .._params.lazy import called, dense, is_lazy, made_again
+from .adapted import Adapted, Part, base_of
+from .parts import (
+    branch_dtype,
+    contracted_first,
+    dropped_input,
+    factor_matrix,
+    part_words,
+    split_join,
+    times,
+)
+from .ragged_rows import Rows, rows_product
+from .rule import Axes, ConsumeRule, LinearUse
 
 
-def _sharding(array: jax.Array, spec: list[Any]) -> NamedSharding | None:
-    mesh = explicit_mesh(array)
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
+def _dims(eqn: Any) -> Any:
+    return eqn.params["ragged_dot_dimension_numbers"]
 
 
-def _whole(rows: jax.Array) -> jax.Array:
-    """Returns rows that are not sharded on an Explicit mesh: not all backends can."""
-    return whole_along(rows, range(rows.ndim))
+def _is_grouped(eqn: Any) -> bool:
+    """Whether the rows of the left operand are grouped, one kernel slice per group."""
+    dims = _dims(eqn)
+    (contract, _), (batch, _) = dims.dot_dimension_numbers
+    ragged = dims.lhs_ragged_dimensions
+    free = not set(ragged) & {*contract, *batch}
+    return len(ragged) == 1 and len(dims.rhs_group_dimensions) == 1 and free
 
 
-def rows_product(
-    rows: Rows, x: jax.Array, factor: jax.Array, sizes: jax.Array, derive: str
-) -> jax.Array:
-    """Returns each row of `x` times the factor of its group.
-
-    Args:
-        rows: the product.
-        x: the rows.
-        factor: the factors of all groups.
-        sizes: the number of rows of each group.
-        derive: "custom" for the gradients derived here, else those of JAX.
-    """
-    varying = manual_axes(x) | manual_axes(factor) | manual_axes(sizes)
-    x, factor, sizes = (vary(v, varying) for v in (x, factor, sizes))
-    run = _product if derive == "custom" else _evaluate
-    return run(rows, x, factor, sizes)
+def _roles(eqn: Any, operand: int) -> list[str] | None:
+    if not _is_grouped(eqn):
+        return None
+    dims = _dims(eqn)
+    (_, contract), (_, batch) = dims.dot_dimension_numbers
+    roles = ["out"] * eqn.invars[1].aval.ndim
+    for axes, role in (
+        (contract, "in"),
+        ((*batch, *dims.rhs_group_dimensions), "batch"),
+    ):
+        for axis in axes:
+            roles[axis] = role
+    return roles if "in" in roles and "out" in roles else None
 
 
-def _evaluate(
-    rows: Rows, x: jax.Array, factor: jax.Array, sizes: jax.Array
-) -> jax.Array:
-    n, k = len(rows.batch), len(rows.contract)
-    contract = (rows.contract, tuple(range(1 + n, 1 + n + k)))
-    batch = (rows.batch, tuple(range(1, 1 + n)))
-    x = _whole(x)
-    return lax.ragged_dot_general(
-        x.astype(rows.computed),
-        factor.astype(rows.computed),
-        sizes,
-        lax.RaggedDotDimensionNumbers((contract, batch), [rows.ragged], [0]),
-        precision=rows.precision,
-        preferred_element_type=rows.result,
-        out_sharding=rows.sharding or _sharding(x, []) or _sharding(factor, []),
+def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
+    wanted = _roles(eqn, operand)
+    if wanted is None:
+        return False
+    swapped = {"in": "out", "out": "in"}
+    pairs = [(w, r) for w, r in zip(wanted, roles, strict=True) if r is not None]
+    # A factor that all groups share is the same for each of them.
+    pairs = [(w, r) for w, r in pairs if w != "batch"]
+    return all(w == r for w, r in pairs) or all(swapped[w] == r for w, r in pairs)
+
+
+def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
+    x, value, sizes, *rest = operands
+    x, after = _scaled(eqn, x, value, sizes)
+    y = _base_product(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
+    for part in value.parts:
+        dropped = dropped_input(part, x, part_words(part, ()), ())
+        delta = _low_rank(eqn, dropped, value.base, sizes, part, y, derive)
+        y = y + delta.astype(y.dtype)
+    return [y if after is None else times(y, after)]
+
+
+def _base_product(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
+    """The base product; on Explicit meshes with derivatives, which JAX's has not."""
+    x, w, sizes, *_ = operands
+    if derive != "custom" or explicit_mesh(x, *jax.tree.leaves(w)) is None:
+        return called(eqn, operands, derive)[0]
+    dims, precision = _dims(eqn), eqn.params["precision"]
+    (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
+    shared, (ragged,) = [*dims.rhs_group_dimensions, *batch], dims.lhs_ragged_dimensions
+    order = (*shared, *contract, *free_axes(w.ndim, contract, shared))
+    dtype, result = common(x.dtype, w.dtype), eqn.outvars[0].aval.dtype
+    sharding = eqn.params["out_sharding"]
+    rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
+
+    def product(values: Sequence[Any]) -> list[jax.Array]:
+        x, w, sizes = values
+        return [rows_product(rows, x, jnp.transpose(dense(w), order), sizes, derive)]
+
+    values = [x, w, sizes]
+    return (
+        made_again(product, values, derive) if is_lazy(values) else product(values)
+    )[0]
+
+
+def _scaled(
+    eqn: Any, x: jax.Array, value: Adapted, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns `x` and what the result is multiplied by, with DoRA's scale in either."""
+    if value.scale is None:
+        return x, None
+    dims, shape = _dims(eqn), value.base.shape
+    (_, contract), (_, batch) = dims.dot_dimension_numbers
+    (group,), (rows,) = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
+    free = free_axes(len(shape), contract, [group, *batch])
+    for axes in (free, contract):
+        others = set(range(len(shape))) - {group, *axes}
+        plain = not batch and x.ndim == 2 and len(axes) == 1 and rows == 0
+        if plain and all(value.scale.shape[i] == 1 for i in others):
+            own = factor_matrix(value.scale, [group, *axes], shape)[..., 0]
+            of_rows = jnp.repeat(own, sizes, axis=0, total_repeat_length=x.shape[0])
+            return (x, of_rows) if axes == free else (times(x, of_rows), None)
+    raise MaterializationError(
+        f"a DoRA kernel of shape {shape} enters a ragged product at {source_line(eqn)} "
+        "in a form that its norm cannot be applied to; adapt it without `dora=True`"
     )
 
 
-_product = jax.custom_vjp(_evaluate, nondiff_argnums=(0,))
-
-
-def _forward(
-    rows: Rows, x: jax.Array, factor: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, Any]:
-    return _product(rows, x, factor, sizes), (x, factor, sizes)
-
-
-def _backward(rows: Rows, kept: Any, dy: jax.Array) -> tuple[Any, Any, None]:
-    x, factor, sizes = kept
-    dy = _whole(dy)
-    n, k = len(rows.batch), len(rows.contract)
-    ins, outs = range(1 + n, 1 + n + k), range(1 + n + k, factor.ndim)
-    flipped = jnp.transpose(factor, (*range(1 + n), *outs, *ins))
-    dx = _product(rows.turned(x, dy), dy, flipped, sizes)
-    order = (*rows.batch, *rows.free(x), *rows.contract)
-    dx = jnp.transpose(dx, sorted(range(x.ndim), key=order.__getitem__))
-    return as_type_of(dx, x), _grad_factor(rows, x, dy, factor, sizes), None
-
-
-def _grad_factor(
-    rows: Rows, x: jax.Array, dy: jax.Array, factor: jax.Array, sizes: jax.Array
+def _low_rank(
+    eqn: Any,
+    x: jax.Array,
+    w: Any,
+    sizes: jax.Array,
+    part: Part,
+    y: jax.Array,
+    derive: str,
 ) -> jax.Array:
-    """Returns `Σ xᵀ·dy` over the rows of each group, in float32 at least."""
-    n, free, dtype = len(rows.batch), rows.free(x), rows.computed
-    wide = summed_in(factor.dtype, x.dtype, dy.dtype)
-    if jax.default_backend() == "cpu":
-        dtype = wide  # in a loop it has no 16-bit products with a 32-bit result
-    contract = (free, tuple(range(n, n + len(free))))
-    batch = (rows.batch, tuple(range(n)))
-    # What is not summed over comes out in the order of x.
-    ascending = sorted(range(len(rows.contract)), key=rows.contract.__getitem__)
-    axes = [*range(1 + n), *[1 + n + i for i in ascending]]
-    axes += range(len(axes), factor.ndim)
-    found = lax.ragged_dot_general(
-        _whole(x).astype(dtype),
-        dy.astype(dtype),
-        sizes,
-        lax.RaggedDotDimensionNumbers((contract, batch), [rows.ragged], []),
-        precision=rows.precision,
-        preferred_element_type=wide,
-        out_sharding=_sharding(x, [spec_of(factor)[i] for i in axes]),
+    """Returns `s·(x·a)·b`, each group of rows with the factors of its own expert."""
+    dims = _dims(eqn)
+    (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
+    (group,), (ragged,) = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
+    shared = [group, *batch]
+    free = free_axes(w.ndim, contract, shared)
+    pair = contracted_first(part, contract, free)
+    if pair is None:
+        raise MaterializationError(split_join(eqn, w, "enters a ragged product"))
+    first = factor_matrix(pair[0], [*shared, *contract], w.shape)
+    second = factor_matrix(pair[1], [*shared, *free], w.shape)
+    second = jnp.moveaxis(second, -1, len(shared))
+    computed = product_dtype(x.dtype, w.dtype, y.dtype)
+    own = Rows(x_contract, x_batch, ragged, eqn.params["precision"], computed, computed)
+    h = part.scaling * rows_product(own, x, first, sizes, derive)
+    n = len(batch)
+    then = own._replace(
+        contract=(h.ndim - 1,),
+        batch=tuple(range(n)),
+        ragged=n + own.free(x).index(ragged),
+        result=branch_dtype(y.dtype, computed),
+        sharding=explicit_sharding(y),
     )
-    found = jnp.transpose(found, sorted(range(found.ndim), key=axes.__getitem__))
-    return as_type_of(found, factor)
+    return rows_product(then, h, second, sizes, derive)
 
 
-_product.defvjp(_forward, _backward)
+def _flops(eqn: Any) -> int:
+    (contract, _), _ = _dims(eqn).dot_dimension_numbers
+    shape = eqn.invars[0].aval.shape
+    return 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contract)
+
+
+def _scale_fits(eqn: Any, operand: int, varies: Axes) -> bool:
+    dims = _dims(eqn)
+    (_, contract), (_, batch) = dims.dot_dimension_numbers
+    (group,), rows = dims.rhs_group_dimensions, dims.lhs_ragged_dimensions
+    if batch or eqn.invars[0].aval.ndim != 2 or tuple(rows) != (0,):
+        return False
+    free = free_axes(eqn.invars[operand].aval.ndim, contract, [group])
+    sides = [axes for axes in (free, contract) if len(axes) == 1]
+    return any(varies <= {group, *axes} for axes in sides)
+
+
+# --- with a probe in the place of the kernel, see `linear_use.py` ---
+
+
+def _on_probe(
+    eqn: Any,
+    operand: int,
+    others: Sequence[Any],
+    probe: jax.Array,
+    shape: Shape,
+    own: Collection[int],
+) -> jax.Array:
+    """The ragged product; rows of each group with the probe of that group."""
+    x, sizes, *_ = others
+    dims = _dims(eqn)
+    (x_contract, contract), (x_batch, _) = dims.dot_dimension_numbers
+    (ragged,) = dims.lhs_ragged_dimensions
+    factor = factor_matrix(probe, [*_shared(eqn, operand), *contract], shape)
+    highest, dtype = lax.Precision.HIGHEST, x.dtype
+    rows = Rows(x_contract, x_batch, ragged, highest, dtype, dtype)
+    return rows_product(rows, x, factor, sizes, "custom")
+
+
+def _summed(eqn: Any, operand: int) -> Sequence[int]:
+    return _dims(eqn).dot_dimension_numbers[0][1]
+
+
+def _shared(eqn: Any, operand: int) -> Sequence[int]:
+    dims = _dims(eqn)
+    return [*dims.rhs_group_dimensions, *dims.dot_dimension_numbers[1][1]]
+
+
+def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> jax.Array:
+    """Returns the number of inputs of each group."""
+    dims = _dims(eqn)
+    (group,) = dims.rhs_group_dimensions
+    ndim = values[1].base.ndim + 1
+    sizes = values[2].astype(jnp.float32)
+    return sizes.reshape([-1 if i == group else 1 for i in range(ndim)])
+
+
+CONSUME = {
+    "ragged_dot_general": ConsumeRule(
+        "ragged_dot",
+        (1,),
+        _roles,
+        _flops,
+        run=_run,
+        linear=LinearUse(_summed, _shared, _on_probe, _inputs),
+        supports=_supports,
+        scale_fits=_scale_fits,
+    )
+}

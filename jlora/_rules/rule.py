@@ -1,13 +1,235 @@
-"""What a rule says of one primitive, and what the passes offer to it."""
+"""What jlora knows of one primitive: a record, which its file enters in the tables.
+
+`CarryRule` says that an operation moves a kernel and leaves it factored, `ConsumeRule`
+that it is linear in a kernel and uses it up, `ControlFlowRule` that it has a function
+inside. No other module asks for the name of a primitive: it asks its record.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
 
-from .view import Body, Program, Step, Value, View
+from .._jax.versions import rebind
+from .._params.axes import Roles, Shape
+from .._params.lazy import is_lazy
+from .adapted import Adapted, base_of
+from .lazy_moves import remembered
+from .rows import RowLayout
+from .tiles import TilesMove
+from .view import Body, Passed, Place, Program, Step, Value, View
+
+# Axes of a value, as those along which a scale varies.
+Axes = frozenset[int] | set[int]
+
+# --- operations that carry a kernel ---
+
+# For each axis of a value, the axes of another value that it comes from.
+AxisMap = list[frozenset[int]]
+
+# `(eqn, operands, bases of the outputs) -> outputs`, on plain and adapted values.
+Move = Callable[[Any, list[Any], list[Any]], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryRule:
+    """One operation that keeps an adapted operand factored.
+
+    Attributes:
+        axes: `(eqn, operand) -> [AxisMap of each output]`, with None for an output that
+            does not come from the operand; None where the form of the equation is not
+            supported.
+        move: `(eqn, operands, bases) -> outputs` on plain and adapted values, given the
+            equation's outputs on the bases of the operands.
+        operands: the operands that may be adapted; None means any one of them.
+        together: whether several operands may be adapted at once.
+        frozen: whether the other operands must not depend on activations: what is
+            added to an activation, or multiplied by one, is used up.
+        supports: `(eqn, operand, roles of the value) -> bool`: whether the value stays
+            factored once the roles of the kernel are settled.
+        entrywise: whether each entry comes from the entries at its place alone.
+        repeats: `(eqn, axes) -> axes` of an operation that repeats entries along new
+            axes: those along which the output varies, given those of the operand.
+        mixes: whether it sums over axes of a kernel, as a product does, so that it may
+            be its use.
+        passed: `(eqn, operand, view, place) -> Passed`, of an operation whose meaning
+            shows only later.
+        obstacle: what the name of the operation gets where the adapter moves another
+            operand, which keeps the kernel from passing.
+        rows: `eqn -> RowLayout`, of an operation that may take single entries along
+            some axes; None where it does not.
+        found: `(eqn, operands) -> mask` of the rows that are no filling, or None.
+        take: what takes rows for themselves, where that is not `move`.
+        beside: `(eqn, operands) -> outputs` that keeps the other operand apart from the
+            kernel, of an operation that scales it.
+        scale_varies: `eqn -> axes` of the outputs along which a scale of the kernel
+            varies after this in any case.
+        keeps_scale: `(eqn, operand, axes) -> bool`: whether a scale of the kernel that
+            varies along these axes is one of the outputs too.
+        tiles: `(eqn, quantised value, other operands) -> values`, which does it to the
+            arrays of a quantised value; None where it tears a tile apart.
+        lazy: `(eqn, values) -> values`, what is done in place of the operation where
+            some values are not made yet; they remember it where this is None.
+    """
+
+    axes: Callable[[Any, int], Sequence[AxisMap | None] | None]
+    move: Move
+    operands: tuple[int, ...] | None = (0,)
+    together: bool = False
+    frozen: bool = False
+    supports: Callable[[Any, int, Roles], bool] = lambda eqn, operand, roles: True
+    entrywise: bool = False
+    repeats: Callable[[Any, Axes], frozenset[int]] | None = None
+    mixes: bool = False
+    passed: Callable[[Any, int, View, Place], Passed] | None = None
+    obstacle: str = ""
+    rows: Callable[[Any], RowLayout | None] = lambda eqn: None
+    found: Callable[[Any, list[Any]], jax.Array | None] = lambda eqn, operands: None
+    take: Move | None = None
+    beside: Callable[[Any, list[Any]], list[Any]] | None = None
+    scale_varies: Callable[[Any], frozenset[int]] = lambda eqn: frozenset()
+    keeps_scale: Callable[[Any, int, Axes], bool] = lambda eqn, operand, varies: True
+    tiles: TilesMove | None = None
+    lazy: Callable[[Any, Sequence[Any]], list[Any]] | None = None
+
+    def takes(self, operands: Collection[int], active: bool) -> bool:
+        """Returns whether just these operands may be adapted.
+
+        Args:
+            operands: the operands.
+            active: whether another operand depends on activations.
+        """
+        known = self.operands is None or set(operands) <= set(self.operands)
+        alone = self.together or len(operands) == 1
+        return known and alone and not (self.frozen and active)
+
+    def run(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        """Evaluates an equation on plain and adapted values."""
+        return self.move(eqn, operands, self.on_bases(eqn, operands))
+
+    def run_rows(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        """Evaluates an equation whose rows are wanted for themselves."""
+        return (self.take or self.move)(eqn, operands, self.on_bases(eqn, operands))
+
+    def on_bases(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        """Evaluates an equation on frozen values; what comes of lazy ones is lazy."""
+        values = [base_of(value) for value in operands]
+        if not is_lazy(values):
+            return rebind(eqn, values)
+        if self.lazy is not None:
+            return self.lazy(eqn, values)
+        return remembered(eqn, values, tiles=self.tiles, entrywise=self.entrywise)
+
+
+def present(factor: jax.Array, axis: int, shape: Shape) -> bool:
+    """Returns whether an aligned factor has an axis of a value of `shape`."""
+    return factor.shape[axis] == shape[axis]
+
+
+def identity(ndim: int) -> AxisMap:
+    """Each axis comes from itself."""
+    return [frozenset([i]) for i in range(ndim)]
+
+
+def same_axes(eqn: Any, operand: int) -> list[AxisMap]:
+    """Each output has the axes of the operand."""
+    return [identity(eqn.invars[operand].aval.ndim) for _ in eqn.outvars]
+
+
+def each_factor(move: Callable[[Any, jax.Array, Shape, list[Any]], jax.Array]) -> Move:
+    """Returns a `move` of the first operand that does the same to all its factors.
+
+    Args:
+        move: `(eqn, factor, shape of the value, other operands) -> factor`, where an
+            axis that the factor lacks is of size one and stays so.
+    """
+
+    def run(eqn: Any, operands: list[Any], bases: list[Any]) -> list[Any]:
+        value, others = operands[0], operands[1:]
+        shape = value.base.shape
+        return [value.moved(bases[0], lambda f: move(eqn, f, shape, others))]
+
+    return run
+
+
+def unchanged(eqn: Any, operands: list[Any], bases: list[Any]) -> list[Any]:
+    """Leaves the factors of all operands as they are."""
+    return [
+        value.with_base(base) if isinstance(value, Adapted) else base
+        for base, value in zip(bases, operands, strict=True)
+    ]
+
+
+def rebound(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Array:
+    """The operation itself, on the factor: it does not look at axes."""
+    return rebind(eqn, [factor])[0]
+
+
+# --- operations that use a kernel up ---
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearUse:
+    """How one primitive uses a kernel up, as a map that is linear in it.
+
+    Attributes:
+        summed: `(eqn, operand) -> axes` of the kernel that it sums over.
+        shared: `(eqn, operand) -> axes` that the kernel shares with what it meets.
+        apply: `(eqn, operand, others, probe, shape, own) -> x·Ω`, given the other
+            operands, the kernel's shape and the summed axes that are batch axes here.
+        rows: `(eqn, operand, values) -> number of inputs`, for each group if there are.
+        sums_batches: whether it may sum over batch axes.
+    """
+
+    summed: Callable[[Any, int], Sequence[int]]
+    shared: Callable[[Any, int], Sequence[int]]
+    apply: Callable[
+        [Any, int, Sequence[Any], jax.Array, Shape, Collection[int]], jax.Array
+    ]
+    rows: Callable[[Any, int, Sequence[Any]], Any]
+    sums_batches: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsumeRule:
+    """One operation that is linear in a kernel and gives a plain value.
+
+    Attributes:
+        kind: the name of the use, as the plan prints it.
+        operands: the operands that may be a kernel.
+        roles: `(eqn, operand) -> roles` of the operand's axes, or None where the
+            equation says nothing about them: this is where the axes of a kernel are
+            learnt.
+        flops: `eqn -> FLOPs` of the forward pass.
+        linear: the use as a map that is linear in the kernel, for statistics of inputs.
+        run: `(eqn, operands, derive) -> outputs`; None for products, of which those
+            that share an operand are evaluated together, see `products.py`.
+        supports: `(eqn, operand, roles of the value) -> bool`.
+        details: `eqn -> text` that the name of the use gets.
+        scale_fits: `(eqn, operand, axes) -> bool`: whether a scale of the kernel that
+            varies along these axes can be applied to the other operand or the result.
+        features: `(eqn, operand) -> bool`: whether the other operand is contracted as
+            features are, if it is frozen.
+        by_heads: `(eqn, operand, view) -> bool`: whether it contracts, head by head,
+            what frozen features have been multiplied by.
+    """
+
+    kind: str
+    operands: tuple[int, ...]
+    roles: Callable[[Any, int], list[str] | None]
+    flops: Callable[[Any], int]
+    linear: LinearUse
+    run: Callable[[Any, list[Any], str], list[Any]] | None = None
+    supports: Callable[[Any, int, Roles], bool] = lambda eqn, operand, roles: True
+    details: Callable[[Any], str] = lambda eqn: ""
+    scale_fits: Callable[[Any, int, Axes], bool] = lambda eqn, operand, varies: True
+    features: Callable[[Any, int], bool] = lambda eqn, operand: False
+    by_heads: Callable[[Any, int, View], bool] = lambda eqn, operand, view: False
+
+
+# --- control flow ---
 
 # What is gathered of one value: arrays, of which a plain evaluation has none.
 Gathered = tuple[Any, ...]

@@ -15,12 +15,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._jax.sharding import spec_of
-from .._jax.versions import explicit_mesh, source_line
+from .._jax.versions import explicit_mesh, rebind, source_line
 from .._params.axes import Shape, free_axes
-from .._params.lazy import dense
+from .._params.lazy import dense, is_lazy
 from .._product.dropout import more_keys
 from .adapted import Adapted, Part, base_of
-from .lazy_moves import carried
+from .lazy_moves import remembered
 from .rule import Analysis, ControlFlowRule, Gathered, Run
 from .view import Step, Value, any_active, plain
 
@@ -68,7 +68,7 @@ def _select(eqn: Any, along: Sequence[int], values: Sequence[Any]) -> list[Any]:
         values: its operands.
     """
     predicate, cases = dense(values[0]), values[1:]
-    (base,) = carried(eqn, [predicate, *map(base_of, cases)])
+    (base,) = _chosen_bases(eqn, [predicate, *map(base_of, cases)])
     if not any(isinstance(case, Adapted) for case in cases):
         return [base]
     which = _narrow(predicate, along, base.ndim)
@@ -82,6 +82,10 @@ def _select(eqn: Any, along: Sequence[int], values: Sequence[Any]) -> list[Any]:
             for part in _parts(case)
         ]
     return [Adapted(base, tuple(parts), _chosen_scale(which, cases))]
+
+
+def _chosen_bases(eqn: Any, values: list[Any]) -> list[Any]:
+    return remembered(eqn, values) if is_lazy(values) else rebind(eqn, values)
 
 
 def _parts(case: Any) -> tuple[Part, ...]:

@@ -45,9 +45,19 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_the_rule_is_ten_lines() -> None:
-    rule = PATCH[PATCH.index("+++ b/jlora/_rules/carry.py") :]
-    assert len(re.findall(r"^\+(?!\+\+).", rule, re.MULTILINE)) <= 10
+def test_the_rule_is_one_file_of_a_dozen_lines_and_one_entry() -> None:
+    _, *pieces = re.split(r"^\+\+\+ b/(.*)\n", PATCH, flags=re.MULTILINE)
+    added = {
+        file: re.findall(r"^\+(?!\+\+).", lines, re.MULTILINE)
+        for file, lines in zip(pieces[::2], pieces[1::2], strict=True)
+    }
+    assert set(added) == {
+        "tests/uses_carried.py",
+        "jlora/_rules/cumsum.py",
+        "jlora/_rules/__init__.py",
+    }
+    assert len(added["jlora/_rules/cumsum.py"]) <= 12
+    assert len(added["jlora/_rules/__init__.py"]) == 2  # imported, and entered
 
 
 def test_the_script_prints_a_plan(patched: Path) -> None:

@@ -200,6 +200,12 @@ CARRIED = [
         # and then its cotangent, which nobody asked for, is formed too.
         formed=jax.__version_info__ < (0, 11),
     ),
+    Use(
+        name="device_put_of_several",
+        fn=lambda p, x: (lambda q: x @ q["w"] @ q["v"])(jax.device_put(p)),
+        kernels=_two((5, 7), (7, 6)),
+        inputs=(normal(3, 5),),
+    ),
     use("copy", lambda w, x: x @ jnp.array(w, copy=True), normal(3, 5), w=(5, 7)),
     use(
         "stop_gradient_of_kernel",

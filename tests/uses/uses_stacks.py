@@ -154,6 +154,15 @@ STACKS = [
         delta=STACK,
     ),
     use(
+        "experts_ragged_in_batches",
+        lambda w, sizes, x: jax.vmap(lax.ragged_dot)(x, w, sizes.reshape(2, 3)),
+        fixed(2, 0, 1, 1, 1, 1),
+        normal(2, 3, 5),
+        w=(2, 3, 5, 7),
+        delta="beir,bero->beio",
+        dora=False,
+    ),
+    use(
         "experts_routed",
         _router,
         normal(9, 5),

@@ -1,0 +1,113 @@
+"""The products of a program with adapted kernels: their groups and their forms."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .._params.axes import Roles
+from .._product.choice import Contraction, choose
+from .._product.group import GroupDims
+from .._rules.dot_einsum import Labels, cuts_across
+from .._rules.dot_general import group_dims
+from .._rules.view import Log, Step
+from .siblings import arrange
+
+
+class Products:
+    """The products that one run of the decision has seen.
+
+    Args:
+        contraction: as `jlora.lora` takes it.
+    """
+
+    def __init__(self, contraction: Contraction) -> None:
+        self.contraction: Contraction = contraction
+        # Of each product: the operand that is a kernel, and its entries in the log.
+        self._seen: dict[int, tuple[int, range]] = {}
+        # Of those that cut across the roles: what each entry takes for each rank.
+        self._across: dict[int, list[int]] = {}
+
+    def note(
+        self, eqn: Any, operand: int, logged: range, views: Sequence[Roles]
+    ) -> None:
+        """Notes a product with an adapted kernel.
+
+        Args:
+            eqn: the equation.
+            operand: the operand that is a kernel.
+            logged: its entries among the uses in the log.
+            views: the roles of the operand's axes, of each view.
+        """
+        self._seen[id(eqn)] = (operand, logged)
+        sides = []
+        for roles in views:
+            has = lambda role, roles=roles: {
+                i for i, r in enumerate(roles) if r in (role, "batch")
+            }
+            sides.append((has("in"), has("out")))
+        if any(cuts_across(eqn, operand, *pair) for pair in sides):
+            # No two matrices say what it does: it is computed by itself.
+            shapes = eqn.invars[1 - operand].aval.shape, eqn.outvars[0].aval.shape
+            self._across[id(eqn)] = [
+                Labels.of(eqn, operand, *pair).work(*shapes) for pair in sides
+            ]
+
+    def arranged(self, steps: list[Step], log: Log, trips: int) -> list[Step]:
+        """Returns steps in which products that share an operand are one, with a form.
+
+        Args:
+            steps: the steps of one jaxpr, in the order of its equations.
+            log: the log of that jaxpr, whose uses are told their forms.
+            trips: how often it runs.
+        """
+        eqns = [step.eqns[0] for step in steps]
+        kernels = {
+            i: self._seen[id(eqn)][0]
+            for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
+            if step.action == "product" and id(eqn) not in self._across
+        }
+        movable = lambda i: (
+            steps[i].action in ("plain", "carry") and not eqns[i].effects
+        )
+        units = arrange(eqns, kernels, movable)
+        return [
+            self._group([eqns[i] for i in unit], log, trips)
+            if steps[i].action == "product"
+            else steps[i]
+            for unit in units
+            for i in unit[:1]
+        ]
+
+    def _group(self, eqns: list[Any], log: Log, trips: int) -> Step:
+        operands = [self._seen[id(eqn)][0] for eqn in eqns]
+        if id(eqns[0]) in self._across:
+            return self._alone(eqns[0], log, trips)
+        dims: GroupDims = group_dims(eqns[0], operands[0])
+        for eqn, operand in zip(eqns[1:], operands[1:], strict=True):
+            dims = dims.with_kernels(group_dims(eqn, operand).kernels)
+        x = eqns[0].invars[1 - operands[0]].aval
+        pairs = zip(eqns, operands, strict=True)
+        kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
+        form = choose(self.contraction, dims, x, kernels)
+        features = math.prod(x.shape[i] for i in dims.contract)
+        rows = trips * x.size // max(features, 1)
+        for eqn, one, kernel in zip(eqns, dims.kernels, kernels, strict=True):
+            shared = math.prod(kernel.shape[i] for i in one.batch)
+            outputs = kernel.size // max(features * shared, 1)
+            flops = 6 * rows * (features + outputs)
+            if form == "merged":  # of six products two are replaced by the kernel's
+                flops = 4 * rows * (features + outputs) + 4 * trips * kernel.size
+            for i in self._seen[id(eqn)][1]:
+                log.uses[i] = dataclasses.replace(
+                    log.uses[i], form=form, siblings=len(eqns), factor_flops=flops
+                )
+        return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
+
+    def _alone(self, eqn: Any, log: Log, trips: int) -> Step:
+        operand, logged = self._seen[id(eqn)]
+        for i, work in zip(logged, self._across[id(eqn)], strict=True):
+            log.uses[i] = dataclasses.replace(
+                log.uses[i], form="separate", factor_flops=6 * trips * work
+            )
+        return Step("product", eqns=(eqn,), kernels=(operand,))
