@@ -45,10 +45,18 @@ from ._peft.lora_configs import configs_of
 from ._peft.read import adapter_of
 from ._peft.vllm import for_vllm
 from ._peft.whole import write_whole
-from ._peft.write import check_rows, check_some, config_of, modules_of, tensors_of
+from ._peft.write import (
+    check_rows,
+    check_some,
+    config_of,
+    tensors_of,
+    with_attention_outputs,
+)
+from ._torch.assemble import modules_of
 from ._torch.families import names as names
 from ._torch.layout import spread
 from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
+from ._torch.modules import by_name
 from ._torch.named_params import Base
 from ._torch.names import Names, bind_all
 from ._torch.names import Rule as Rule
@@ -161,17 +169,17 @@ def save(
     bind_all(list(entries), names)
     check_finite(_named_arrays(entries), "the adapter")
     factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
-    modules = modules_of(factors, base)
+    modules = with_attention_outputs(modules_of(factors, base))
     check_some(modules, entries)
     if profile == "vllm":
         modules = for_vllm(modules, arrays)
-    whole, fields = write_whole(arrays, [m.name for m in modules], base)
+    whole, fields = write_whole(arrays, list(by_name(modules)), base)
     several = (config,) if isinstance(config, LoraConfig) else tuple(config)
     said = dataclasses.replace(config_of(modules, several, base), **fields)
     tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
-    plain = [m.binding.steps for m in modules if not m.is_parameter]
+    plain = [m.steps for m in modules if not m.is_parameter]
     turned = any("fan_in_fan_out" in steps for steps in plain)
-    scalings = {m.name: m.scaling for m in modules if not m.is_brought}
+    scalings = {m.name: m.scaling for m in modules if not m.brought_by}
     files = {
         WEIGHTS: weights_bytes(tensors, scalings),
         CONFIG: config_json(

@@ -34,8 +34,8 @@ from ._files.untrusted import (
 )
 from ._params.axes import KernelAxes
 from ._peft.files import read_files
-from ._peft.keys import ModuleTensors
 from ._peft.read import AdapterFiles, adapter_of
+from ._torch.modules import TorchModule
 from ._torch.named_params import Base
 from ._torch.names import Rule
 
@@ -274,7 +274,7 @@ def _parameter_axes(
         shape = leaves[name].shape
         owner = name.rpartition(".")[0]
         fans = {
-            (tensors.a.shape[1], tensors.b.shape[0])
+            (tensors.a.shape[0], tensors.b.shape[1])
             for module, tensors in files.modules.items()
             if module.split(".base_layer")[0] == owner
         }
@@ -323,9 +323,7 @@ def _check_complete(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
         )
 
 
-def _steps(
-    tensors: ModuleTensors, leaves: Mapping[str, Any], files: AdapterFiles
-) -> str:
+def _steps(tensors: TorchModule, leaves: Mapping[str, Any], files: AdapterFiles) -> str:
     if not tensors.is_table:
         return "same"
     heads = [
@@ -337,8 +335,8 @@ def _steps(
     return f"embedding+tied({heads[0]})" if tied else "embedding"
 
 
-def _axes(tensors: ModuleTensors, ndim: int, files: AdapterFiles) -> KernelAxes:
-    turned = files.fan_in_fan_out and tensors.a.ndim == 2
+def _axes(tensors: TorchModule, ndim: int, files: AdapterFiles) -> KernelAxes:
+    turned = files.fan_in_fan_out and not tensors.window
     if tensors.is_table or turned:
         return KernelAxes((), (0,), (1,))
     return KernelAxes((), tuple(range(1, ndim)), (0,))

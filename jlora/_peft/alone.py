@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from .._adapter.config import LoraConfig
+from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .._torch.names import Rule
-from .keys import ModuleTensors
 from .lora_configs import configs_of
 from .read import AdapterFiles, adapter_of
 
@@ -60,13 +60,14 @@ def params_alone(files: AdapterFiles) -> tuple[Shapes, Rules]:
                 f"tied({head})" for head, table in heads.items() if table == module
             )
         last = "embedding" if tensors.is_table else "kernel"
-        shape = _kernel_shape(tensors)
+        shape = tensors.kernel_shape
         how = "conv" if len(shape) > 2 else how
         add(_path(name, last), shape, tensors.a.dtype, name, how)
     for owner, several in packed.items():
         for parameter, tensors in several:
             rank = files.config.rank(f"{owner}.{parameter}")
-            shape = (tensors.a.shape[0] // rank, tensors.a.shape[1], tensors.b.shape[0])
+            n = tensors.rank // rank
+            shape = (n, *tensors.kernel_shape)
             name = f"{owner}.{parameter}"
             add(_path(name, "kernel"), shape, tensors.a.dtype, name, "experts")
     for key, tensor in _trained_whole(files).items():
@@ -107,10 +108,6 @@ def _path(name: str, *last: str) -> str:
     return "/".join(["params", *name.split("."), *last])
 
 
-def _kernel_shape(tensors: ModuleTensors) -> tuple[int, ...]:
-    return (*tensors.a.shape[2:], tensors.a.shape[1], tensors.b.shape[0])
-
-
 def _tied_heads(files: AdapterFiles) -> dict[str, str]:
     """Returns the heads whose factors repeat those of a table, with the table."""
     if not files.config.ensure_weight_tying:
@@ -124,13 +121,13 @@ def _tied_heads(files: AdapterFiles) -> dict[str, str]:
     }
 
 
-def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, ModuleTensors]]]:
+def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, TorchModule]]]:
     """Returns the adapted parameters of each module, innermost first.
 
     Torch's modules define the input of a feed-forward layer before its output.
     """
     chosen = files.config.target_parameters or ()
-    found: dict[str, list[tuple[str, ModuleTensors]]] = {}
+    found: dict[str, list[tuple[str, TorchModule]]] = {}
     owners = {module.split(".base_layer")[0] for module in files.modules}
     for owner in sorted(owners):
         tails = [p.rpartition(".")[2] for p in chosen]
