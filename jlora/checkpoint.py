@@ -63,6 +63,7 @@ from ._checkpoint.record import Entry as Entry
 from ._checkpoint.record import Record as Record
 from ._checkpoint.restoring import Arrays, targets
 from ._checkpoint.saving import record_of
+from ._checkpoint.steps import format_of
 from ._errors import BaseMismatchError, CorruptFileError
 from ._params.paths import FlatParams, PyTree
 
@@ -228,6 +229,10 @@ def restore(
     placed = jax.tree.map(_on_default_device, arrays)
     entries = enumerate(record.entries)
     return {e.path: entry_with(e.value, placed[str(i)]) for i, e in entries}
+
+
+FORMAT = format_of(save, describe, restore)
+"""How `python -m jlora` finds, reads and writes checkpoints."""
 
 
 # --- where it is ---

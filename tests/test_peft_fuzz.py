@@ -25,7 +25,8 @@ import jlora
 import jlora.peft
 from jlora._files.patterns import Endings, file_pattern
 from jlora._files.untrusted import parse_json
-from jlora._peft.config import PeftConfig, config_json, parse_config
+from jlora._peft.config import PeftConfig
+from jlora._peft.config_file import config_json, parse_config
 from jlora._torch.fused import join, split
 from jlora._torch.modules import TorchModule
 
@@ -390,10 +391,10 @@ def parts(draw: st.DrawFn) -> tuple[list[TorchModule | None], list[int]]:
     return found, widths
 
 
-def delta(pair: TorchModule | None, width: int) -> np.ndarray:
-    if pair is None:
+def delta(module: TorchModule | None, width: int) -> np.ndarray:
+    if module is None:
         return np.zeros((5, width), np.float32)
-    return pair.scaling * (pair.a @ pair.b)
+    return module.scaling * (module.a.astype(float) @ module.b.astype(float))
 
 
 @profile

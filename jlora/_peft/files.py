@@ -10,7 +10,7 @@ import numpy as np
 from .._errors import AdapterError, NonFiniteError
 from .._files.safetensors import MAX_BYTES, file_bytes, read_tensors
 from .._files.untrusted import JSON_LIMIT, check_regular, parse_json, read_file
-from .config import parse_config
+from .config_file import parse_config
 from .digest import check_seal, seal_of
 from .keys import sort_keys
 from .read import AdapterFiles

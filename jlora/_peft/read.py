@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._torch.assemble import Assembly
+from .._torch.configs import configs_of
 from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .._torch.names import Binding
@@ -53,6 +55,25 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     )
     both = {**factors, **whole, **biases}
     return {path: both[path] for path in base.leaves if path in both}
+
+
+def configured_adapter(
+    files: AdapterFiles, base: Base
+) -> tuple[LoraConfig | tuple[LoraConfig, ...], dict[str, Any]]:
+    """Returns the configs and the adapter in some files, on the host.
+
+    Raises:
+        AdapterError: as `adapter_of`.
+    """
+    entries, config = adapter_of(files, base), files.config
+    configs = configs_of(
+        entries,
+        base,
+        alphas={config.lora_alpha, *config.alpha_pattern.values()},
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+    )
+    return configs, entries
 
 
 def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
