@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from .._torch.modules import TorchModule
+from .._torch.modules import TorchModule, misfit
 
 PREFIX = "base_model.model."
 NAME_LIMIT = 512
@@ -98,11 +98,8 @@ def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
     if tuple(factors) not in _PAIRS:
         return f"{module!r} has {sorted(kinds)}; it needs both factors, of one kind"
     a, b = (kinds[kind] for kind in factors)
-    conv = a.ndim > 2 and b.shape[2:] == (1,) * (a.ndim - 2)
-    if not (a.ndim == b.ndim and (a.ndim == 2 or conv) and a.size and b.size):
-        return f"{module!r} has factors of the shapes {a.shape} and {b.shape}"
-    if a.dtype != b.dtype:
-        return f"{module!r} has factors of the dtypes {a.dtype} and {b.dtype}"
+    if problem := misfit(a, b):
+        return f"{module!r} {problem}"
     magnitude = kinds.get(MAGNITUDE)
     if magnitude is not None and magnitude.shape not in (
         b.shape[:1],

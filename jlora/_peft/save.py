@@ -12,6 +12,7 @@ from .._adapter.config import LoraConfig
 from .._adapter.entries import lowered
 from .._adapter.factors import LoraFactors
 from .._files.atomic import write_files
+from .._files.safetensors import check_finite
 from .._torch.assemble import modules_of
 from .._torch.layout import spread
 from .._torch.modules import by_name
@@ -19,7 +20,7 @@ from .._torch.named_params import Base
 from .._torch.names import Names, bind_all
 from .arrays import named_arrays, on_host, wait_for_all
 from .config_file import config_json
-from .files import CONFIG, WEIGHTS, check_finite, weights_bytes
+from .files import CONFIG, WEIGHTS, weights_bytes
 from .keys import PREFIX
 from .vllm import for_vllm
 from .whole import write_whole

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._adapter.config import LoraConfig
 from .._adapter.entries import Factored, TrainedRows, lowered
-from .._errors import UnsupportedFeatureError
+from .._errors import AdapterError, UnsupportedFeatureError
 from .assemble import factors_of, modules_of
 from .configs import configs_of
 from .layout import spread
@@ -79,8 +79,10 @@ def adapter_alone(
         where: the name of the file, for messages.
 
     Raises:
-        AdapterError: if the factors of a module do not fit each other.
+        AdapterError: if there is none, or the factors of one do not fit each other.
     """
+    if not modules:
+        raise AdapterError(f"{where} has no factors")
     params = ParamsAlone()
     for module in modules:
         params.add_module(module, module.name)

@@ -67,6 +67,9 @@ class TorchModule:
             bias: a bias of `b`.
             is_table: whether its rows are looked up.
 
+        Raises:
+            AdapterError: if the factors are none of one module.
+
         Example:
             >>> conv = TorchModule.of_torch(
             ...     "conv", np.ones((2, 3, 5, 5)), np.ones((4, 2, 1, 1)), 0.5
@@ -74,6 +77,8 @@ class TorchModule:
             >>> conv.a.shape, conv.b.shape, conv.lora_a.shape
             ((75, 2), (2, 4), (2, 3, 5, 5))
         """
+        if problem := misfit(lora_a, lora_b):
+            raise AdapterError(f"{name!r} {problem}")
         return cls(
             name,
             lora_a.reshape(lora_a.shape[0], -1).T,
@@ -186,6 +191,17 @@ class TorchModule:
         """Returns no delta, of the same inputs and rank, for some outputs."""
         b = np.zeros((self.rank, width), self.b.dtype)
         return dataclasses.replace(self, a=np.zeros_like(self.a), b=b, magnitude=None)
+
+
+def misfit(lora_a: Array, lora_b: Array) -> str | None:
+    """Returns what is wrong with factors as torch keeps them, if they are none."""
+    conv = lora_a.ndim > 2 and lora_b.shape[2:] == (1,) * (lora_a.ndim - 2)
+    same = lora_a.ndim == lora_b.ndim and (lora_a.ndim == 2 or conv)
+    if not (same and lora_a.size and lora_b.size):
+        return f"has factors of the shapes {lora_a.shape} and {lora_b.shape}"
+    if lora_a.dtype != lora_b.dtype:
+        return f"has factors of the dtypes {lora_a.dtype} and {lora_b.dtype}"
+    return None
 
 
 def by_name(modules: Iterable[TorchModule]) -> dict[str, Sequence[TorchModule]]:
