@@ -45,7 +45,7 @@ LAWS = {
     "_algebra": "_jax _params _adapter",
     "_inits": "_jax _params _adapter _algebra",
     "_torch": "_params _adapter",
-    "_peft": "_adapter _files _torch",
+    "_peft": "_params _adapter _files _torch",
     "_checkpoint": "_params _adapter _files",
     "_formats": "_adapter _files _torch _peft",
     # where they meet

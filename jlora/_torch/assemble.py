@@ -262,7 +262,9 @@ def _pieces(
             is_table=is_table, expert=expert, binding=binding,
         )  # fmt: skip
         whole = whole.trimmed() if n else whole
-        for number, part in enumerate(_slots(whole, binding)):
+        several = len(binding.slots) > 1
+        parts = split(whole, binding.widths(b.shape[-1])) if several else [whole]
+        for number, part in enumerate(parts):
             if part is None and packed:  # of all experts none may be left out
                 b0 = 0 * whole.b[:, : binding.widths(b.shape[-1])[number]]
                 part = dataclasses.replace(whole, a=0 * whole.a, b=b0, magnitude=None)
@@ -270,13 +272,6 @@ def _pieces(
                 name = binding.parameter(binding.slots[number].module(layer))
                 name = name if "experts" in binding.steps else name.rpartition(".")[0]
                 yield Home(path, number, layer), dataclasses.replace(part, name=name)
-
-
-def _slots(whole: TorchModule, binding: Binding) -> list[TorchModule | None]:
-    """Returns the factors of each module that a leaf is made of."""
-    if len(binding.slots) == 1:
-        return [whole]
-    return split(whole, binding.widths(whole.b.shape[1]))
 
 
 def _joined(
