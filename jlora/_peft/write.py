@@ -96,8 +96,8 @@ def tensors_of(modules: Sequence[TorchModule]) -> dict[str, np.ndarray]:
     for name, experts in by_name(modules).items():
         first, rank = experts[0], _rank(experts)
         a, b = packed([one.padded_to(rank) for one in experts])
-        single = len(experts) == 1 and first.is_parameter
-        if single and "fan_in_fan_out" in first.steps:
+        plain = first.is_parameter and first.expert is None
+        if plain and "fan_in_fan_out" in first.steps:
             a, b = b.T, a.T
         keys = ("lora_A.weight", "lora_B.weight")
         if first.is_table:
