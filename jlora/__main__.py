@@ -5,25 +5,28 @@ standard error and exit code 2; `diff` exits with 1 if the adapters differ.
 """
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ._adapter.entries import axes_of, kernel_shape
+from ._adapter.entries import kernel_shape
 from ._adapter.factors import LoraFactors
 from ._adapter.variants import variant_of_entry
 from ._algebra import compare as _compare
 from ._algebra.spectrum import effective_rank, singular_values
-from ._errors import AdapterError, UnsupportedFeatureError
-from ._peft import alone as _peft_alone
+from ._checkpoint.steps import CHECKPOINT, holds_steps
+from ._errors import AdapterError
+from ._files.format import Configs, Format
+from ._formats import FORMATS
 
-Configs = Any
 SAME, DIFFERENT, FAILED = 0, 1, 2
+_PEFT = "_formats.peft"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,46 +95,42 @@ def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
     )
 
 
-# --- reading either format ---
+# --- the formats ---
 
 
-def _is_peft(path: Path) -> bool:
-    from . import peft
+def _format(module: str) -> Format:
+    """Returns the format of a module, which may need a library of its own."""
+    return importlib.import_module(f".{module}", __package__).FORMAT
 
-    return path.name in (peft.CONFIG, peft.WEIGHTS) or (path / peft.CONFIG).exists()
 
+def _format_of(path: Path) -> Format:
+    """Returns the format of what is there.
 
-def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
-    """Returns the configs and the adapter of a folder, of either format."""
-    from . import peft
-
+    Raises:
+        FileNotFoundError: if it is none.
+    """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    if not _is_peft(path) and path.is_dir() and not any(path.glob("adapter_model.*")):
-        return _read_checkpoint(path)
-    return _peft_alone.adapter_alone(peft.read_files(path, ignore=ignore))
-
-
-def _read_checkpoint(path: Path) -> tuple[Configs, dict[str, Any]]:
-    """Returns those of the last step of a folder, or of the step that it is."""
-    from . import checkpoint
-
-    place, step = path, None
-    if path.name.isdecimal() and _holds_steps(path.parent):
-        place, step = path.parent, int(path.name)
-    elif not _holds_steps(path):
+    found = next((f for f in map(_format, FORMATS) if f.holds(path)), None)
+    if found is None and path.is_dir():
         raise FileNotFoundError(
             f"{path} is neither a checkpoint nor an adapter of PEFT, which is a folder "
             "with adapter_config.json and adapter_model.safetensors"
         )
-    config = checkpoint.describe(place, step=step).config
-    return config, checkpoint.restore(place, step=step)
+    return found or _format(_PEFT)  # which says what is wrong with the file
 
 
-def _holds_steps(folder: Path) -> bool:
-    """Returns whether a folder is that of a checkpoint, whoever wrote it."""
-    marks = [*folder.glob("*/_CHECKPOINT_METADATA"), *folder.glob("*/record/metadata")]
-    return any(p.relative_to(folder).parts[0].isdecimal() for p in marks)
+def _format_to(target: Path, source: Format) -> Format:
+    """Returns the format to write: by the target's suffix, or that of other folders."""
+    formats = [*map(_format, FORMATS)] if target.suffix else []
+    by_suffix = [form for form in formats if form.suffix == target.suffix]
+    folders = (form for form in map(_format, FORMATS) if form.suffix is None)
+    return by_suffix[0] if by_suffix else next(f for f in folders if f is not source)
+
+
+def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
+    """Returns the configs and the adapter of a path, of any format."""
+    return _format_of(path).read(path, ignore=ignore)
 
 
 # --- commands ---
@@ -187,97 +186,45 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
 
 def _convert(given: Any) -> int:
     """Write an adapter in the other format: PEFT from a checkpoint, or the reverse."""
-    if _is_peft(given.source):
-        _write_checkpoint(given)
-    else:
-        _write_peft(given)
+    source = _format_of(given.source)
+    target = _format_to(given.target, source)
+    options = _options(given, source, target)
+    configs, adapter = source.read(given.source, ignore=given.ignore)
+    if target.name != CHECKPOINT:
+        _check_apart(given.source, given.target, target)
+    target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)
+    _say(f"{given.target}: {len(adapter)} targets")
     return SAME
 
 
-def _write_checkpoint(given: Any) -> None:
-    from . import checkpoint
+def _options(given: Any, source: Format, target: Format) -> dict[str, Any]:
+    """Returns what is given of the target's options.
 
-    options = {
-        "--names": given.names is not None,
-        "--base-model": given.base_model is not None,
-        "--profile": given.profile != "peft",
-    }
-    vain = [option for option, is_given in options.items() if is_given]
+    Raises:
+        ValueError: if more is given.
+    """
+    defaults = {"names": None, "base_model": None, "profile": "peft"}
+    asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
+    vain = [f"--{n.replace('_', '-')}" for n in asked if n not in target.options]
     if vain:
         raise ValueError(
-            f"{given.source} is of PEFT and becomes a checkpoint, which has no place "
-            f"for {', '.join(vain)}; leave that out"
+            f"{given.source} is of {source.name} and becomes {target.name}, which has "
+            f"no place for {', '.join(vain)}; leave that out"
         )
-    configs, adapter = _read(given.source, given.ignore)
-    checkpoint.save(given.target, adapter, config=configs, overwrite=given.overwrite)
-    _say(f"{given.target}: {len(adapter)} targets")
+    return asked
 
 
-def _write_peft(given: Any) -> None:
-    from . import peft
-
-    configs, adapter = _read(given.source, given.ignore)
-    _check_apart(given.source, given.target)
-    if given.names is None:
-        _check_layouts(adapter)
-    peft.save(
-        given.target,
-        {path: _kernel(entry) for path, entry in adapter.items()},
-        adapter,
-        configs,
-        peft.names(given.names) if given.names is not None else None,
-        profile=given.profile,
-        base_model=given.base_model,
-        overwrite=given.overwrite,
-    )
-    _say(f"{given.target}: {len(adapter)} targets")
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    """Raises if files of PEFT would be written into a checkpoint."""
-    if target.is_file():
+def _check_apart(source: Path, target: Path, form: Format) -> None:
+    """Raises if files of another format would be written into a checkpoint."""
+    if target.is_file() and form.suffix is None:
         raise FileExistsError(f"{target} is a file; give a folder")
     place = target.resolve()
-    if source.resolve() in (place, *place.parents) or _holds_steps(target):
+    inside = source.resolve() in (place, *place.parents)
+    if holds_steps(target) or (inside and holds_steps(source)):
         raise FileExistsError(
-            f"{target} is a checkpoint, or in one, where files of PEFT have no place; "
-            "give a folder elsewhere"
+            f"{target} is a checkpoint, or in one, where files of {form.name} have no "
+            "place; give a folder elsewhere"
         )
-
-
-def _check_layouts(adapter: Mapping[str, Any]) -> None:
-    """Raises for what torch may keep in another layout than paths alone tell.
-
-    A convolution's window counts as inputs, too, and the rules of a family say which
-    kernels are convolutions. An array under a name that is none of Flax's may be
-    anything.
-    """
-    found = [
-        f"{path!r} ({_shape(_kernel(entry).shape)})"
-        for path, entry in adapter.items()
-        if _in_doubt(path, entry)
-    ]
-    if found:
-        raise UnsupportedFeatureError(
-            f"{', '.join(found)}: a checkpoint does not tell whether these are dense "
-            "kernels of several input axes, convolutions, or something else that PEFT "
-            "keeps in another way. Give --names of a family that has them, or call "
-            "`jlora.peft.save` with a plan and rules"
-        )
-
-
-def _in_doubt(path: str, entry: Any) -> bool:
-    if (axes := axes_of(entry)) is not None:
-        return len(axes.in_) > 1
-    known = ("kernel", "embedding", "scale", "bias", "mean", "var")
-    return entry.ndim > 1 and path.rpartition("/")[2] not in known
-
-
-def _kernel(entry: Any) -> Any:
-    """Returns what stands for the kernel of an entry: its shape, and a dtype."""
-    if axes_of(entry) is None:
-        return entry
-    return jax.ShapeDtypeStruct(kernel_shape(entry), jax.tree.leaves(entry)[0].dtype)
 
 
 def _merge(given: Any) -> int:
@@ -287,7 +234,7 @@ def _merge(given: Any) -> int:
     def progress(done: int, total: int, name: str) -> None:
         _say(f"{done}/{total} tensors, {name}", sys.stderr)
 
-    if not _is_peft(given.adapter) and _holds_steps(given.adapter):
+    if holds_steps(given.adapter) and not _format(_PEFT).holds(given.adapter):
         raise AdapterError(
             f"{given.adapter} is a checkpoint, and merge takes files of PEFT; write "
             f"them with python -m jlora convert {given.adapter} FOLDER"

@@ -45,32 +45,33 @@ Example:
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.tree_util import keystr, tree_flatten_with_path
 
 from ._adapter.config import LoraConfig
 from ._adapter.entries import arrays_of, entry_with
 from ._adapter.factors import Adapter
-from ._checkpoint.fingerprint import contents, differences, fingerprint
-from ._checkpoint.record import LIMIT
+from ._checkpoint.arrays import (
+    check_base,
+    check_contents,
+    check_shapes,
+    on_default_device,
+    writable,
+)
 from ._checkpoint.record import Entry as Entry
 from ._checkpoint.record import Record as Record
 from ._checkpoint.restoring import Arrays, targets
 from ._checkpoint.saving import record_of
-from ._errors import BaseMismatchError, CorruptFileError
-from ._params.paths import FlatParams, PyTree
+from ._checkpoint.steps import ADAPTER, RECORD, absolute, format_of, read_record
+from ._errors import CorruptFileError
+from ._params.paths import PyTree
 
 PathLike = str | os.PathLike[str]
 
-# The two items of a step. The keys of arrays are numbers: paths may be any text.
-_ADAPTER, _RECORD = "adapter", "record"
 _NAMES = ocp.path.step.standard_name_format()
 
 
@@ -118,7 +119,7 @@ def save(
         >>> found["w"].a.shape, found["w"].b.shape, found["w"].scaling
         ((5, 2), (2, 7), 8.0)
     """
-    folder = _absolute(path)
+    folder = absolute(path)
     args = items(adapter, config=config, base=base)
     step = _next_step(folder, overwrite)
     options = ocp.CheckpointManagerOptions(
@@ -155,8 +156,8 @@ def items(
     record, plain = record_of(adapter, config, base)
     arrays = {str(i): arrays_of(entry) for i, entry in enumerate(plain.values())}
     return {
-        _ADAPTER: ocp.args.StandardSave(jax.tree.map(_writable, arrays)),
-        _RECORD: ocp.args.JsonSave(record.to_dict()),
+        ADAPTER: ocp.args.StandardSave(jax.tree.map(writable, arrays)),
+        RECORD: ocp.args.JsonSave(record.to_dict()),
     }
 
 
@@ -176,7 +177,7 @@ def describe(path: PathLike, *, step: int | None = None) -> Record:
         CorruptFileError: if the record is damaged or missing.
         FormatVersionError: if a newer jlora wrote it.
     """
-    return _read(_place(path, step))
+    return read_record(_place(path, step))
 
 
 def restore(
@@ -221,23 +222,21 @@ def restore(
             f"`base_mismatch` must be 'error' or 'allow', got {base_mismatch!r}"
         )
     place = _place(path, step)
-    record = _read(place)
+    record = read_record(place)
     if base is not None and base_mismatch == "error":
-        _check_base(record, base, place)
+        check_base(record, base, place)
     arrays = _read_arrays(place, targets(record, like, shardings, str(place)))
-    _check_contents(record, arrays, place)
-    placed = jax.tree.map(_on_default_device, arrays)
+    check_contents(record, arrays, place)
+    placed = jax.tree.map(on_default_device, arrays)
     entries = enumerate(record.entries)
     return {e.path: entry_with(e.value, placed[str(i)]) for i, e in entries}
 
 
+FORMAT = format_of(save, describe, restore)
+"""How `python -m jlora` finds, reads and writes checkpoints."""
+
+
 # --- where it is ---
-
-
-def _absolute(path: PathLike) -> str:
-    """Returns a path that Orbax takes; the URL of a store is one."""
-    text = os.fspath(path)
-    return text if "://" in text else str(Path(text).absolute())
 
 
 def _next_step(folder: str, overwrite: bool) -> int:
@@ -273,14 +272,14 @@ def _free_step(folder: str) -> int:
     if not all(name.isdecimal() for name in names):
         return -1
     inside = {p.name for name in names for p in (root / name).iterdir() if p.is_dir()}
-    if not inside <= {_ADAPTER, _RECORD}:
+    if not inside <= {ADAPTER, RECORD}:
         return -1
     return max(map(int, names), default=-1) + 1
 
 
 def _place(path: PathLike, step: int | None) -> Any:
     """Returns the folder of one step, which is known to be finished."""
-    folder = _absolute(path)
+    folder = absolute(path)
     found = {m.step: m.path for m in _NAMES.find_all(folder)}
     if not found:
         raise FileNotFoundError(f"there is no finished checkpoint in {folder}")
@@ -291,101 +290,23 @@ def _place(path: PathLike, step: int | None) -> Any:
     return found[max(found) if step is None else step]
 
 
-def _read(place: Any) -> Record:
-    file = place / _RECORD / "metadata"
-    try:
-        with file.open("rb") as opened:
-            # One byte more than is allowed is enough to be refused.
-            data = opened.read(LIMIT + 1)
-    except OSError as error:
-        raise CorruptFileError(
-            f"{place} has no record of an adapter that can be read: {error}"
-        ) from error
-    return Record.from_json(data, str(file))
-
-
-def _check_base(record: Record, base: PyTree, place: Any) -> None:
-    paths = FlatParams.of(base).paths
-    found = differences(record.kernels, fingerprint(base, record.kernels), paths)
-    if found:
-        raise BaseMismatchError(
-            f"the adapter in {place} was saved for another base:\n"
-            + "\n".join(found)
-            + "\nGive that base, or `base_mismatch='allow'` if this one is meant"
-        )
-
-
 # --- what is read ---
 
 
 def _read_arrays(place: Any, wanted: Arrays) -> Arrays:
     """Returns the arrays of a checkpoint if it has exactly those of its record."""
     # The item alone: of others beside it, Orbax warns that it cannot restore them.
-    item, handler = place / _ADAPTER, ocp.StandardCheckpointHandler()
+    item, handler = place / ADAPTER, ocp.StandardCheckpointHandler()
     try:
         # Before, for Orbax casts to the dtypes that are asked for; and after.
-        _check_shapes(handler.metadata(item).tree, wanted, place)
+        check_shapes(handler.metadata(item).tree, wanted, place)
         empty = lambda t: t if t.sharding else np.empty(t.shape, t.dtype)
         args = ocp.args.StandardRestore(jax.tree.map(empty, wanted))
         with ocp.Checkpointer(handler) as checkpointer:
             arrays = checkpointer.restore(item, args=args)
-        _check_shapes(arrays, wanted, place)
+        check_shapes(arrays, wanted, place)
     except (CorruptFileError, jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds, and bare ones
         raise CorruptFileError(f"{place} cannot be read: {error}") from error
     return arrays
-
-
-def _check_shapes(found: Any, wanted: Arrays, place: Any) -> None:
-    ours, theirs = _shapes(found), _shapes(wanted)
-    problems = [
-        f"array {key} is {ours.get(key)}, and the record has {theirs.get(key)}"
-        for key in sorted({**ours, **theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
-    if problems:
-        raise CorruptFileError(
-            f"the arrays in {place} are not those of its record:\n"
-            + "\n".join(problems)
-        )
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    return {
-        keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in tree_flatten_with_path(tree)[0]
-    }
-
-
-def _check_contents(record: Record, arrays: Arrays, place: Any) -> None:
-    """Raises if a bit has changed: of large arrays, Orbax itself would not notice."""
-    named = [
-        (f"{entry.path!r}, {name}", entry.checksums[name], arrays[str(i)][name])
-        for i, entry in enumerate(record.entries)
-        for name in arrays_of(entry.value)
-    ]
-    found = contents([array for _, _, array in named])
-    changed = [
-        what
-        for (what, checksum, _), content in zip(named, found, strict=True)
-        if content.checksum != checksum
-    ]
-    if changed:
-        raise CorruptFileError(
-            f"{place} has changed since it was written; these arrays have other values "
-            "than their checksums say:\n" + "\n".join(changed)
-        )
-
-
-def _on_default_device(array: Any) -> jax.Array:
-    return jnp.array(array) if isinstance(array, np.ndarray) else array
-
-
-def _writable(array: Any) -> Any:
-    """Returns the array as Orbax takes it.
-
-    Of several processes, what each has by itself is the same; the first one writes it.
-    """
-    alone = isinstance(array, jax.Array) and array.is_fully_addressable
-    return np.asarray(array) if alone and jax.process_count() > 1 else array

@@ -19,35 +19,25 @@ Example:
     (2, 6.0, (5, 2))
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from ._adapter.check import check_adapter
 from ._adapter.config import LoraConfig
-from ._adapter.entries import lowered
-from ._adapter.factors import Adapter, LoraFactors
+from ._adapter.factors import Adapter
 from ._errors import AdapterError
-from ._files.atomic import write_files
-from ._files.safetensors import MAX_BYTES
+from ._files.safetensors import MAX_BYTES as MAX_BYTES
 from ._params.paths import PyTree
 from ._params.quantized import dequantized
-from ._peft.config import config_json
-from ._peft.files import CONFIG, WEIGHTS, check_finite, read_files, weights_bytes
-from ._peft.keys import PREFIX
-from ._peft.lora_configs import configs_of
-from ._peft.read import adapter_of
-from ._peft.vllm import for_vllm
-from ._peft.whole import write_whole
-from ._peft.write import check_some, check_writable, config_of, modules_of, tensors_of
+from ._peft.arrays import on_device, on_host
+from ._peft.files import CONFIG as CONFIG
+from ._peft.files import WEIGHTS as WEIGHTS
+from ._peft.files import read_files as read_files
+from ._peft.read import configured_adapter
+from ._peft.save import save_adapter
 from ._torch.families import names as names
-from ._torch.layout import spread
 from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
 from ._torch.named_params import Base
 from ._torch.names import Names, bind_all
@@ -90,13 +80,11 @@ def load(
         NonFiniteError: if it holds NaNs or infinities.
         AdapterError: with everything that does not fit the params.
     """
-    found = read_files(
+    files = read_files(
         path, ignore=ignore, allow_nonfinite=allow_nonfinite, max_bytes=max_bytes
     )
-    base = Base.of(params_or_plan, names)
-    entries = adapter_of(found, base)
-    adapter = jax.tree.map(_on_device, entries)
-    return configs_of(entries, found.config, base), adapter
+    configs, entries = configured_adapter(files, Base.of(params_or_plan, names))
+    return configs, jax.tree.map(on_device, entries)
 
 
 def save(
@@ -149,39 +137,17 @@ def save(
         AdapterError: if the adapter is empty, does not fit the params, or has no names
             or the same for several leaves.
     """
-    if profile not in ("peft", "vllm"):
-        raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
-    check_writable(adapter)
-    given = sorted(adapter.items())
-    entries = {p: jax.tree.map(_on_host, lowered(e, None)) for p, e in given}
-    factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}
-    arrays = {p: e for p, e in entries.items() if not isinstance(e, LoraFactors)}
-    base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
-    check_adapter(base.params, adapter)
-    bind_all(list(entries), names)
-    check_finite(_named_arrays(entries), "the adapter")
-    factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
-    modules = modules_of(factors, base)
-    check_some(modules, entries)
-    if profile == "vllm":
-        modules = for_vllm(modules, arrays)
-    whole, fields = write_whole(arrays, [m.name for m in modules], base)
-    several = (config,) if isinstance(config, LoraConfig) else tuple(config)
-    said = dataclasses.replace(config_of(modules, several, base), **fields)
-    tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
-    plain = [m.binding.steps for m in modules if not m.is_parameter]
-    turned = any("fan_in_fan_out" in steps for steps in plain)
-    scalings = {m.name: m.scaling for m in modules if not m.is_brought}
-    files = {
-        WEIGHTS: weights_bytes(tensors, scalings),
-        CONFIG: config_json(
-            said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
-        ),
-    }
-    if jax.process_index() == 0:
-        write_files(Path(path), files, overwrite=overwrite)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("jlora.peft.save")
+    save_adapter(
+        path,
+        params_or_plan,
+        adapter,
+        config,
+        names,
+        profile=profile,
+        base_model=base_model,
+        task_type=task_type,
+        overwrite=overwrite,
+    )
 
 
 def params_from_torch(
@@ -256,24 +222,5 @@ def params_to_torch(
     known = {t.path: t.axes for t in plan.targets if t.axes} if plan else {}
     base = Base.of(params, names, known)
     bind_all(list(base.leaves), names)
-    value = lambda path: np.asarray(_on_host(dequantized(base.leaves[path], path)))
+    value = lambda path: np.asarray(on_host(dequantized(base.leaves[path], path)))
     return leaves_to_torch(base, base.leaves, value)
-
-
-# --- tensors and bytes ---
-
-
-def _named_arrays(entries: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    leaves = jax.tree.leaves_with_path(dict(entries))
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
-
-
-def _on_device(tensor: np.ndarray) -> jax.Array:
-    return jnp.asarray(np.ascontiguousarray(tensor))
-
-
-def _on_host(array: Any) -> np.ndarray:
-    """Returns a whole array, gathered from all hosts if need be."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)

@@ -49,12 +49,14 @@ LAWS = {
     "_torch": "_params _adapter",
     "_peft": "_params _adapter _files _torch",
     "_checkpoint": "_params _adapter _files",
+    "_formats": "_adapter _files _torch _peft",
     # where they meet
     "_plan": "_jax _params _product _rules _program _adapter",
     "_lora": "_jax _params _product _rules _program _adapter _algebra _plan",
 }
 ENGINE = {"_product", "_rules", "_program"}
-ADAPTERS = {"_adapter", "_algebra", "_inits", "_torch", "_peft", "_checkpoint"}
+ADAPTERS = {"_adapter", "_algebra", "_inits", "_torch", "_peft"}
+ADAPTERS |= {"_checkpoint", "_formats"}
 PUBLIC = [name for name in TREES if not name.startswith("_")]
 PRIVATE = [name for name in TREES if name.partition(".")[0] in LAWS]
 

@@ -12,11 +12,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as _serialize
 from safetensors.numpy import save_file
 
-from .._errors import AdapterError, CorruptFileError
+from .._errors import AdapterError, CorruptFileError, NonFiniteError
 from .untrusted import check_header, read_file
 
 MAX_BYTES = 4 << 30
-
 
 _DTYPES = {
     "F16": np.float16,
@@ -67,7 +66,7 @@ def file_bytes(
         metadata: gives the metadata, of the tensors as they are written.
     """
     # The library writes what memory holds, whatever the strides say.
-    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    dense = {n: np.ascontiguousarray(t).reshape(t.shape) for n, t in tensors.items()}
     data = _serialize(dense, metadata=metadata(dense))
     # It also writes the metadata in an order of its own at each run.
     end = 8 + int.from_bytes(data[:8], "little")
@@ -86,3 +85,21 @@ def write_weights(tensors: Mapping[str, Any], file: Path) -> None:
     # The library writes what memory holds, whatever the strides say.
     dense = {n: np.ascontiguousarray(t).reshape(t.shape) for n, t in tensors.items()}
     save_file(dense, file, metadata={"format": "pt"})
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises if tensors have NaNs or infinities.
+
+    Raises:
+        NonFiniteError: with the name of each, and where its first is.
+    """
+    bad = []
+    for name, tensor in tensors.items():
+        wrong = ~np.isfinite(tensor)
+        if wrong.any():
+            first = tuple(int(i) for i in np.argwhere(wrong)[0])
+            bad.append(f"{name!r} has {int(wrong.sum())}, the first at {first}")
+    if bad:
+        raise NonFiniteError(
+            f"{where} has values that are NaN or infinite: {'; '.join(bad[:10])}"
+        )

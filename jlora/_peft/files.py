@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import AdapterError, NonFiniteError
-from .._files.safetensors import MAX_BYTES, file_bytes, read_tensors
+from .._errors import AdapterError
+from .._files.safetensors import MAX_BYTES, check_finite, file_bytes, read_tensors
 from .._files.untrusted import JSON_LIMIT, check_regular, parse_json, read_file
-from .config import parse_config
+from .config_file import parse_config
 from .digest import check_seal, seal_of
 from .keys import sort_keys
 from .read import AdapterFiles
 
 CONFIG = "adapter_config.json"
-
-
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -52,24 +50,6 @@ def read_files(
     modules, whole = sort_keys(tensors, str(weights_file))
     turned = values.get("fan_in_fan_out") is True
     return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
-
-
-def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Raises if tensors have NaNs or infinities.
-
-    Raises:
-        NonFiniteError: with the name of each, and where its first is.
-    """
-    bad = []
-    for name, tensor in tensors.items():
-        wrong = ~np.isfinite(tensor)
-        if wrong.any():
-            first = tuple(int(i) for i in np.argwhere(wrong)[0])
-            bad.append(f"{name!r} has {int(wrong.sum())}, the first at {first}")
-    if bad:
-        raise NonFiniteError(
-            f"{where} has values that are NaN or infinite: {'; '.join(bad[:10])}"
-        )
 
 
 def _folder(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """The keys of an `adapter_model.safetensors`: which tensor is what of which module."""
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from .._torch.names import Binding
+from .._torch.modules import TorchModule, misfit
 
 PREFIX = "base_model.model."
 NAME_LIMIT = 512
@@ -29,29 +28,9 @@ _VARIANTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ModuleTensors:
-    """The factors of one module as torch keeps them.
-
-    Attributes:
-        a: `lora_A.weight (rank, in, *window)`, or `lora_embedding_A (rank, rows)`.
-        b: `lora_B.weight (out, rank, 1, …)`, or `lora_embedding_B (features, rank)`.
-        magnitude: with DoRA `lora_magnitude_vector (out,)`; of a convolution
-            `(1, out, 1, …)`.
-        is_table: whether they have the names of an embedding's.
-        bias: with `lora_bias` `lora_B.bias (out,)`.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    is_table: bool
-    magnitude: np.ndarray | None = None
-    bias: np.ndarray | None = None
-
-
 def sort_keys(
     tensors: Mapping[str, np.ndarray], where: str
-) -> tuple[dict[str, ModuleTensors], dict[str, np.ndarray]]:
+) -> tuple[dict[str, TorchModule], dict[str, np.ndarray]]:
     """Returns the factors by module, and what is trained whole by name.
 
     Args:
@@ -76,7 +55,7 @@ def sort_keys(
     ]
     if problems:
         raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
-    return {module: _tensors(kinds) for module, kinds in factors.items()}, whole
+    return {name: _module(name, kinds) for name, kinds in factors.items()}, whole
 
 
 def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
@@ -119,11 +98,8 @@ def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
     if tuple(factors) not in _PAIRS:
         return f"{module!r} has {sorted(kinds)}; it needs both factors, of one kind"
     a, b = (kinds[kind] for kind in factors)
-    conv = a.ndim > 2 and b.shape[2:] == (1,) * (a.ndim - 2)
-    if not (a.ndim == b.ndim and (a.ndim == 2 or conv) and a.size and b.size):
-        return f"{module!r} has factors of the shapes {a.shape} and {b.shape}"
-    if a.dtype != b.dtype:
-        return f"{module!r} has factors of the dtypes {a.dtype} and {b.dtype}"
+    if problem := misfit(a, b):
+        return f"{module!r} {problem}"
     magnitude = kinds.get(MAGNITUDE)
     if magnitude is not None and magnitude.shape not in (
         b.shape[:1],
@@ -136,13 +112,19 @@ def _problem(module: str, kinds: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def _tensors(kinds: Mapping[str, np.ndarray]) -> ModuleTensors:
+def _module(name: str, kinds: Mapping[str, np.ndarray]) -> TorchModule:
     a, b = (kinds[kind] for kind in sorted(kinds.keys() - _BESIDE))
-    beside = kinds.get(MAGNITUDE), kinds.get(BIAS)
-    return ModuleTensors(a, b, "lora_embedding_A" in kinds, *beside)
+    return TorchModule.of_torch(
+        name,
+        a,
+        b,
+        magnitude=kinds.get(MAGNITUDE),
+        bias=kinds.get(BIAS),
+        is_table="lora_embedding_A" in kinds,
+    )
 
 
-def check_dora(binding: Binding, module: str) -> None:
+def check_dora(steps: Mapping[str, str | None], module: str) -> None:
     """Raises where PEFT has no DoRA, or means another norm than jlora."""
     kinds = {
         "experts": "an adapted parameter, which PEFT has no DoRA for",
@@ -150,5 +132,5 @@ def check_dora(binding: Binding, module: str) -> None:
         "tied": "a tied table, of which PEFT's head has a norm of its own",
     }
     for step, what in kinds.items():
-        if step in binding.steps:
+        if step in steps:
             raise UnsupportedFeatureError(f"{module!r} has a magnitude and is {what}")

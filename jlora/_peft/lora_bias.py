@@ -10,13 +10,13 @@ import numpy as np
 
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._torch.leaves import leaf_from_torch, leaves_to_torch
+from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .config import PeftConfig
-from .keys import ModuleTensors
 
 
 def read_lora_biases(
-    modules: Mapping[str, ModuleTensors],
+    modules: Mapping[str, TorchModule],
     whole: Mapping[str, np.ndarray],
     config: PeftConfig,
     base: Base,

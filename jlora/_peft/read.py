@@ -1,51 +1,24 @@
 """From the tensors of a PEFT adapter to a jlora adapter."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
-from .._params.paths import nearest
-from .._torch.fused import Pair, join, promoted, split
-from .._torch.layout import (
-    a_matrix,
-    b_matrix,
-    factors_from,
-    rope_order,
-    sizes,
-    unpack,
-)
-from .._torch.named_params import Base, Home, check_parts
+from .._torch.assemble import Assembly
+from .._torch.configs import configs_of
+from .._torch.modules import TorchModule
+from .._torch.named_params import Base
 from .._torch.names import Binding
-from .._torch.stacked import check_fit, stack, stacked_magnitude
 from .config import PeftConfig
-from .keys import ModuleTensors, check_dora, warn_of_doubling
+from .experts import parameters_of, unpacked
+from .keys import check_dora
 from .lora_bias import read_lora_biases
 from .whole import read_whole
-
-Index = tuple[int, ...]
-# The factors of a leaf: at each index along its batch axes, those of each slot.
-Pieces = dict[str, dict[Index, dict[int, Pair]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """One module's factors.
-
-    Attributes:
-        name: the name by which rules know it.
-        tensors: the factors.
-        owner: the name by which the config knows it: its own, or that of the attention
-            that brings it along.
-    """
-
-    name: str
-    tensors: ModuleTensors
-    owner: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +27,7 @@ class AdapterFiles:
 
     Attributes:
         config: what the config says.
-        modules: the factors.
+        modules: the factors; their scalings the config has.
         whole: the tensors that are no factors.
         where: the name of the file, for messages.
         fan_in_fan_out: whether torch's weights are `(in, out)`.
@@ -62,7 +35,7 @@ class AdapterFiles:
     """
 
     config: PeftConfig
-    modules: Mapping[str, ModuleTensors]
+    modules: Mapping[str, TorchModule]
     whole: Mapping[str, np.ndarray]
     where: str
     fan_in_fan_out: bool = False
@@ -84,87 +57,55 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     return {path: both[path] for path in base.leaves if path in both}
 
 
+def configured_adapter(
+    files: AdapterFiles, base: Base
+) -> tuple[LoraConfig | tuple[LoraConfig, ...], dict[str, Any]]:
+    """Returns the configs and the adapter in some files, on the host.
+
+    Raises:
+        AdapterError: as `adapter_of`.
+    """
+    entries, config = adapter_of(files, base), files.config
+    configs = configs_of(
+        entries,
+        base,
+        alphas={config.lora_alpha, *config.alpha_pattern.values()},
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+    )
+    return configs, entries
+
+
 def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
     """Returns the factors by path.
 
     Raises:
         AdapterError: with everything that does not fit the params or the config.
     """
-    reader = _Reader(files, base)
-    every = parameters_of(files.modules, files.config, base)
-    heads = _tied_heads(every, files.config, base)
-    for found in every:
-        if found.name in heads:
-            continue
-        reader.collect(lambda found=found: reader.place(found))
-    reader.check_selection()
-    adapter = {}
-    for path in base.leaves:
-        if path in reader.pieces:
-            reader.collect(
-                lambda path=path: adapter.update({path: reader.assemble(path)})
-            )
-    if reader.problems:
-        told = "\n".join(reader.problems[:50])
-        raise AdapterError(f"{files.where} does not fit the params:\n{told}")
-    return adapter
+    assembly = Assembly(base)
+    modules = parameters_of(files.modules, files.config, base)
+    heads = _tied_heads(modules, files.config, base)
+    for module in modules:
+        if module.name not in heads:
+            with assembly.noting():
+                homes = assembly.homes(module)
+                binding = base.bindings[homes[0].path]
+                for one in _as_configured(module, binding, files, base):
+                    assembly.place(one, homes)
+    assembly.problems += _not_selected(assembly.owners, files.config)
+    assembly.problems += _missing(assembly.owners, files.config, base)
+    return assembly.factors(files.where)
 
 
-def parameters_of(
-    modules: Mapping[str, ModuleTensors], config: PeftConfig, base: Base
-) -> list[Found]:
-    """Returns the factors by module or, for `target_parameters`, by parameter.
-
-    A module several of whose parameters are adapted is wrapped once for each, in the
-    order in which the module defines them: the last is outermost, and the others are
-    below `base_layer`.
-    """
-    wrapped: dict[str, dict[int, ModuleTensors]] = defaultdict(dict)
-    found = []
-    for module, tensors in modules.items():
-        inner = module
-        while inner.endswith(".base_layer"):
-            inner = inner.removesuffix(".base_layer")
-        if _parameters(inner, config, base):
-            wrapped[inner][(len(module) - len(inner)) // len(".base_layer")] = tensors
-        else:
-            outer, _, inside = module.partition(".base_layer.")
-            name = f"{outer}.{inside}" if inside else module
-            if inside:
-                warn_of_doubling(name)
-            found.append(Found(name, tensors, outer))
-    for module, by_depth in wrapped.items():
-        names = _parameters(module, config, base)
-        if sorted(by_depth) != list(range(len(names))):
-            raise AdapterError(
-                f"{module!r} has factors for {len(by_depth)} parameters; the config "
-                f"names {names}"
-            )
-        order = [by_depth[depth] for depth in range(len(names))][::-1]
-        found += [Found(n, t, n) for n, t in zip(names, order, strict=True)]
-    return found
-
-
-def _parameters(module: str, config: PeftConfig, base: Base) -> list[str]:
-    """Returns the adapted parameters of a module, in the order of the rules."""
-    if not config.target_parameters:
-        return []
-    names: dict[str, int] = {}
-    for path, binding in base.bindings.items():
-        if "experts" in binding.steps:
-            for _, name in base.names_of(path):
-                if name.rpartition(".")[0] == module and config.selects_parameter(name):
-                    names.setdefault(name, binding.order)
-    return sorted(names, key=names.__getitem__)
-
-
-def _tied_heads(every: list[Found], config: PeftConfig, base: Base) -> set[str]:
+def _tied_heads(
+    modules: Sequence[TorchModule], config: PeftConfig, base: Base
+) -> set[str]:
     """Returns the modules that repeat the factors of a table, which jlora has once.
 
     Raises:
         UnsupportedFeatureError: if the two differ, or only the lookup is adapted.
     """
-    by_name = {found.name: found.tensors for found in every}
+    by_name = {module.name: module for module in modules}
     heads = set()
     for path, binding in base.bindings.items():
         head, table = binding.steps.get("tied"), by_name.get(binding.slots[0].template)
@@ -188,202 +129,83 @@ def _tied_heads(every: list[Found], config: PeftConfig, base: Base) -> set[str]:
     return heads
 
 
-class _Reader:
-    """Collects the pieces of each leaf, and everything that does not fit."""
+# --- what the config says of a module ---
 
-    def __init__(self, files: AdapterFiles, base: Base) -> None:
-        self.config = files.config
-        self.scalings = files.scalings
-        self.base = base
-        self.pieces: Pieces = {}
-        self.seen: dict[str, str] = {}
-        self.problems: list[str] = []
 
-    def collect(self, act: Callable[[], Any]) -> None:
-        """Runs `act`; what it raises about the adapter is kept for one error."""
-        try:
-            act()
-        except UnsupportedFeatureError:
-            raise
-        except AdapterError as error:
-            self.problems.append(str(error))
+def _as_configured(
+    module: TorchModule, binding: Binding, files: AdapterFiles, base: Base
+) -> list[TorchModule]:
+    """Returns a module with its scaling; of packed experts each.
 
-    # --- a module's factors go to their places ---
+    Raises:
+        AdapterError: if the config contradicts its factors.
+        UnsupportedFeatureError: if PEFT means something else than jlora.
+    """
+    axes = base.experts(binding.path)
+    plain = len(base.shape(binding.path)) == binding.n_fields + 2
+    if axes is not None:
+        each = unpacked(module, base.shape(binding.path)[axes[0]])
+    elif plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
+        # A parameter of two axes has no idea which is the input.
+        each = [dataclasses.replace(module, a=module.b.T, b=module.a.T)]
+    else:
+        each = [module]
+    return [_checked(one, binding, files) for one in each]
 
-    def place(self, found: Found) -> None:
-        """Takes the factors of one module apart into pieces of leaves."""
-        homes = self._homes(found)
-        binding = self.base.bindings[homes[0].path]
-        self.seen[found.name] = found.owner
-        self.base.check_use(binding.path)
-        n = self._experts(binding)
-        if n is None:
-            pairs = [((), self._pair(found, binding, found.tensors))]
-        else:
-            a, b = found.tensors.a, found.tensors.b
-            if a.shape[0] % n or b.shape[1] % n:
-                raise AdapterError(
-                    f"{found.name!r}: {a.shape} and {b.shape} are no factors of {n} "
-                    "experts"
-                )
-            each = [
-                dataclasses.replace(found.tensors, a=x, b=y) for x, y in unpack(a, b, n)
-            ]
-            pairs = [((e,), self._pair(found, binding, t)) for e, t in enumerate(each)]
-        for expert, pair in pairs:
-            for home, part in zip(homes, self._parts(homes, pair), strict=True):
-                self._put(home, expert, part)
 
-    def _homes(self, found: Found) -> list[Home]:
-        name = found.name
-        homes = [
-            home
-            for leaf in ("", ".weight", ".in_proj_weight")
-            for home in self.base.homes(name + leaf)
-            if "parameter" not in self.base.bindings[home.path].steps
-        ]
-        if not homes:
-            known = [n for p in self.base.bindings for _, n in self.base.names_of(p)]
-            raise AdapterError(
-                f"no leaf of the params is torch's {name!r}; the nearest that rules "
-                f"name: {nearest(name, known)}"
-            )
-        check_parts(self.base, homes, name)
-        for home in homes:
-            table = "embedding" in self.base.bindings[home.path].steps
-            if table != found.tensors.is_table and len(homes) == 1:
-                kinds = ("a kernel", "a table of rows that are looked up")
-                raise AdapterError(
-                    f"{name!r} is {kinds[found.tensors.is_table]} in the file and "
-                    f"{home.path!r} {kinds[table]}"
-                )
-        return homes
-
-    def _experts(self, binding: Binding) -> int | None:
-        """Returns the number of experts that a parameter packs, if it does."""
-        axes = self.base.experts(binding.path)
-        return None if axes is None else self.base.shape(binding.path)[axes[0]]
-
-    def _pair(self, found: Found, binding: Binding, tensors: ModuleTensors) -> Pair:
-        name, a, b = found.name, a_matrix(tensors.a, binding), b_matrix(tensors.b)
-        plain = len(self.base.shape(binding.path)) == binding.n_fields + 2
-        if plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
-            a, b = b.T, a.T  # a parameter of two axes has no idea which is the input
-        if tensors.a.ndim > 2 and a.shape[1] != b.shape[0]:
-            raise UnsupportedFeatureError(
-                f"{name!r} is a convolution with groups: PEFT's factors of ranks "
-                f"{a.shape[1]} and {b.shape[0]} cross them, and it cannot merge them"
-            )
-        if a.shape[1] != b.shape[0]:
-            raise AdapterError(
-                f"{name!r} has factors of the ranks {a.shape[1]} and {b.shape[0]}"
-            )
-        said = self.config.rank(found.owner)
-        if a.shape[1] != said:
-            raise AdapterError(
-                f"{name!r} has factors of rank {a.shape[1]}, and the config says {said}"
-            )
-        scaling = self.scalings.get(found.owner)
-        if scaling is None:
-            scaling = self.config.scaling(found.owner, said)
-        return Pair(a, b, scaling, self._magnitude(found, binding))
-
-    def _magnitude(self, found: Found, binding: Binding) -> np.ndarray | None:
-        magnitude, name = found.tensors.magnitude, found.name
-        if (magnitude is not None) != self.config.use_dora:
-            has = "no magnitude" if magnitude is None else "a magnitude"
-            raise AdapterError(
-                f"{name!r} has {has}, and the config says that `use_dora` is "
-                f"{self.config.use_dora}"
-            )
-        if magnitude is None:
-            return None
-        check_dora(binding, name)
-        return magnitude.reshape(-1)
-
-    def _parts(self, homes: list[Home], pair: Pair) -> list[Pair | None]:
-        if len(homes) == 1:
-            return [pair]
-        widths = [self.base.fan_out(home.path, pair.a.shape[0]) for home in homes]
-        if sum(widths) != pair.b.shape[1]:
-            told = [f"{h.path} {self.base.shape(h.path)}" for h in homes]
-            raise AdapterError(
-                f"{told} have {widths} outputs, and the module that they are parts of "
-                f"{pair.b.shape[1]}"
-            )
-        return split(pair, widths)
-
-    def _put(self, home: Home, expert: Index, pair: Pair | None) -> None:
-        if pair is None:
-            return
-        slots = self.pieces.setdefault(home.path, {}).setdefault(
-            home.index + expert, {}
+def _checked(module: TorchModule, binding: Binding, files: AdapterFiles) -> TorchModule:
+    name, config, rank = module.name, files.config, module.rank
+    if module.window and rank != module.b.shape[0]:
+        raise UnsupportedFeatureError(
+            f"{name!r} is a convolution with groups: PEFT's factors of ranks {rank} "
+            f"and {module.b.shape[0]} cross them, and it cannot merge them"
         )
-        if home.slot in slots:
-            raise AdapterError(f"{home.path!r} has factors under two names in the file")
-        slots[home.slot] = pair
+    module.check_ranks()
+    expected = config.rank(module.owner)
+    if rank != expected:
+        raise AdapterError(
+            f"{name!r} has factors of rank {rank}, and the config says {expected}"
+        )
+    scaling = files.scalings.get(module.owner)
+    if scaling is None:
+        scaling = config.scaling(module.owner, rank)
+    if (module.magnitude is not None) != config.use_dora:
+        has = "no magnitude" if module.magnitude is None else "a magnitude"
+        raise AdapterError(
+            f"{name!r} has {has}, and the config says that `use_dora` is "
+            f"{config.use_dora}"
+        )
+    if config.use_dora:
+        check_dora(binding.steps, name)
+    return dataclasses.replace(module, scaling=scaling)
 
-    # --- what the config selects, and what the file holds ---
 
-    def check_selection(self) -> None:
-        """Notes modules that the file adapts and the config does not, or vice versa."""
-        for name, owner in sorted(self.seen.items()):
-            if not (self.config.selects(owner) or self.config.selects_parameter(name)):
-                self.problems.append(
-                    f"{name!r} has factors, and the config does not select it"
-                )
-        for path, binding in self.base.bindings.items():
-            is_module = "experts" not in binding.steps and self.base.is_kernel(path)
-            for _, name in self.base.names_of(path):
-                module = name.rpartition(".")[0] if is_module else None
-                self._check_missing(path, name, module)
+# --- what the config selects, and what the file holds ---
 
-    def _check_missing(self, path: str, parameter: str, module: str | None) -> None:
-        missing = []
-        if self.config.selects_parameter(parameter) and parameter not in self.seen:
-            missing.append(parameter)
-        if module and module not in self.seen and not self.config.all_linear:
-            missing += [module] if self.config.selects(module) else []
-        self.problems += [
-            f"the config selects {name!r} ({path!r}), and the file has no factors for "
-            "it"
-            for name in missing
-        ]
 
-    # --- from pieces to the factors of a leaf ---
+def _not_selected(owners: Mapping[str, str], config: PeftConfig) -> list[str]:
+    """Returns the modules that the file adapts and the config does not."""
+    return [
+        f"{name!r} has factors, and the config does not select it"
+        for name, owner in sorted(owners.items())
+        if not (config.selects(owner) or config.selects_parameter(name))
+    ]
 
-    def assemble(self, path: str) -> LoraFactors:
-        """Returns the factors of a leaf from those at each index and slot."""
-        pieces, binding = self.pieces[path], self.base.bindings[path]
-        shape = self.base.shape(path)
-        first = next(iter(next(iter(pieces.values())).values()))
-        axes = self.base.axes(path, first.a.shape[0])
-        fans = axes.fans(shape)
-        batch = sizes(shape, axes.batch)
-        wholes = [self._whole(binding, slots, fans) for slots in pieces.values()]
-        pairs = dict(zip(pieces, promoted(wholes), strict=True))
-        order = rope_order(binding, fans[1], sizes(shape, axes.out))
-        check_fit(path, shape, fans, batch, pairs)
-        a, b, scaling = stack(pairs, batch)
-        magnitude = stacked_magnitude(path, pairs, batch)
-        if order is not None:
-            b = b[..., np.argsort(order)]
-            magnitude = None if magnitude is None else magnitude[..., np.argsort(order)]
-        if "conv" in binding.steps and len(axes.in_) < 2:
-            raise AdapterError(f"{path!r} {shape} is no convolution's kernel")
-        return factors_from(a, b, axes, shape, scaling, magnitude)
 
-    def _whole(
-        self, binding: Binding, slots: dict[int, Pair], fans: tuple[int, int]
-    ) -> Pair:
-        count = len(binding.slots)
-        if count == 1:
-            return slots[0]
-        widths = binding.widths(fans[1])
-        for number, pair in slots.items():
-            if pair.b.shape[1] != widths[number]:
-                raise AdapterError(
-                    f"{binding.path!r}: part {number} has {pair.b.shape[1]} outputs in "
-                    f"the file and {widths[number]} by the rule"
-                )
-        return join([slots.get(i) for i in range(count)], widths)
+def _missing(owners: Mapping[str, str], config: PeftConfig, base: Base) -> list[str]:
+    """Returns what the config selects and the file does not adapt."""
+    problems = []
+    for path, binding in base.bindings.items():
+        is_module = "experts" not in binding.steps and base.is_kernel(path)
+        for _, parameter in base.names_of(path):
+            chosen = [parameter] if config.selects_parameter(parameter) else []
+            module = parameter.rpartition(".")[0] if is_module else ""
+            if module and module not in owners and not config.all_linear:
+                chosen += [module] if config.selects(module) else []
+            problems += [
+                f"the config selects {name!r} ({path!r}), and the file has no factors "
+                "for it"
+                for name in chosen
+                if name not in owners
+            ]
+    return problems

@@ -5,13 +5,16 @@ from collections.abc import Collection, Sequence
 
 from .._errors import UnsupportedFeatureError
 from .._torch.fused import split
-from .write import Module, commonest
+from .._torch.modules import TorchModule
+from .write import commonest, without
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def for_vllm(modules: Sequence[Module], whole: Collection[str]) -> list[Module]:
+def for_vllm(
+    modules: Sequence[TorchModule], whole: Collection[str]
+) -> list[TorchModule]:
     """Returns the modules as vLLM loads them: one rank, one scaling, experts apart.
 
     Ranks are padded with zeros, and `b` takes the difference of scalings; both leave
@@ -33,31 +36,30 @@ def for_vllm(modules: Sequence[Module], whole: Collection[str]) -> list[Module]:
             f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and {largest} is needed"
         )
     scaling = commonest((module.scaling for module in apart), 1.0)
-    uniform = lambda pair: pair.scaled_to(scaling).padded_to(ranks[0])
-    return [dataclasses.replace(m, pairs=tuple(map(uniform, m.pairs))) for m in apart]
+    return [module.scaled_to(scaling).padded_to(ranks[0]) for module in apart]
 
 
-def _check(modules: Sequence[Module], whole: Collection[str]) -> None:
+def _check(modules: Sequence[TorchModule], whole: Collection[str]) -> None:
     kinds = {
         "drops what is trained whole": whole,
         "has no adapters of convolutions": [
-            m.name for m in modules if "conv" in m.binding.steps
+            m.name for m in modules if "conv" in m.steps
         ],
         "has no names for the adapters of a fused attention": [
-            m.name for m in modules if "mha" in m.binding.steps or m.is_brought
+            m.name for m in modules if "mha" in m.steps or m.brought_by
         ],
         "drops the magnitudes of DoRA": [
-            m.name for m in modules if m.pairs[0].magnitude is not None
+            m.name for m in modules if m.magnitude is not None
         ],
     }
-    wrong = [f"{k}: {sorted(names)[:5]}" for k, names in kinds.items() if names]
+    wrong = [f"{k}: {sorted(set(names))[:5]}" for k, names in kinds.items() if names]
     if wrong:
         raise UnsupportedFeatureError(
             f"vLLM {'; it '.join(wrong)}; merge them into the params instead"
         )
 
 
-def _experts_apart(module: Module) -> list[Module]:
+def _experts_apart(module: TorchModule) -> list[TorchModule]:
     if not module.is_parameter:
         return [module]
     owner, _, parameter = module.name.rpartition(".")
@@ -66,13 +68,11 @@ def _experts_apart(module: Module) -> list[Module]:
             f"vLLM knows experts as gate_up_proj and down_proj, not {module.name!r}"
         )
     names = _VLLM_EXPERTS[parameter]
-    steps = {k: v for k, v in module.binding.steps.items() if k != "experts"}
-    binding = dataclasses.replace(module.binding, steps=steps)
-    found = []
-    for number, pair in enumerate(module.pairs):
-        width = pair.b.shape[1] // len(names)
-        for name, part in zip(names, split(pair, [width] * len(names)), strict=True):
-            place = f"{owner}.{number}.{name}"
-            if part is not None:
-                found.append(Module(place, (part,), binding, module.inputs))
-    return found
+    width = module.b.shape[1] // len(names)
+    place = f"{owner}.{module.expert or 0}"
+    binding = without(module.binding, "experts")
+    return [
+        dataclasses.replace(part, name=f"{place}.{name}", expert=None, binding=binding)
+        for name, part in zip(names, split(module, [width] * len(names)), strict=True)
+        if part is not None
+    ]

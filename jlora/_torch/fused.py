@@ -11,57 +11,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import NonFiniteError, UnsupportedFeatureError
+from .._errors import UnsupportedFeatureError
+from .modules import TorchModule
 
 Array = np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """The factors of one kernel as matrices: `a (in, rank)`, `b (rank, out)`.
-
-    With DoRA it has a magnitude `(out,)` besides.
-    """
-
-    a: Array
-    b: Array
-    scaling: float
-    magnitude: Array | None = None
-
-    @property
-    def rank(self) -> int:
-        """The size of the axis that `a` and `b` share."""
-        return self.a.shape[1]
-
-    def scaled_to(self, scaling: float) -> "Pair":
-        """Returns the same delta with another scaling; `b` takes the difference.
-
-        Raises:
-            NonFiniteError: if it is too large for the dtype.
-        """
-        if scaling == self.scaling:
-            return self
-        with np.errstate(over="ignore"):
-            exact = self.b.astype(np.float64) * (self.scaling / scaling)
-            b = exact.astype(self.b.dtype)
-        if (np.isfinite(exact) & ~np.isfinite(b)).any():
-            raise NonFiniteError(
-                f"the scalings {self.scaling} and {scaling} of one kernel are too far "
-                f"apart for factors in {b.dtype}"
-            )
-        return dataclasses.replace(self, b=b, scaling=scaling)
-
-    def padded_to(self, rank: int) -> "Pair":
-        """Returns the same delta with a larger rank; what is added stays zero."""
-        more = rank - self.rank
-        a = np.pad(self.a, ((0, 0), (0, more)))
-        return dataclasses.replace(self, a=a, b=np.pad(self.b, ((0, more), (0, 0))))
-
-    def trimmed(self) -> "Pair":
-        """Returns the same delta without what `padded_to` adds; a rank is left."""
-        used = self.a.any(axis=0) | self.b.any(axis=1)
-        rank = max(int(np.flatnonzero(used).max(initial=0)) + 1, 1)
-        return dataclasses.replace(self, a=self.a[:, :rank], b=self.b[:rank])
 
 
 def alike(arrays: Sequence[Array]) -> list[Array]:
@@ -74,20 +27,20 @@ def alike(arrays: Sequence[Array]) -> list[Array]:
     return [array.astype(common) for array in arrays]
 
 
-def promoted(pairs: Sequence[Pair]) -> list[Pair]:
+def promoted(modules: Sequence[TorchModule]) -> list[TorchModule]:
     """Returns the same factors in one dtype, and their magnitudes in one."""
-    a, b = [pair.a for pair in pairs], [pair.b for pair in pairs]
+    a, b = [one.a for one in modules], [one.b for one in modules]
     both = alike([*a, *b])
-    norms = iter(alike([p.magnitude for p in pairs if p.magnitude is not None]))
+    norms = iter(alike([m.magnitude for m in modules if m.magnitude is not None]))
     return [
         dataclasses.replace(
-            pair, a=a, b=b, magnitude=None if pair.magnitude is None else next(norms)
+            one, a=a, b=b, magnitude=None if one.magnitude is None else next(norms)
         )
-        for pair, a, b in zip(pairs, both[: len(a)], both[len(a) :], strict=True)
+        for one, a, b in zip(modules, both[: len(a)], both[len(a) :], strict=True)
     ]
 
 
-def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
+def join(parts: Sequence[TorchModule | None], widths: Sequence[int]) -> TorchModule:
     """Returns the factors of a kernel made of parts along its output axis.
 
     Args:
@@ -95,8 +48,8 @@ def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
         widths: the number of outputs of each.
 
     Example:
-        >>> one = Pair(np.ones((5, 2)), np.ones((2, 3)), 0.5)
-        >>> two = Pair(np.zeros((5, 1)), np.ones((1, 4)), 0.5)
+        >>> one = TorchModule("qkv", np.ones((5, 2)), np.ones((2, 3)), 0.5)
+        >>> two = TorchModule("qkv", np.zeros((5, 1)), np.ones((1, 4)), 0.5)
         >>> whole = join([one, None, two], [3, 2, 4])
         >>> whole.a.shape, whole.b.shape
         ((5, 3), (3, 9))
@@ -115,11 +68,11 @@ def join(parts: Sequence[Pair | None], widths: Sequence[int]) -> Pair:
             b[row : row + block.shape[0], end - width : end] = block
             row += 0 if shared else block.shape[0]
     a = first.a if shared else np.concatenate([part.a for part in known], axis=1)
-    return Pair(a, b, first.scaling, magnitude)
+    return dataclasses.replace(first, a=a, b=b, magnitude=magnitude)
 
 
-def _joined_magnitude(pairs: Sequence[Pair], n_parts: int) -> Array | None:
-    known = [pair.magnitude for pair in pairs if pair.magnitude is not None]
+def _joined_magnitude(modules: Sequence[TorchModule], n_parts: int) -> Array | None:
+    known = [one.magnitude for one in modules if one.magnitude is not None]
     if known and len(known) < n_parts:
         raise UnsupportedFeatureError(
             f"{len(known)} of the {n_parts} parts of one kernel have a magnitude of "
@@ -128,7 +81,7 @@ def _joined_magnitude(pairs: Sequence[Pair], n_parts: int) -> Array | None:
     return np.concatenate(known) if known else None
 
 
-def split(whole: Pair, widths: Sequence[int]) -> list[Pair | None]:
+def split(whole: TorchModule, widths: Sequence[int]) -> list[TorchModule | None]:
     """Returns the factors of each part of a kernel: what `join` would make it of.
 
     None is a part whose `b` is zero beside others that are not.
@@ -143,13 +96,15 @@ def split(whole: Pair, widths: Sequence[int]) -> list[Pair | None]:
         row.any() or m is not None for row, m in zip(rows, magnitudes, strict=True)
     ]
     if not any(adapted):
-        return [Pair(whole.a, block, whole.scaling) for block in blocks]
+        return [dataclasses.replace(whole, b=block, magnitude=None) for block in blocks]
     if _is_block_diagonal(rows) and (whole.magnitude is None or all(map(any, rows))):
         spans = [_span(row) for row in rows]
     else:
         spans = [slice(None)] * len(rows)
     return [
-        Pair(whole.a[:, span], block[span], whole.scaling, m) if used else None
+        dataclasses.replace(whole, a=whole.a[:, span], b=block[span], magnitude=m)
+        if used
+        else None
         for span, block, m, used in zip(spans, blocks, magnitudes, adapted, strict=True)
     ]
 

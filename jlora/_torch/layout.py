@@ -61,13 +61,6 @@ def magnitudes(factors: LoraFactors) -> Array | None:
     return found.reshape(*found.shape[: len(factors.axes.batch)], -1)
 
 
-def lora_magnitude(magnitude: Array, binding: Binding, inputs: Shape) -> Array:
-    """Returns a magnitude `(out,)` as torch keeps it."""
-    if "conv" not in binding.steps:
-        return magnitude
-    return magnitude.reshape(1, -1, *[1] * (len(inputs) - 1))
-
-
 def kernel_matrix(kernel: Array, axes: KernelAxes) -> Array:
     """Returns a kernel as `(*batch, in, out)`."""
     order = axes.batch + axes.in_ + axes.out
@@ -174,32 +167,23 @@ def spread(factors: LoraFactors, axes: KernelAxes) -> LoraFactors:
 # --- torch's side ---
 
 
-def lora_a(a: Array, binding: Binding, inputs: Shape) -> Array:
-    """Returns `a (in, rank)` as torch's `(rank, in)`; `inputs` are its input axes."""
-    if "conv" not in binding.steps:
-        return a.T
+def window_last(a: Array, inputs: Shape) -> Array:
+    """Returns `a` of a convolution with its rows in torch's order, `(in, *window)`.
+
+    Args:
+        a: its rows are `(*window, in)`.
+        inputs: the sizes of these axes.
+    """
     split = a.reshape(*inputs, a.shape[-1])
     last = split.ndim - 1
-    return split.transpose(last, last - 1, *range(last - 1))
+    return split.transpose(last - 1, *range(last - 1), last).reshape(a.shape)
 
 
-def lora_b(b: Array, binding: Binding, inputs: Shape) -> Array:
-    """Returns `b (rank, out)` as torch's `(out, rank)`."""
-    window = (1,) * (len(inputs) - 1) if "conv" in binding.steps else ()
-    return b.T.reshape(b.shape[::-1] + window)
-
-
-def a_matrix(found: Array, binding: Binding) -> Array:
-    """Returns torch's `lora_A` as `(in, rank)`; convolutions have more axes."""
-    if "same" in binding.steps:
-        return found.reshape(found.shape[0], -1).T
-    order = (*range(2, found.ndim), 1, 0)
-    return found.transpose(order).reshape(-1, found.shape[0])
-
-
-def b_matrix(found: Array) -> Array:
-    """Returns torch's `lora_B` as `(rank, out)`."""
-    return found.reshape(found.shape[:2]).T
+def window_first(a: Array, window: Shape) -> Array:
+    """Returns `a` with its rows in the order of Flax: undoes `window_last`."""
+    split = a.reshape(-1, *window, a.shape[-1])
+    last = split.ndim - 1
+    return split.transpose(*range(1, last), 0, last).reshape(a.shape)
 
 
 def weight(matrix: Array, binding: Binding, inputs: Shape) -> Array:
@@ -218,22 +202,6 @@ def weight_matrix(found: Array, binding: Binding) -> Array:
     if {"embedding", "fan_in_fan_out"} & set(binding.steps):
         return found
     return found.transpose(*range(2, found.ndim), 1, 0).reshape(-1, found.shape[0])
-
-
-def pack_a(experts: Sequence[Array]) -> Array:
-    """Returns `lora_A`s `(rank, in)` of all experts as PEFT packs them: `(E·r, in)`."""
-    return np.concatenate(experts)
-
-
-def pack_b(experts: Sequence[Array]) -> Array:
-    """Returns `lora_B`s `(out, rank)` of all experts as `(out, r·E)`, rank by rank."""
-    return np.stack(experts, -1).reshape(experts[0].shape[0], -1)
-
-
-def unpack(a: Array, b: Array, n: int) -> list[tuple[Array, Array]]:
-    """Returns the `lora_A` and `lora_B` of each of `n` experts."""
-    a, b = a.reshape(n, -1, a.shape[1]), b.reshape(b.shape[0], -1, n)
-    return [(a[e], b[:, :, e]) for e in range(n)]
 
 
 # --- the order of rotated features ---

@@ -1,12 +1,13 @@
 """From the factors at each index of a leaf's batch axes to those of the whole leaf."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
 from .._errors import AdapterError, UnsupportedFeatureError
-from .fused import Pair
+from .modules import TorchModule
 
 Index = tuple[int, ...]
 
@@ -16,17 +17,17 @@ def check_fit(
     shape: tuple[int, ...],
     fans: tuple[int, int],
     batch: Index,
-    pairs: Mapping[Index, Pair],
+    modules: Mapping[Index, TorchModule],
 ) -> None:
     """Raises if factors are at no index of the leaf, or not of its fans."""
-    outside = sorted(set(pairs) - set(np.ndindex(batch)))
+    outside = sorted(set(modules) - set(np.ndindex(batch)))
     if outside:
         raise AdapterError(
             f"{path!r} {shape} has the batch axes {batch}; the file has factors for "
             f"{outside[:5]} along them"
         )
-    for index, pair in pairs.items():
-        given = (pair.a.shape[0], pair.b.shape[1])
+    for index, module in modules.items():
+        given = (module.a.shape[0], module.b.shape[1])
         if given != fans:
             hint = "; they look transposed" if given == fans[::-1] else ""
             at = f" at {index}" if index else ""
@@ -37,7 +38,7 @@ def check_fit(
 
 
 def stack(
-    pairs: Mapping[Index, Pair], batch: Index
+    modules: Mapping[Index, TorchModule], batch: Index
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Returns the stacked factors of all indices, and their common scaling.
 
@@ -45,23 +46,27 @@ def stack(
     Ranks are padded likewise, and where scalings differ `b` takes the difference.
     """
     if not batch:
-        (pair,) = pairs.values()
-        return pair.a, pair.b, pair.scaling
-    scaling = Counter(pair.scaling for pair in pairs.values()).most_common(1)[0][0]
-    rank = max(pair.rank for pair in pairs.values())
-    some = next(iter(pairs.values())).padded_to(rank)
-    none = Pair(np.zeros_like(some.a), np.zeros_like(some.b), scaling)
-    full = {i: pair.scaled_to(scaling).padded_to(rank) for i, pair in pairs.items()}
+        (module,) = modules.values()
+        return module.a, module.b, module.scaling
+    scaling = Counter(module.scaling for module in modules.values()).most_common(1)[0][
+        0
+    ]
+    rank = max(module.rank for module in modules.values())
+    some = next(iter(modules.values())).padded_to(rank)
+    none = dataclasses.replace(some.zeros(some.b.shape[1]), scaling=scaling)
+    full = {
+        i: module.scaled_to(scaling).padded_to(rank) for i, module in modules.items()
+    }
     every = [full.get(index, none) for index in np.ndindex(batch)]
     a, b = np.stack([p.a for p in every]), np.stack([p.b for p in every])
     return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:]), scaling
 
 
 def stacked_magnitude(
-    path: str, pairs: Mapping[Index, Pair], batch: Index
+    path: str, modules: Mapping[Index, TorchModule], batch: Index
 ) -> np.ndarray | None:
     """Returns the magnitudes of all indices; without one an index has no meaning."""
-    known = {i: p.magnitude for i, p in pairs.items() if p.magnitude is not None}
+    known = {i: p.magnitude for i, p in modules.items() if p.magnitude is not None}
     if not known:
         return None
     missing = [index for index in np.ndindex(batch) if index not in known]

@@ -25,8 +25,10 @@ import jlora
 import jlora.peft
 from jlora._files.patterns import Endings, file_pattern
 from jlora._files.untrusted import parse_json
-from jlora._peft.config import PeftConfig, config_json, parse_config
-from jlora._torch.fused import Pair, join, split
+from jlora._peft.config import PeftConfig
+from jlora._peft.config_file import config_json, parse_config
+from jlora._torch.fused import join, split
+from jlora._torch.modules import TorchModule
 
 profile = settings(
     max_examples=200,
@@ -371,7 +373,7 @@ def test_endings_match_as_in_peft(keys: list[str], names: list[str]) -> None:
 
 
 @st.composite
-def parts(draw: st.DrawFn) -> tuple[list[Pair | None], list[int]]:
+def parts(draw: st.DrawFn) -> tuple[list[TorchModule | None], list[int]]:
     """Factors of the parts of one kernel, of which some may be missing."""
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     some = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -382,20 +384,22 @@ def parts(draw: st.DrawFn) -> tuple[list[Pair | None], list[int]]:
     a, found = some(fan_in, rank), []
     for width, is_used in zip(widths, used, strict=True):
         own = rank if shared else draw(st.integers(1, 3))
-        factors = Pair(a if shared else some(fan_in, own), some(own, width), 0.5)
+        factors = TorchModule(
+            "m", a if shared else some(fan_in, own), some(own, width), 0.5
+        )
         found.append(factors if is_used else None)
     return found, widths
 
 
-def delta(pair: Pair | None, width: int) -> np.ndarray:
-    if pair is None:
+def delta(module: TorchModule | None, width: int) -> np.ndarray:
+    if module is None:
         return np.zeros((5, width), np.float32)
-    return pair.scaling * (pair.a @ pair.b)
+    return module.scaling * (module.a.astype(float) @ module.b.astype(float))
 
 
 @profile
 @given(parts())
-def test_split_undoes_join(case: tuple[list[Pair | None], list[int]]) -> None:
+def test_split_undoes_join(case: tuple[list[TorchModule | None], list[int]]) -> None:
     given_parts, widths = case
     whole = join(given_parts, widths)
     again = split(whole, widths)
@@ -413,11 +417,11 @@ def test_split_undoes_join(case: tuple[list[Pair | None], list[int]]) -> None:
     parts(), st.lists(st.sampled_from([0.25, 0.5, 3.0, 0.7]), min_size=4, max_size=4)
 )
 def test_join_adds_no_delta(
-    case: tuple[list[Pair | None], list[int]], scalings: list[float]
+    case: tuple[list[TorchModule | None], list[int]], scalings: list[float]
 ) -> None:
     some, widths = case
     scaled = [
-        p and Pair(p.a, p.b, s)
+        p and TorchModule("m", p.a, p.b, s)
         for p, s in zip(some, scalings[: len(some)], strict=True)
     ]
     whole = join(scaled, widths)
@@ -432,7 +436,7 @@ def test_split_keeps_the_delta(seed: int, widths: list[int]) -> None:
     rng = np.random.default_rng(seed)
     # Zeros make it look block-diagonal, or leave parts without a delta.
     b = rng.normal(size=(3, sum(widths))) * rng.integers(0, 2, (3, sum(widths)))
-    whole = Pair(rng.normal(size=(5, 3)), b, 0.5)
+    whole = TorchModule("m", rng.normal(size=(5, 3)), b, 0.5)
     apart = split(whole, widths)
     deltas = [delta(p, w) for p, w in zip(apart, widths, strict=True)]
     np.testing.assert_allclose(np.concatenate(deltas, axis=1), delta(whole, 0), 1e-12)

@@ -162,6 +162,20 @@ def test_vllm_gets_experts_apart(tmp_path: Path):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_parameter_of_one_expert_is_packed_like_others(n: int, tmp_path: Path):
+    draw = np.random.default_rng(0).normal
+    axes = jlora.KernelAxes((0,), (1,), (2,))
+    a, b = (jnp.asarray(draw(size=(n, *s)), "float32") for s in [(D, RANK), (RANK, F)])
+    factors = jlora.LoraFactors(a, b, axes, ALPHA / RANK)
+    params = {"experts": {"kernel": jnp.ones((n, D, F))}}
+    names = [("experts", "mlp.experts.up_proj", "experts+fan_in_fan_out")]
+    jlora.peft.save(tmp_path, params, {"experts/kernel": factors}, (), names)
+    _, found = jlora.peft.load(tmp_path, params, names)
+    deltas = jlora.delta(found["experts/kernel"]), jlora.delta(factors)
+    np.testing.assert_allclose(*deltas, rtol=1e-6)
+
+
 def test_weights_of_experts_with_the_plan_of_a_dense_program():
     params, x = make_params()
     plan = jlora.lora(dense, config()).plan(params, x)

@@ -1,18 +1,22 @@
 """The `LoraConfig`s that would choose the targets of an adapter from a file."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
 from .._params.paths import matching
-from .._torch.named_params import Base
-from .config import PeftConfig
+from .named_params import Base
 
 
 def configs_of(
-    entries: Mapping[str, Any], said: PeftConfig, base: Base
+    entries: Mapping[str, Any],
+    base: Base,
+    *,
+    alphas: Collection[float] = (),
+    rslora: bool = False,
+    dropout: float = 0.0,
 ) -> LoraConfig | tuple[LoraConfig, ...]:
     """Returns one config, or one for each kind of target.
 
@@ -21,14 +25,19 @@ def configs_of(
 
     Args:
         entries: the adapter.
-        said: what the file's config says.
         base: the params.
+        alphas: those that the file names; any other is worked out from the scaling.
+        rslora: whether an alpha is by the root of the rank, as far as the file says.
+        dropout: the rate of dropout.
     """
     paths = list(base.params.paths)
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for path, kind in _asked(entries, base).items():
         kinds.setdefault(kind, []).append(path)
-    configs = [_config(kind, own, said, paths) for kind, own in kinds.items()]
+    configs = [
+        _config(kind, _patterns(own, paths), sorted({*alphas}), rslora, dropout)
+        for kind, own in kinds.items()
+    ]
     return configs[0] if len(configs) == 1 else tuple(configs)
 
 
@@ -64,9 +73,12 @@ def _may_be_capped(entry: Any) -> bool:
 
 
 def _config(
-    kind: tuple[Any, ...], own: Sequence[str], said: PeftConfig, paths: Sequence[str]
+    kind: tuple[Any, ...],
+    target: tuple[str, ...],
+    alphas: Sequence[float],
+    rslora: bool,
+    dropout: float,
 ) -> LoraConfig:
-    target = _patterns(own, paths)
     if len(kind) == 1:
         return LoraConfig(target, full=True, dtype=kind[0])
     rank, scaling, dtype, dora, batch = kind
@@ -74,13 +86,12 @@ def _config(
         "rank": rank,
         "dtype": dtype,
         "dora": dora,
-        "dropout": float(said.lora_dropout),
+        "dropout": float(dropout),
         "batch": batch,
     }
-    known = {said.lora_alpha, *said.alpha_pattern.values()}
-    for rslora in (said.use_rslora, not said.use_rslora):
-        for alpha in (*sorted(known), scaling * (rank**0.5 if rslora else rank)):
-            config = LoraConfig(target, alpha=float(alpha), rslora=rslora, **own_kind)
+    for by_root in (rslora, not rslora):
+        for alpha in (*alphas, scaling * (rank**0.5 if by_root else rank)):
+            config = LoraConfig(target, alpha=float(alpha), rslora=by_root, **own_kind)
             if config.scaling == scaling:
                 return config
     return LoraConfig(target, alpha=scaling * rank, **own_kind)

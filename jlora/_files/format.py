@@ -1,0 +1,36 @@
+"""What a file format of adapters is to the command line."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Configs: TypeAlias = Any  # a `LoraConfig`, or several
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A file format of adapters: how its files are known, read and written.
+
+    Attributes:
+        name: for messages.
+        holds: whether a path that exists has an adapter in the format; it may be asked
+            for any file or folder.
+        read: `read(path, *, ignore=())` returns the configs, and the entries by path,
+            of what is there, without the params that the adapter was made for; `ignore`
+            are fields of the format's own config to do without. What is wrong with the
+            files is an `AdapterError`.
+        write: `write(path, adapter, configs, *, overwrite=False, **options)` writes
+            them; a FileExistsError if something is there that may not be replaced.
+        suffix: how the names of its files end, if the format is one of files; that of
+            the target chooses the format to write.
+        options: those of `python -m jlora convert` that `write` takes: "names",
+            "base_model", "profile".
+    """
+
+    name: str
+    holds: Callable[[Path], bool]
+    read: Callable[..., tuple[Configs, dict[str, Any]]]
+    write: Callable[..., None]
+    suffix: str | None = None
+    options: tuple[str, ...] = ()

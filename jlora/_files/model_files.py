@@ -1,0 +1,112 @@
+"""The weights of a model: files of safetensors, of which the headers alone are read."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import CorruptFileError
+from .untrusted import (
+    HEADER_LIMIT,
+    check_header,
+    check_regular,
+    header_end,
+    parse_json,
+    read_file,
+)
+
+_DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16,
+    "I32": np.int32, "U32": np.uint32, "I64": np.int64, "U64": np.uint64,
+    "F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64,
+    "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
+}  # fmt: skip
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """Tensors by name, each mapped from its file when it is asked for.
+
+    Attributes:
+        files: the names of the tensors in each file.
+    """
+
+    def __init__(self, files: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Takes the checked headers by file, see `open_weights`."""
+        self._entries = {
+            n: (file, e) for file, h in files.items() for n, e in h.items()
+        }
+        self.files = {file: tuple(header) for file, header in files.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Returns a tensor; its values are read as they are used."""
+        file, entry = self._entries[name]
+        begin, end = entry["data_offsets"]
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        if begin == end:
+            return np.zeros(shape, dtype)
+        return np.memmap(file, dtype, "r", entry["start"] + begin, tuple(shape))
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """Returns how many tensors there are."""
+        return len(self._entries)
+
+    def shape(self, name: str) -> jax.ShapeDtypeStruct:
+        """Returns the shape and the dtype of a tensor, from the header alone."""
+        _, entry = self._entries[name]
+        return jax.ShapeDtypeStruct(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Returns the files of a model's weights, in the order of their names."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return [single]
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    values = parse_json(read_file(index, HEADER_LIMIT), str(index), limit=HEADER_LIMIT)
+    homes = values.get("weight_map") if isinstance(values, dict) else None
+    if (
+        not isinstance(homes, dict)
+        or not homes
+        or not all(map(_is_plain, homes.values()))
+    ):
+        raise CorruptFileError(
+            f"{index} has no `weight_map` from tensors to files `*.safetensors` of its "
+            "folder"
+        )
+    files = [folder / name for name in sorted(set(homes.values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"{index} names files that are missing: {missing[:5]}")
+    return files
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a value is the name of a file of weights, and no path elsewhere."""
+    if not isinstance(name, str) or not name.endswith(".safetensors"):
+        return False
+    return not set(name) & set("/\\\0")
+
+
+def weights_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Returns the checked header of a file, with where its tensors begin.
+
+    Raises:
+        AdapterError: if the file is not what it claims.
+    """
+    where, size = str(file), check_regular(file).stat().st_size
+    with open(file, "rb") as opened:
+        end = header_end(opened.read(8), where, size)
+        opened.seek(0)
+        header = check_header(opened.read(end), where, size)
+    del header["__metadata__"]
+    return {name: {**entry, "start": end} for name, entry in header.items()}

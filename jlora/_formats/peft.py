@@ -1,0 +1,186 @@
+"""PEFT's folder without the params that it was made for, as far as it tells itself."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._adapter.config import LoraConfig
+from .._errors import UnsupportedFeatureError
+from .._files.format import Format
+from .._peft.files import CONFIG, WEIGHTS, read_files
+from .._peft.read import AdapterFiles, configured_adapter
+from .._peft.save import save_adapter
+from .._torch.alone import ParamsAlone, in_doubt, kernels_alone, path_of
+from .._torch.families import names as family_names
+from .._torch.modules import TorchModule
+
+Configs = LoraConfig | tuple[LoraConfig, ...]
+
+
+def holds(path: Path) -> bool:
+    """Returns whether a path is a folder of PEFT's, whole or not, or a file of one."""
+    if path.name in (CONFIG, WEIGHTS) or (path / CONFIG).exists():
+        return True
+    return any(path.glob("adapter_model.*"))
+
+
+def read(path: Path, *, ignore: Sequence[str] = ()) -> tuple[Configs, dict[str, Any]]:
+    """Returns the configs and the adapter of a folder, on the host.
+
+    Raises:
+        AdapterError: if the files contradict themselves.
+    """
+    files = read_files(path, ignore=ignore)
+    own = dataclasses.replace(files, whole=_trained_whole(files))
+    return configured_adapter(own, params_alone(files).base())
+
+
+def write(
+    path: Path,
+    adapter: Mapping[str, Any],
+    configs: Any,
+    *,
+    overwrite: bool = False,
+    names: str | None = None,
+    base_model: str | None = None,
+    profile: str = "peft",
+) -> None:
+    """Writes a folder.
+
+    Args:
+        path: the folder.
+        adapter: the entries by path.
+        configs: those of the adapter.
+        overwrite: whether an adapter that is there may be replaced.
+        names: the family whose names the modules have in torch.
+        base_model: the name of the base.
+        profile: "peft" or "vllm".
+
+    Raises:
+        UnsupportedFeatureError: if layouts are in doubt.
+    """
+    if names is None:
+        _check_layouts(adapter)
+    save_adapter(
+        path,
+        kernels_alone(adapter),
+        adapter,
+        configs,
+        family_names(names) if names is not None else None,
+        profile=profile,
+        base_model=base_model,
+        overwrite=overwrite,
+    )
+
+
+FORMAT = Format("PEFT", holds, read, write, options=("names", "base_model", "profile"))
+
+
+def _check_layouts(adapter: Mapping[str, Any]) -> None:
+    """Raises for what torch may keep in another layout than paths alone tell."""
+    kernels = kernels_alone(adapter)
+    found = [f"{p!r} ({_shape(kernels[p].shape)})" for p in in_doubt(adapter)]
+    if found:
+        raise UnsupportedFeatureError(
+            f"{', '.join(found)}: a checkpoint does not tell whether these are dense "
+            "kernels of several input axes, convolutions, or something else that PEFT "
+            "keeps in another way. Give --names of a family that has them, or call "
+            "`jlora.peft.save` with a plan and rules"
+        )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def params_alone(files: AdapterFiles) -> ParamsAlone:
+    """Returns kernels by path as the mechanical map has them, and the rules for them.
+
+    Experts are `(experts, in, out)`. What is trained whole has the name that Flax gives
+    it where there is one: a matrix is a `kernel (in, out)`, whatever it is for, and a
+    vector a `scale`.
+    """
+    params = ParamsAlone()
+    heads = _tied_heads(files)
+    head_of = {table: head for head, table in reversed(heads.items())}
+    packed = _parameters(files)
+    for key, module in files.modules.items():
+        if key not in heads and key.split(".base_layer")[0] not in packed:
+            tied = f"tied({head_of[key]})" if key in head_of else None
+            params.add_module(module, key.replace(".base_layer.", "."), tied)
+    for owner, several in packed.items():
+        for parameter, module in several:
+            name = f"{owner}.{parameter}"
+            n = module.rank // files.config.rank(name)
+            shape = (n, *module.kernel_shape)
+            params.add(path_of(name, "kernel"), shape, module.a.dtype, name, "experts")
+    for key, tensor in _trained_whole(files).items():
+        _add_whole(params, key.replace(".base_layer.", "."), tensor)
+    return params
+
+
+def _add_whole(params: ParamsAlone, name: str, tensor: np.ndarray) -> None:
+    owner, _, last = name.rpartition(".")
+    path = path_of(owner, _flax_name(last, tensor.ndim)) if owner else path_of(name)
+    path = path_of(name) if path in params.shapes else path
+    if path == path_of(owner, "kernel"):
+        params.add(path, tensor.shape[::-1], tensor.dtype, owner)
+    else:
+        params.add(path, tensor.shape, tensor.dtype, name, "parameter")
+
+
+def _flax_name(last: str, ndim: int) -> str:
+    """Returns what the mechanical map takes back to torch's name of a leaf."""
+    if last == "weight":
+        return {1: "scale", 2: "kernel"}.get(ndim, last)
+    return {"running_mean": "mean", "running_var": "var"}.get(last, last)
+
+
+def _trained_whole(files: AdapterFiles) -> dict[str, np.ndarray]:
+    """Returns what is trained whole.
+
+    PEFT may write a frozen weight of an adapted module along, of a table above all;
+    there is nothing here to compare it with.
+    """
+    heads = _tied_heads(files)
+    tied = {f"{module}.weight" for module in (*heads, *heads.values())}
+    return {
+        name: tensor
+        for name, tensor in files.whole.items()
+        if not name.endswith(".base_layer.weight") and name not in tied
+    }
+
+
+def _tied_heads(files: AdapterFiles) -> dict[str, str]:
+    """Returns the heads whose factors repeat those of a table, with the table."""
+    if not files.config.ensure_weight_tying:
+        return {}
+    return {
+        head: table
+        for table, rows in files.modules.items()
+        for head, other in files.modules.items()
+        if rows.is_table and not other.is_table
+        if np.array_equal(other.a, rows.b.T) and np.array_equal(other.b, rows.a.T)
+    }
+
+
+def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, TorchModule]]]:
+    """Returns the adapted parameters of each module, innermost first.
+
+    Torch's modules define the input of a feed-forward layer before its output.
+    """
+    chosen = files.config.target_parameters or ()
+    found: dict[str, list[tuple[str, TorchModule]]] = {}
+    owners = {module.split(".base_layer")[0] for module in files.modules}
+    for owner in sorted(owners):
+        tails = [p.rpartition(".")[2] for p in chosen]
+        own = [t for t in tails if files.config.selects_parameter(f"{owner}.{t}")]
+        own = sorted(set(own), key=lambda tail: (tail.endswith("down_proj"), tail))
+        depths = [f"{owner}{'.base_layer' * n}" for n in range(len(own))][::-1]
+        if own and all(depth in files.modules for depth in depths):
+            pairs = zip(own, depths, strict=True)
+            found[owner] = [(tail, files.modules[depth]) for tail, depth in pairs]
+    return found

@@ -1,0 +1,86 @@
+"""The files of a model, written with an adapter merged into its weights."""
+
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._adapter.merge import merge
+from .._errors import NonFiniteError
+from .._files.model_files import INDEX, SINGLE, Weights
+from .._files.safetensors import write_weights
+
+
+def check_places(source: Path, target: Path) -> None:
+    """Raises if a model is no folder, or something is where it is to be written."""
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} is there already; give another folder")
+    if source.is_file():
+        raise NotADirectoryError(
+            f"{source} is a file, and a model is merged with all that is beside it; "
+            f"give {source.parent}"
+        )
+
+
+# Weights, and indices of them: a folder may have the same ones in other formats.
+_WEIGHT_FILES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth",
+    ".gguf", ".h5", ".msgpack", ".onnx",
+)  # fmt: skip
+
+
+def copy_rest(source: Path, target: Path, taken: Collection[Path]) -> None:
+    """Copies what is no weight: the config, the tokenizer, the index of `taken`."""
+    for file in sorted(source.iterdir()):
+        name = file.name.lower()
+        is_index = name == INDEX and source / SINGLE not in taken
+        if file.is_file() and (is_index or not name.endswith(_WEIGHT_FILES)):
+            shutil.copyfile(file, target / file.name)
+
+
+def write_merged(
+    weights: Weights,
+    entries: Mapping[str, Any],
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+) -> None:
+    """Writes the files one by one; of sums that overflow, all are looked for first.
+
+    Raises:
+        NonFiniteError: with every weight whose sum is too large for its dtype.
+    """
+    done, bad = 0, []
+    for file, names in weights.files.items():
+        tensors = {name: np.asarray(weights[name]) for name in names}
+        own = {name: entries[name] for name in names if name in entries}
+        merged = _merged(tensors, own) if own else tensors
+        bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
+        if not bad:
+            write_weights(merged, folder / file.name)
+        done += len(names)
+        progress(done, len(weights), file.name)
+    if bad:
+        raise NonFiniteError(
+            f"merged, these weights are too large for their dtype: {'; '.join(bad)}. "
+            "Merge into weights of a wider one, such as bfloat16 or float32"
+        )
+
+
+def _merged(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    wide = any(tensors[name].dtype == np.float64 for name in own)
+    # JAX would round the weight itself to float32 otherwise.
+    with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):
+        return merge(dict(tensors), jax.tree.map(jnp.asarray, dict(own)))
+
+
+def _overflow(name: str, before: np.ndarray, after: np.ndarray) -> str | None:
+    """Returns what to say of a weight that was finite before the sum and is not now."""
+    lost = ~np.isfinite(after) & np.isfinite(before)
+    if not lost.any():
+        return None
+    first = tuple(int(i) for i in np.argwhere(lost)[0])
+    return f"{name!r} ({after.dtype}) has {int(lost.sum())}, the first at {first}"

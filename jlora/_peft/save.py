@@ -1,0 +1,80 @@
+"""An adapter as the files of a PEFT folder."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .._adapter.check import check_adapter
+from .._adapter.config import LoraConfig
+from .._adapter.entries import lowered
+from .._adapter.factors import LoraFactors
+from .._files.atomic import write_files
+from .._files.safetensors import check_finite
+from .._torch.assemble import modules_of
+from .._torch.layout import spread
+from .._torch.modules import by_name
+from .._torch.named_params import Base
+from .._torch.names import Names, bind_all
+from .arrays import named_arrays, on_host, wait_for_all
+from .config_file import config_json
+from .files import CONFIG, WEIGHTS, weights_bytes
+from .keys import PREFIX
+from .vllm import for_vllm
+from .whole import write_whole
+from .write import (
+    check_some,
+    check_writable,
+    config_of,
+    tensors_of,
+    with_attention_outputs,
+)
+
+
+def save_adapter(
+    path: Any,
+    params_or_plan: Any,
+    adapter: Mapping[str, Any],
+    config: LoraConfig | Sequence[LoraConfig] = (),
+    names: Names = None,
+    *,
+    profile: str = "peft",
+    base_model: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes an adapter as a PEFT folder: `jlora.peft.save`, which see."""
+    if profile not in ("peft", "vllm"):
+        raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
+    check_writable(adapter)
+    given = sorted(adapter.items())
+    entries = {p: jax.tree.map(on_host, lowered(e, None)) for p, e in given}
+    factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}
+    arrays = {p: e for p, e in entries.items() if not isinstance(e, LoraFactors)}
+    base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
+    check_adapter(base.params, adapter)
+    bind_all(list(entries), names)
+    check_finite(named_arrays(entries), "the adapter")
+    factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
+    modules = with_attention_outputs(modules_of(factors, base))
+    check_some(modules, entries)
+    if profile == "vllm":
+        modules = for_vllm(modules, arrays)
+    whole, fields = write_whole(arrays, list(by_name(modules)), base)
+    several = (config,) if isinstance(config, LoraConfig) else tuple(config)
+    said = dataclasses.replace(config_of(modules, several, base), **fields)
+    tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
+    plain = [m.steps for m in modules if not m.is_parameter]
+    turned = any("fan_in_fan_out" in steps for steps in plain)
+    scalings = {m.name: m.scaling for m in modules if not m.brought_by}
+    files = {
+        WEIGHTS: weights_bytes(tensors, scalings),
+        CONFIG: config_json(
+            said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
+        ),
+    }
+    if jax.process_index() == 0:
+        write_files(Path(path), files, overwrite=overwrite)
+    wait_for_all("jlora.peft.save")
