@@ -11,7 +11,7 @@ from .._errors import AdapterError
 from .._jax.versions import manual_axes, vary
 from .._params.axes import Shape
 from .._params.paths import FlatParams, is_array, nearest
-from .entries import axes_of, given_shapes, wanted_shapes
+from .entries import given_shapes, wanted_shapes
 from .variants import variant_of_entry
 
 
@@ -40,10 +40,11 @@ def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
         return f"{path!r} is no path of the params. Nearest: {near}"
     if not is_array(leaves[path]):
         return f"{path!r} is no array but a {type(leaves[path]).__name__}"
-    if axes_of(entry) is None and not is_array(entry):
+    variant = variant_of_entry(entry)
+    if not (variant.has_roles or is_array(entry)):
         return f"{path!r} holds a {type(entry).__name__}, not factors or an array"
     shape = tuple(leaves[path].shape)
-    problem = (variant_of_entry(entry).problem or _misshapen)(entry, shape)
+    problem = (variant.problem or _misshapen)(entry, shape)
     return f"{path!r} {shape} {problem}" if problem else None
 
 

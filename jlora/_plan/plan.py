@@ -187,7 +187,8 @@ class Plan:
         return [f"quantised: {told}, {human(held)} instead of {human(dense)}{rest}"]
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [_row(target, max(self.trainable, 1)) for target in self.targets]
+        trainable = max(self.trainable, 1)
+        return [_row(target, trainable) for target in self.targets]
 
 
 _HEAD = (

@@ -5,6 +5,7 @@ begin with `variant.Variant`, which says all that jlora knows of one. Nothing el
 asks which variant it has; how to add one is told in docs/add_a_variant.md.
 """
 
+import functools
 from typing import Any
 
 from ..config import LoraConfig
@@ -51,4 +52,9 @@ def variant_of_config(config: LoraConfig, *, has_roles: bool = True) -> Variant:
 
 def variant_of_entry(entry: Any) -> Variant:
     """Returns the variant of an entry of an adapter."""
-    return next(v for v in VARIANTS if isinstance(entry, v.entry))
+    return _of_class(type(entry))
+
+
+@functools.cache
+def _of_class(kind: type) -> Variant:
+    return next(v for v in VARIANTS if issubclass(kind, v.entry))

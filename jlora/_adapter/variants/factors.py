@@ -43,22 +43,19 @@ def _along(axes: KernelAxes) -> dict[str, tuple[int | None, ...]]:
 def _problem(factors: LoraFactors, shape: Shape) -> str | None:
     if factors.axes.ndim != len(shape):
         return f"has {len(shape)} axes, its factors {factors.axes}"
-    own = _shapes(factors.axes, shape, factors.rank)
-    a, b = tuple(factors.a.shape), tuple(factors.b.shape)
-    if (own["a"], own["b"]) != (a, b):
-        hint = ""
-        if factors.kernel_shape == shape[::-1]:
-            hint = "; they look transposed"
+    wanted = factors.axes.factor_shapes(shape, factors.rank)
+    given = tuple(factors.a.shape), tuple(factors.b.shape)
+    if wanted != given:
+        transposed = factors.kernel_shape == shape[::-1]
+        hint = "; they look transposed" if transposed else ""
         return (
-            f"needs a {own['a']} and b {own['b']} "
-            f"(roles {factors.axes}), got a {a} and b {b}{hint}"
+            f"needs a {wanted[0]} and b {wanted[1]} "
+            f"(roles {factors.axes}), got a {given[0]} and b {given[1]}{hint}"
         )
     if factors.magnitude is None:
         return None
-    given = tuple(factors.magnitude.shape)
-    if own["magnitude"] == given:
-        return None
-    return f"needs a magnitude {own['magnitude']} of DoRA, got {given}"
+    wanted, own = factors.axes.magnitude_shape(shape), tuple(factors.magnitude.shape)
+    return None if wanted == own else f"needs a magnitude {wanted} of DoRA, got {own}"
 
 
 FACTORS = Variant(
