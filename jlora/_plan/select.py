@@ -16,7 +16,7 @@ from .._params.axes import KernelAxes, Shape, with_batch
 from .._params.paths import FlatParams, is_array, is_quantized, matching, names
 from .._params.quantized import Quantized, qtype_of
 from .._product.choice import Contraction
-from .._program.decide import OF_DORA, OF_SCALE, decide
+from .._program.decide import OF_DORA, OF_SCALE, OF_SUM, decide
 from .._program.discover import discover, settle
 from .._program.trace import Traced
 from .._rules import CARRY, CONSUME
@@ -403,8 +403,7 @@ def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> st
     has = lambda text: any(use.kind.endswith(text) for use in uses)
     apart = ", leave DoRA off for them with a config of their own"
     apart = apart if has(OF_DORA) else ""
-    obstacles = {OF_SCALE, *(rule.obstacle for rule in CARRY.values())} - {""}
-    moved = any(map(has, obstacles))
+    moved = has(OF_SCALE) or has(OF_SUM)
     apart += ", do not train what is beside them there" if moved else ""
     return (
         "\n".join(lines)

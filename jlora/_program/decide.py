@@ -76,8 +76,7 @@ class Decision(Analysis):
                 return Step("carry"), outputs
             # It may be a use, which the next run tells, or else it is an obstacle.
             self.log.lost[self.place] = "mix"
-            where = _moved(eqn, values) if moved else ""
-            self.materialized(eqn, values, where, used=True)
+            self.materialized(eqn, values, OF_SUM if moved else "", used=True)
             return Step("materialize"), nothing
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
@@ -191,7 +190,7 @@ class Decision(Analysis):
             return None
         if rule.passed is not None and self.place in self.ends:
             return None
-        if rule.obstacle and _moved(eqn, values):
+        if rule.adds and _moved(eqn, values):
             return None
         outputs: list[list[View]] = [[] for _ in eqn.outvars]
         spread = rule.scale_varies(eqn)
@@ -253,6 +252,7 @@ class Decision(Analysis):
 # else the adapter moves.
 OF_DORA = " over a part of DoRA's outputs"
 OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
+OF_SUM = " with a value that the adapter moves"
 
 
 def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
@@ -287,7 +287,8 @@ def _moved(eqn: Any, values: Sequence[Value]) -> str:
     if any(view.scaled for value in values for view in value.views):
         return OF_SCALE
     rule = CARRY.get(eqn.primitive.name)
-    return rule.obstacle if rule is not None and _is_beside_moved(values) else ""
+    adds = rule is not None and rule.adds
+    return OF_SUM if adds and _is_beside_moved(values) else ""
 
 
 def _kind(kind: str, roles: list[str] | None, settled: Roles) -> str:

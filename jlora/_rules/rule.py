@@ -56,8 +56,8 @@ class CarryRule:
             be its use.
         passed: `(eqn, operand, view, place) -> Passed`, of an operation whose meaning
             shows only later.
-        obstacle: what the name of the operation gets where the adapter moves another
-            operand, which keeps the kernel from passing.
+        adds: whether it adds the other operands to the kernel: one that the adapter
+            moves keeps the kernel from passing.
         rows: `eqn -> RowLayout`, of an operation that may take single entries along
             some axes; None where it does not.
         found: `(eqn, operands) -> mask` of the rows that are no filling, or None.
@@ -84,7 +84,7 @@ class CarryRule:
     repeats: Callable[[Any, Axes], frozenset[int]] | None = None
     mixes: bool = False
     passed: Callable[[Any, int, View, Place], Passed] | None = None
-    obstacle: str = ""
+    adds: bool = False
     rows: Callable[[Any], RowLayout | None] = lambda eqn: None
     found: Callable[[Any, list[Any]], jax.Array | None] = lambda eqn, operands: None
     take: Move | None = None

@@ -52,7 +52,7 @@ _sums = CarryRule(
     frozen=True,
     entrywise=True,
     passed=_passed,
-    obstacle=" with a value that the adapter moves",
+    adds=True,
     keeps_scale=lambda eqn, operand, varies: not varies,
 )
 
