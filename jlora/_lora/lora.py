@@ -21,7 +21,8 @@ from .._params.quantized import Quantized
 from .._plan.new_entry import new_entry
 from .._plan.plan import Plan, make_plan
 from .._plan.problems import left_out
-from .._plan.select import dropout_rates, program_of, resolve, with_uses
+from .._plan.program import program_of, with_uses
+from .._plan.select import dropout_rates, select
 from .._product.choice import Contraction
 from .._program.inputs import input_stats
 from .._program.interpret import outputs_of
@@ -273,7 +274,7 @@ class Lora:
             raise ValueError(f"`lora_sketch` must be at least 1, got {lora_sketch!r}")
         params = FlatParams.of(self._params_of(args))
         traced = trace(self.fn, self.argnum, args, kwargs, params)
-        targets, _ = resolve(params, self.configs, traced)
+        targets, _ = select(params, self.configs, traced)
         axes = {t.path: t.axes for t in targets if t.axes is not None}
         program, _ = program_of(traced, axes, self.materialize, "factored")
         made = [v.dense() if isinstance(v, Quantized) else v for v in traced.inputs]
@@ -312,7 +313,7 @@ class Lora:
         self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Plan:
         traced = self._trace(params, args, kwargs)
-        targets, unusable = resolve(params, self.configs, traced)
+        targets, unusable = select(params, self.configs, traced)
         if traced is not None:
             targets = with_uses(targets, traced, self.materialize, self.contraction)
         return make_plan(params, targets, unusable, traced)

@@ -19,8 +19,8 @@ from .._params.paths import (
     nearest,
 )
 from .._params.quantized import QTYPES, tile_sizes
+from .._plan.kernels import named_axes
 from .._plan.plan import Plan
-from .._plan.select import named_axes
 
 
 def quantize(

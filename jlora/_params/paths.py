@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
@@ -180,3 +181,13 @@ def is_array(leaf: Any) -> bool:
 
 
 PyTree: TypeAlias = Any
+
+
+def is_floating(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of floating numbers."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_empty(leaf: Any) -> bool:
+    """Returns whether an array has no values."""
+    return 0 in leaf.shape

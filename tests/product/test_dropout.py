@@ -20,7 +20,7 @@ from use import Use
 from uses import USES
 
 import jlora
-from jlora._plan import select
+from jlora._plan import kernels
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 NAMED = {use.name: use for use in USES}
@@ -242,5 +242,5 @@ def test_targets_are_not_looked_for_again_to_know_the_rate(monkeypatch, getkey):
     run = lambda lora: lora.apply(params, adapter, index, lora_dropout_key=key)
     wanted = run(differ)
     assert float(jnp.abs(wanted - agree.apply(params, adapter, index)).max()) > 0.1
-    monkeypatch.setattr(select, "discover", lambda *args: pytest.fail("discovered"))
+    monkeypatch.setattr(kernels, "discover", lambda *args: pytest.fail("discovered"))
     np.testing.assert_array_equal(run(agree), wanted)

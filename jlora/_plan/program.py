@@ -1,0 +1,114 @@
+"""The program that a call is evaluated by, and where it uses each kernel."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from .._errors import MaterializationError
+from .._jax.versions import OWN_DERIVATIVE
+from .._params.axes import KernelAxes, Shape
+from .._params.quantized import Quantized
+from .._product.choice import Contraction
+from .._program.decide import OF_DORA, OF_SCALE, OF_SUM, decide
+from .._program.trace import Traced
+from .._rules.view import Flow, Log, Use, Value, View
+from .conflicts import conflicts, other_batch, other_roles
+from .target import Target
+
+
+def with_uses(
+    targets: Sequence[Target],
+    traced: Traced,
+    materialize: str,
+    contraction: Contraction,
+) -> list[Target]:
+    """Adds to each target where the program uses it."""
+    axes = {t.path: t.axes for t in targets if t.axes is not None}
+    dora = {t.path for t in targets if "magnitude" in t.array_shapes}
+    whole = {t.path for t in targets if t.axes is None}
+    _, log = program_of(
+        traced, axes, materialize, contraction, dora, whole, misfit=other_batch
+    )
+    seen = [*log.uses, *log.obstacles]
+    return [
+        dataclasses.replace(t, uses=tuple(use for use in seen if use.path == t.path))
+        for t in targets
+    ]
+
+
+def program_of(
+    traced: Traced,
+    axes: Mapping[str, KernelAxes],
+    materialize: str,
+    contraction: Contraction,
+    dora: Collection[str] = (),
+    whole: Collection[str] = (),
+    *,
+    misfit: Callable[[list[str]], Exception] | None = None,
+) -> tuple[Any, Log]:
+    """Returns the program to evaluate, and the uses of the kernels in it.
+
+    Args:
+        traced: the traced call.
+        axes: the roles of the axes of the adapted kernels, by path.
+        materialize: as `jlora.lora` takes it.
+        contraction: likewise.
+        dora: the paths of the kernels that have DoRA's scale.
+        whole: the paths of the leaves that are trained whole.
+        misfit: makes the error for kernels that could be evaluated with other roles; it
+            is about the adapter by default.
+
+    Raises:
+        AdapterError: if the roles in the adapter are not those of the program, and keep
+            it from being evaluated.
+        MaterializationError: if a kernel reaches an operation without a low-rank rule,
+            or one of `dora` a use that has none for DoRA, and `materialize` is "error".
+    """
+    shapes = {p: tuple(traced.inputs[traced.positions[p]].shape) for p in axes}
+    inputs = inputs_known(traced, shapes, whole)
+    program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
+    if log.obstacles and materialize == "error":
+        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, dora)
+        if told:
+            raise (misfit or other_roles)(told)
+        raise MaterializationError(_obstacles(log.obstacles, shapes))
+    return program, log
+
+
+def inputs_known(
+    traced: Traced, kernels: Mapping[str, Shape], whole: Collection[str] = ()
+) -> list[Value]:
+    """Returns what is known of the inputs of a program, given the shapes of kernels."""
+    inputs = [Value(active=Flow(active=True))] * len(traced.inputs)
+    for path, place in traced.positions.items():
+        view = (View.whole(path, kernels[path]),) if path in kernels else ()
+        lazy = isinstance(traced.inputs[place], Quantized)
+        inputs[place] = Value(view, Flow(adapter=path in whole), lazy=lazy)
+    return inputs
+
+
+def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    lines = [
+        f"adapted kernel {use.path!r} {shapes[use.path]} reaches {use.kind} at "
+        f"{use.source}, which has no low-rank rule"
+        for use in dict.fromkeys(uses)
+    ]
+    of_own = any(use.primitive in OWN_DERIVATIVE for use in uses)
+    has = lambda text: any(use.kind.endswith(text) for use in uses)
+    apart = ", leave DoRA off for them with a config of their own"
+    apart = apart if has(OF_DORA) else ""
+    moved = has(OF_SCALE) or has(OF_SUM)
+    apart += ", do not train what is beside them there" if moved else ""
+    return (
+        "\n".join(lines)
+        + f"\nLeave these paths out of `LoraConfig.target`{apart}, or pass "
+        '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
+        + (_OF_OWN if of_own else "")
+    )
+
+
+_OF_OWN = (
+    ", with exact gradients. A function with a derivative of its own takes whole "
+    "kernels, as its rule does; in a variant without one they stay factored (for "
+    "Diffrax: `adjoint=diffrax.DirectAdjoint()`)"
+)
