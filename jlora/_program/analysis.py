@@ -1,13 +1,13 @@
 """The abstract pass: everything that can be decided before a number flows.
 
-The pass follows views (see `_view.py`) from the params through every equation, control
+The pass follows views (see `View`) from the params through every equation, control
 flow included, and gives each equation one action. It runs twice:
 
-* `_discover.py` learns the roles of a kernel's axes from the operations that consume
+* `discover.py` learns the roles of a kernel's axes from the operations that consume
   it;
-* `_decide.py`, with the roles settled (by the discovery, or by the factors of an
-  adapter), decides how each equation is evaluated. `_interpret.py` follows that
-  decision and `_plan.py` prints it: there is one source of truth.
+* `decide.py`, with the roles settled (by the discovery, or by the factors of an
+  adapter), decides how each equation is evaluated. `interpret.py` follows that
+  decision and `_plan/plan.py` prints it: there is one source of truth.
 
 What an operation means can depend on what comes after it (see `Passed`). So a pass is
 run anew, with the places at which kernels come to an end, until nothing changes; most

@@ -100,7 +100,7 @@ def outputs_of(program: Program, inputs: Sequence[Any], *, derive: str) -> Any:
     Args:
         program: the jaxpr with the step of each equation.
         inputs: one array, `Adapted` or `Lazy`, per input of the jaxpr.
-        derive: "custom" or "autodiff", see `_linear.low_rank_product`.
+        derive: "custom" or "autodiff", see `low_rank_product`.
     """
 
     def evaluate(*inputs: Any) -> list[jax.Array]:

@@ -28,10 +28,10 @@ def look_up(eqn: Any, operands: list[Any]) -> list[jax.Array]:
     """Evaluates an operation whose rows are wanted for themselves."""
     rule = CARRY[eqn.primitive.name]
     found = rule.found(eqn, operands)
-    return [add_rows(rows, found) for rows in rule.run_rows(eqn, operands)]
+    return [_add_rows(rows, found) for rows in rule.run_rows(eqn, operands)]
 
 
-def add_rows(value: Adapted, found: jax.Array | None = None) -> jax.Array:
+def _add_rows(value: Adapted, found: jax.Array | None = None) -> jax.Array:
     """Returns looked-up rows with their deltas `s·a[ids]·b` added, rounded once.
 
     In float32 at least: where a delta takes most of a row away, as that of a row that
