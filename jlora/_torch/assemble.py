@@ -252,26 +252,33 @@ def _pieces(
             "each in the rule"
         )
     packed, is_table = len(batch) > n, "embedding" in binding.steps
+    slots = range(len(binding.slots))
+    widths = binding.widths(b.shape[-1]) if len(slots) > 1 else []
     for index in np.ndindex(batch):
         norm = None if norms is None else norms[index]
         layer, expert = index[:n], index[n] if packed else None
         if n and norm is None and not (a[layer].any() or b[layer].any()):
             continue
+        names = [_name(binding, number, layer) for number in slots]
         whole = TorchModule(
-            path, a[index], b[index], entry.scaling, norm,
+            names[0], a[index], b[index], entry.scaling, norm,
             is_table=is_table, expert=expert, binding=binding,
         )  # fmt: skip
         whole = whole.trimmed() if n else whole
-        several = len(binding.slots) > 1
-        parts = split(whole, binding.widths(b.shape[-1])) if several else [whole]
+        parts = split(whole, widths) if widths else [whole]
         for number, part in enumerate(parts):
             if part is None and packed:  # of all experts none may be left out
-                b0 = 0 * whole.b[:, : binding.widths(b.shape[-1])[number]]
-                part = dataclasses.replace(whole, a=0 * whole.a, b=b0, magnitude=None)
+                zero = {"a": 0 * whole.a, "b": 0 * whole.b[:, : widths[number]]}
+                part = dataclasses.replace(whole, magnitude=None, **zero)
             if part is not None:
-                name = binding.parameter(binding.slots[number].module(layer))
-                name = name if "experts" in binding.steps else name.rpartition(".")[0]
-                yield Home(path, number, layer), dataclasses.replace(part, name=name)
+                part = dataclasses.replace(part, name=names[number]) if number else part
+                yield Home(path, number, layer), part
+
+
+def _name(binding: Binding, slot: int, layer: Index) -> str:
+    """Returns torch's name of a module, or of a parameter that is adapted itself."""
+    name = binding.parameter(binding.slots[slot].module(layer))
+    return name if "experts" in binding.steps else name.rpartition(".")[0]
 
 
 def _joined(

@@ -178,6 +178,8 @@ class TorchModule:
     def padded_to(self, rank: int) -> "TorchModule":
         """Returns the same delta with a larger rank; what is added stays zero."""
         more = rank - self.rank
+        if not more:
+            return self
         a = np.pad(self.a, ((0, 0), (0, more)))
         return dataclasses.replace(self, a=a, b=np.pad(self.b, ((0, more), (0, 0))))
 
