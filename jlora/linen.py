@@ -16,7 +16,8 @@ from ._adapter.factors import Adapter, LoraFactors
 from ._adapter.merge import merge
 from ._errors import AdapterError
 from ._jax.keys import key_of
-from ._lora.lora import Backward, Lora, Materialize, lora
+from ._lora.lora import lora
+from ._lora.transform import Backward, Lora, Materialize
 from ._params.paths import PyTree
 from ._plan.plan import Plan
 

@@ -11,8 +11,8 @@ from ._adapter.config import LoraConfig
 from ._adapter.factors import Adapter
 from ._adapter.merge import merge
 from ._errors import UnsupportedFeatureError
-from ._lora.lora import Backward, Lora, Materialize
 from ._lora.lora import lora as transform
+from ._lora.transform import Backward, Lora, Materialize
 from ._params.paths import FlatParams
 
 Method = str | Callable[..., Any]

@@ -179,3 +179,12 @@ def _whole(fn: Callable[..., Any], static: Any, *operands: Any) -> Any:
     a, b = map(jax.sharding.reshard, (new.a, new.b), like)
     value = jax.sharding.reshard(value, jax.typeof(kernel).sharding)
     return value, LoraFactors(a, b, new.axes, new.scaling)
+
+
+Matrices = tuple[jax.Array, jax.Array]
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises ValueError if a number is no int, or too small."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an int of at least {least}, got {value!r}")

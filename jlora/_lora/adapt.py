@@ -11,8 +11,10 @@ from .._adapter.factors import LoraFactors
 from .._adapter.variants import variant_of_entry
 from .._jax.versions import manual_axes, vary
 from .._params.axes import expand
-from .._params.lazy import Lazy, dense
+from .._params.lazy import Lazy, check_frozen, dense
+from .._params.quantized import Quantized
 from .._product.dropout import key_words
+from .._program.trace import Traced
 from .._rules.adapted import Adapted
 
 
@@ -51,3 +53,13 @@ def with_factors(
     scale: Any = output_scale(dense(kernel), factors)
     scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
     return dataclasses.replace(value, scale=scale)
+
+
+def lazily(traced: Traced) -> list[Any]:
+    """Returns the inputs, quantised kernels as lazy values."""
+    inputs = list(traced.inputs)
+    for path, place in traced.positions.items():
+        if isinstance(inputs[place], Quantized):
+            check_frozen(path, inputs[place])
+            inputs[place] = Lazy.of(inputs[place])
+    return inputs

@@ -38,6 +38,7 @@ def match(config: LoraConfig, params: FlatParams) -> set[str]:
 
 
 def hit(patterns: str | Sequence[str] | None, paths: Sequence[str]) -> set[str]:
+    """Returns the paths that any of the patterns matches."""
     return set().union(*(matching(p, paths) for p in several(patterns)))
 
 
