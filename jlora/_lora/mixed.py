@@ -2,7 +2,7 @@
 
 Every example gets its own row of the stacked adapter and is mapped over by `jax.vmap`,
 which leaves the base, mapped over by nothing, one operand of one product. What that
-takes on a mesh with Explicit axes is in `_mixed_mesh`.
+takes on a mesh with Explicit axes is in `_lora.mixed_mesh`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Four ways to compute a group of adapted products; `_choice` chooses.
+"""Four ways to compute a group of adapted products; `_product.choice` chooses.
 
 * separate: `x·W + s·(x·a)·b`, products apart. Works for any axes and any sharding.
 * extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes

@@ -46,7 +46,7 @@ def low_rank_product(
     Args:
         dims: the static description of the products.
         operands: the arrays.
-        form: how the products are computed, see `_forms`.
+        form: how the products are computed, see `_product.forms`.
         derive: "custom" for the hand-derived backward pass, "autodiff" to leave the
             product to JAX, as forward-mode differentiation needs.
 
