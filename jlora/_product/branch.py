@@ -82,7 +82,7 @@ def _forward(static: Static, arrays: Arrays, y: jax.Array) -> tuple[jax.Array, A
 
 
 def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, Any]:
-    """As in `_product.low_rank`, with the masked input: `dx` is masked as the input was."""
+    """As in `low_rank`, with the masked input: `dx` is masked as the input was."""
     dims, operands = static.dims, _operands(static, arrays)
     one, x, b = dims.kernels[0], operands.x, arrays.b
     a, h = side_by_side(dims, operands), shrink(dims, operands)

@@ -85,7 +85,7 @@ def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
 
 
 def _has_kernel(dims: GroupDims, x: Any) -> bool:
-    """Whether the kernel of `_product.hopper_kernel` computes what the program asks for."""
+    """Whether `hopper_kernel` computes what the program asks for."""
     half = x.dtype in (jnp.bfloat16, jnp.float16)
     asked = [dict(k.params)["preferred_element_type"] for k in dims.kernels]
     return on_hopper() and half and all(dtype in (None, x.dtype) for dtype in asked)

@@ -69,7 +69,7 @@ class GroupDims:
 class Operands(NamedTuple):
     """The arrays of a group; `a: (*batch, *contract, r)`, `b: (*batch, *free, r)`.
 
-    Both have the rank last, as they travel through the program (see `_params.axes.align`).
+    Both have the rank last, as they travel through the program (see `align`).
     """
 
     x: Any
