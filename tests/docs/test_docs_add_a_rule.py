@@ -52,7 +52,7 @@ def test_the_rule_is_one_file_of_a_dozen_lines_and_one_entry() -> None:
         for file, lines in zip(pieces[::2], pieces[1::2], strict=True)
     }
     assert set(added) == {
-        "tests/uses_carried.py",
+        "tests/uses/uses_carried.py",
         "jlora/_rules/cumsum.py",
         "jlora/_rules/__init__.py",
     }

@@ -17,6 +17,7 @@ import numpy as np
 import peft_files as files
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from paths import PYTHONPATH
 from peft_files import CONFIG, PARAMS, PREFIX, WEIGHTS, config, layout, pack, write
 
 import jlora
@@ -951,11 +952,10 @@ def test_bytes_are_the_same_in_every_process(tmp_path: Path, seed: str) -> None:
     folder = files.written_by_jlora(tmp_path / "here")
     code = "import peft_files, pathlib, sys; "
     code += "peft_files.written_by_jlora(pathlib.Path(sys.argv[1]))"
-    paths = [str(Path(jlora.__file__).parent.parent), str(Path(__file__).parent)]
     env = {
         **os.environ,
         "PYTHONHASHSEED": seed,
-        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-c", code, str(tmp_path / "there")]
     subprocess.run(command, env=env, check=True, timeout=300)
