@@ -41,7 +41,7 @@ class Target:
     @property
     def is_low_rank(self) -> bool:
         """Whether it has factors of its own: it is no leaf or rows trained whole."""
-        return self._variant.rank is not None
+        return variant_of(self).rank is not None
 
     @property
     def rank(self) -> int | None:
@@ -49,7 +49,7 @@ class Target:
 
         That of the config, or less where the kernel maps fewer features.
         """
-        rank = self._variant.rank
+        rank = variant_of(self).rank
         if rank is None or self.axes is None:
             return None
         return rank(self.config, self.axes, self.shape)
@@ -67,7 +67,7 @@ class Target:
     @property
     def array_shapes(self) -> dict[str, Shape]:
         """The shapes of its arrays in an adapter, by name."""
-        variant, config = self._variant, self.config
+        variant, config = variant_of(self), self.config
         settings = variant.settings_of(config)
         shapes = variant.shapes(self.axes, self.shape, self.rank, **settings)
         left = {name for name, asked in variant.optional.items() if not asked(config)}
@@ -78,14 +78,10 @@ class Target:
         """The shapes and dtypes of its arrays in a new adapter, by name."""
         shapes, dtype = self.array_shapes, self.config.dtype
         found = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
-        for name in found.keys() & {*self._variant.wide}:
+        for name in found.keys() & {*variant_of(self).wide}:
             wide = widest(found[name])
             found[name] = jax.ShapeDtypeStruct(shapes[name], wide)
         return found
-
-    @property
-    def _variant(self) -> Variant:
-        return variant_of(self)
 
 
 def variant_of(target: Target) -> Variant:

@@ -47,6 +47,14 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+@pytest.fixture(scope="module")
+def printed(patched: Path) -> str:
+    """What the script of the page prints; it leaves an adapter in the folder."""
+    done = run(patched, sys.executable, "quickstart.py", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_it_is_a_file_and_an_entry_of_the_table() -> None:
     files = [name for name in FILES if name.startswith("jlora/")]
     assert files == ["jlora/_adapter/variants/symmetric.py"]
@@ -54,15 +62,8 @@ def test_it_is_a_file_and_an_entry_of_the_table() -> None:
     assert added == ["from .symmetric import SYMMETRIC", "    SYMMETRIC,"]
 
 
-@pytest.fixture(scope="module")
-def trained(patched: Path) -> Any:
-    """The run of the page's script, which saves an adapter there."""
-    return run(patched, sys.executable, "quickstart.py", JAX_PLATFORMS="cpu")
-
-
-def test_it_trains_merges_and_is_stored(patched: Path, trained: Any) -> None:
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stdout == PRINTED
+def test_it_trains_merges_and_is_stored(patched: Path, printed: str) -> None:
+    assert printed == PRINTED
     read = (sys.executable, "-m", "jlora")
     shown = run(patched, *read, "inspect", "adapter", JAX_PLATFORMS="cpu")
     assert "2 targets, 200 values" in shown.stdout, shown.stderr
@@ -70,10 +71,8 @@ def test_it_trains_merges_and_is_stored(patched: Path, trained: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_jlora_without_it_refuses_its_files_by_name(
-    patched: Path, trained: Any
-) -> None:
-    assert trained.returncode == 0, trained.stderr
+@pytest.mark.usefixtures("printed")
+def test_a_jlora_without_it_refuses_its_files_by_name(patched: Path) -> None:
     code = "import sys, jlora.checkpoint as c; c.restore(sys.argv[1])"
     folder = str(patched / "adapter")
     done = run(ROOT, sys.executable, "-c", code, folder, JAX_PLATFORMS="cpu")
