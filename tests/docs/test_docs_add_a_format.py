@@ -1,10 +1,8 @@
 """The example of docs/add_a_format.md: one file and one line, which read and write."""
 
 import itertools
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fenced import blocks
+from patched import apply, copy_sources, run
 from paths import ROOT
 from safetensors.numpy import load_file, save_file
 
@@ -23,14 +22,6 @@ FORMAT = "jlora/_formats/kohya.py"
 pytestmark = pytest.mark.docs
 
 
-def run(folder: Path, *command: str, **options: str) -> Any:
-    """Runs a command in a folder, whose `jlora` is the one that is imported."""
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONUTF8": "1", **options}
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8"
-    )
-
-
 def jlora(folder: Path, *words: str) -> Any:
     """Runs `python -m jlora`."""
     return run(folder, sys.executable, "-m", "jlora", *words, JAX_PLATFORMS="cpu")
@@ -39,12 +30,7 @@ def jlora(folder: Path, *words: str) -> Any:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, and the file of the page."""
-    copy = tmp_path_factory.mktemp("plain")
-    for name in ("jlora", "tests"):
-        ignored = shutil.ignore_patterns("__py*", "data")
-        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name in ("pyproject.toml", "CHANGELOG.md"):
-        shutil.copy(ROOT / name, copy)
+    copy = copy_sources(tmp_path_factory.mktemp("plain"))
     (copy / "make.py").write_text(TITLED["make.py"], encoding="utf-8")
     done = run(copy, sys.executable, "make.py")
     assert done.returncode == 0, done.stderr
@@ -56,13 +42,7 @@ def patched(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Such a copy with the page's file and its line."""
     copy = tmp_path_factory.mktemp("format") / "patched"
     shutil.copytree(plain, copy)
-    (copy / FORMAT).write_text(TITLED[FORMAT], encoding="utf-8")
-    (copy / "format.diff").write_text(PATCH, encoding="utf-8")
-    # Whatever repository the folder may lie in is none of its business.
-    alone = {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
-    done = run(copy, "git", "apply", "--verbose", "format.diff", **alone)
-    assert done.returncode == 0, done.stderr
-    return copy
+    return apply(copy, PATCH, {FORMAT: TITLED[FORMAT]})
 
 
 def test_the_format_is_one_line_beside_its_file() -> None:

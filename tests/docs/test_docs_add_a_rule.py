@@ -1,15 +1,12 @@
 """The example of docs/add_a_rule.md: its patch applies, and what it adds works."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fenced import blocks
+from patched import apply, copy_sources, run
 from paths import ROOT
 
 PAGE = blocks((ROOT / "docs" / "add_a_rule.md").read_text(encoding="utf-8"))
@@ -20,29 +17,10 @@ PAGE = blocks((ROOT / "docs" / "add_a_rule.md").read_text(encoding="utf-8"))
 pytestmark = pytest.mark.docs
 
 
-def run(folder: Path, *command: str, **options: str) -> Any:
-    """Runs a command in a folder, whose `jlora` is the one that is imported."""
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONUTF8": "1", **options}
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8"
-    )
-
-
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources and of the tests, with the page's patch."""
-    copy = tmp_path_factory.mktemp("patched")
-    for name in ("jlora", "tests"):
-        shutil.copytree(
-            ROOT / name, copy / name, ignore=shutil.ignore_patterns("__py*")
-        )
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "rule.diff").write_text(PATCH, encoding="utf-8")
-    # Whatever repository the folder may lie in is none of its business.
-    alone = {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
-    done = run(copy, "git", "apply", "--verbose", "rule.diff", **alone)
-    assert done.returncode == 0, done.stderr
-    return copy
+    return apply(copy_sources(tmp_path_factory.mktemp("patched")), PATCH)
 
 
 def test_the_rule_is_one_file_of_a_dozen_lines_and_one_entry() -> None:

@@ -1,15 +1,12 @@
 """The example of docs/add_a_variant.md: a file and a line, and all that follows."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fenced import blocks
+from patched import apply, copy_sources, run
 from paths import ROOT
 
 PAGE = blocks((ROOT / "docs" / "add_a_variant.md").read_text(encoding="utf-8"))
@@ -20,31 +17,10 @@ FILES = {one.title: one.text for one in PAGE if one.language == "python"}
 pytestmark = pytest.mark.docs
 
 
-def run(folder: Path, *command: str, **options: str) -> Any:
-    """Runs a command in a folder, whose `jlora` is the one that is imported."""
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONUTF8": "1", **options}
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8"
-    )
-
-
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources and of the tests, with what the page adds."""
-    copy = tmp_path_factory.mktemp("patched")
-    for name in ("jlora", "tests"):
-        shutil.copytree(
-            ROOT / name, copy / name, ignore=shutil.ignore_patterns("__py*")
-        )
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    for name, text in FILES.items():
-        (copy / name).write_text(text, encoding="utf-8")
-    (copy / "table.diff").write_text(PATCH, encoding="utf-8")
-    # Whatever repository the folder may lie in is none of its business.
-    alone = {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
-    done = run(copy, "git", "apply", "--verbose", "table.diff", **alone)
-    assert done.returncode == 0, done.stderr
-    return copy
+    return apply(copy_sources(tmp_path_factory.mktemp("patched")), PATCH, FILES)
 
 
 @pytest.fixture(scope="module")
