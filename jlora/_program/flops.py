@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._jax.symbolic import are_known, exceeds
-from .._jax.versions import is_literal, open_jaxpr, scan_counts
-from .._rules import CONSUME
+from .._jax.versions import is_literal, open_jaxpr
+from .._rules import CONSUME, CONTROL_FLOW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,21 +100,16 @@ def _enter(
     eqn: Any, inner: list[Any], flags: list[bool], times: int, count: _Count
 ) -> list[bool]:
     """Counts the bodies of an equation, each input a param if it surely is one."""
-    name, params = eqn.primitive.name, eqn.params
     no_params = [False] * len(eqn.outvars)
-    if name == "cond":
-        _count_branches(inner, flags[1:], times, count)
-        return no_params
-    if name == "scan":
-        # A carry may start as a constant; from the second step on it is a result.
-        n_consts, n_carry = scan_counts(params)
-        flags[n_consts : n_consts + n_carry] = [False] * n_carry
-        _walk(inner[0], flags, times * params["length"], count)
-        return no_params
-    if name == "while":
-        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-        known = flags[n_cond : n_cond + n_body] + no_params
-        _walk(params["body_jaxpr"], known, times, count)
+    rule = CONTROL_FLOW.get(eqn.primitive.name)
+    if rule is not None and rule.inside is not None:
+        each = []
+        for body in rule.inside(eqn, flags):
+            each.append(_Count())
+            _walk(body.jaxpr, body.frozen, times * body.times, each[-1])
+        for own in [_dearest(each)] if rule.one_of else each:
+            count.kernels += own.kernels
+            count.others += own.others
         return no_params
     outs = no_params
     for body in inner:
@@ -123,19 +118,13 @@ def _enter(
     return outs if len(outs) == len(eqn.outvars) else no_params
 
 
-def _count_branches(
-    branches: list[Any], flags: list[bool], times: int, count: _Count
-) -> None:
-    """Counts the dearest branch."""
-    each = [_Count() for _ in branches]
-    for branch, own in zip(branches, each, strict=True):
-        _walk(branch, flags, times, own)
-    most = each[0]
-    for own in each[1:]:
+def _dearest(branches: Sequence[_Count]) -> _Count:
+    """Returns the branch with the most work."""
+    most, *others = branches
+    for own in others:
         dearer = exceeds(own.kernels + own.others, most.kernels + most.others)
         most = own if dearer else most
-    count.kernels += most.kernels
-    count.others += most.others
+    return most
 
 
 def _add(eqn: Any, flags: list[bool], times: int, count: _Count) -> None:

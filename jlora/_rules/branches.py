@@ -17,7 +17,7 @@ from jax import lax
 from .._jax.sharding import explicit_sharding
 from .._jax.versions import open_jaxpr, source_line
 from .outputs import formed, note_outputs
-from .rule import Analysis, ControlFlowRule, Gathered, Run
+from .rule import Analysis, ControlFlowRule, Gathered, Inside, Run
 from .view import Program, Step, Value, any_active, plain
 
 
@@ -148,7 +148,22 @@ def _switch(
     return lax.platform_dependent(*operands, **named)
 
 
+def _inside_while(eqn: Any, frozen: Sequence[bool]) -> list[Inside]:
+    """The body, once: how often it runs is not known, and what is carried changes."""
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carried = [False] * (len(frozen) - n_cond - n_body)
+    consts = frozen[n_cond : n_cond + n_body]
+    return [Inside(eqn.params["body_jaxpr"], [*consts, *carried])]
+
+
+def _inside_cond(eqn: Any, frozen: Sequence[bool]) -> list[Inside]:
+    """All branches; the first operand chooses."""
+    return [Inside(branch, frozen[1:]) for branch in eqn.params["branches"]]
+
+
 CONTROL_FLOW = {
-    "while": ControlFlowRule(_analyze_while, _run_while, uncounted=_unknown_steps),
-    "cond": ControlFlowRule(_analyze_cond, _run_cond),
+    "while": ControlFlowRule(
+        _analyze_while, _run_while, uncounted=_unknown_steps, inside=_inside_while
+    ),
+    "cond": ControlFlowRule(_analyze_cond, _run_cond, inside=_inside_cond, one_of=True),
 }

@@ -8,7 +8,7 @@ inside. No other module asks for the name of a primitive: it asks its record.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -288,6 +288,20 @@ class Analysis(Protocol):
         ...
 
 
+class Inside(NamedTuple):
+    """A function inside of an operation, as it is counted.
+
+    Attributes:
+        jaxpr: the function.
+        frozen: which of its inputs surely depend on the params alone.
+        times: how often it runs.
+    """
+
+    jaxpr: Any
+    frozen: Sequence[bool]
+    times: int = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class ControlFlowRule:
     """How one higher-order primitive is analyzed and emitted again.
@@ -306,6 +320,10 @@ class ControlFlowRule:
         is_call: whether it stands for its body, which can be evaluated in its place.
         uncounted: says what cannot be told of the inputs of kernels inside, if they
             cannot be counted.
+        inside: `(eqn, which operands depend on the params alone)` to the functions
+            inside whose work is the operation's, of one whose outputs depend on more;
+            of a call it is None.
+        one_of: whether only one of them runs.
     """
 
     analyze: Callable[
@@ -314,3 +332,5 @@ class ControlFlowRule:
     run: Callable[[Any, Step, list[Any], Run], tuple[Sequence[Any], Sequence[Gathered]]]
     is_call: bool = False
     uncounted: Callable[[Any], str | None] = _always
+    inside: Callable[[Any, Sequence[bool]], list[Inside]] | None = None
+    one_of: bool = False

@@ -18,7 +18,7 @@ from .._params.lazy import Lazy
 from .adapted import Adapted
 from .lazy_moves import Slices
 from .outputs import formed, note_outputs
-from .rule import Analysis, ControlFlowRule, Gathered, Run
+from .rule import Analysis, ControlFlowRule, Gathered, Inside, Run
 from .view import Step, Value, any_active, plain
 
 
@@ -127,4 +127,12 @@ class Rows:
         return self.treedef.unflatten(leaves)
 
 
-CONTROL_FLOW = {"scan": ControlFlowRule(_analyze_scan, _run_scan)}
+def _inside(eqn: Any, frozen: Sequence[bool]) -> list[Inside]:
+    """The body; a carry may start as a constant, and is a result from then on."""
+    n_consts, n_carry = scan_counts(eqn.params)
+    rows = frozen[n_consts + n_carry :]
+    flags = [*frozen[:n_consts], *[False] * n_carry, *rows]
+    return [Inside(eqn.params["jaxpr"], flags, eqn.params["length"])]
+
+
+CONTROL_FLOW = {"scan": ControlFlowRule(_analyze_scan, _run_scan, inside=_inside)}
