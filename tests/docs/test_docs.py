@@ -171,3 +171,14 @@ def test_the_tests_install_what_builds_the_site() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     assert set(extras["docs"]) <= set(extras["test"])
+
+
+PAGES_AND_FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / ".ci/run"]
+
+
+@pytest.mark.parametrize("page", PAGES_AND_FILES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/])tests/[\w/]*\.py", text)
+    missing = [name for name in named if not (ROOT / name).is_file()]
+    assert not missing
