@@ -14,6 +14,7 @@ import pytest
 from paths import ROOT
 
 import jlora
+from jlora._adapter.variants import VARIANTS
 from jlora._rules import CARRY, CONSUME, CONTROL_FLOW
 
 PACKAGE = ROOT / "jlora"
@@ -49,11 +50,13 @@ LAWS = {
     "_torch": "_params _adapter",
     "_peft": "_params _adapter _files _torch",
     "_checkpoint": "_params _adapter _files",
-    "_formats": "_adapter _files _torch _peft",
+    "_formats": "_params _adapter _files _torch _peft",
     # where they meet
     "_plan": "_jax _params _product _rules _program _adapter",
     "_lora": "_jax _params _product _rules _program _adapter _algebra _plan",
 }
+# What no module uses yet: a format that lays factors out itself says roles of axes.
+UNUSED = {"_formats": {"_params"}}
 ENGINE = {"_product", "_rules", "_program"}
 ADAPTERS = {"_adapter", "_algebra", "_inits", "_torch", "_peft"}
 ADAPTERS |= {"_checkpoint", "_formats"}
@@ -79,6 +82,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
     )
+
+
+NAMES = (ast.Name, ast.Attribute)
 
 
 def walk(name: str, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
@@ -113,8 +119,8 @@ def relative_imports(name: str) -> set[str]:
             base = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
                 whole = f"{base}.{alias.name}" if base else alias.name
-                found.add(whole if whole in TREES else base)
-    return found - {""}
+                found.add(whole if whole in TREES else base or "__init__")
+    return found
 
 
 def absolute_imports(name: str) -> set[str]:
@@ -161,7 +167,7 @@ def test_a_module_imports_only_from_the_rooms_that_its_room_may(name: str) -> No
 @pytest.mark.parametrize("one", LAWS)
 def test_each_arrow_that_a_room_may_use_is_used(one: str) -> None:
     used = set().union(*(arrows(name) for name in PRIVATE if room(name) == one))
-    assert used == set(LAWS[one].split())
+    assert used == set(LAWS[one].split()) - UNUSED.get(one, set())
 
 
 def test_rooms_and_the_files_in_them_have_no_circle() -> None:
@@ -174,6 +180,18 @@ def test_the_wings_do_not_meet() -> None:
         others = ADAPTERS if room(name) in ENGINE else ENGINE
         if room(name) in ENGINE | ADAPTERS:
             assert not arrows(name) & others, name
+
+
+# Where a module is imported by a string: a format when it is asked for, and the door to
+# a library that `import jlora` must not open.
+BY_NAME = {"__main__", "_lora.quantize"}
+UNSEEN = {"importlib.import_module", "import_module", "__import__", "exec", "eval"}
+
+
+@each_module
+def test_nothing_is_imported_in_a_way_that_these_tests_do_not_see(name: str) -> None:
+    calls = {ast.unparse(n.func) for n in walk(name, ast.Call)}  # type: ignore[attr-defined]
+    assert bool(calls & UNSEEN) == (name in BY_NAME)
 
 
 @pytest.mark.parametrize("name", DOORS)
@@ -194,28 +212,32 @@ def test_a_module_without_an_underscore_is_a_door_to_one_library(name: str) -> N
     assert roots <= {"jax", "numpy", DOORS[name]} | sys.stdlib_module_names
 
 
-# The variants of LoRA, whose kinds are told apart by their table alone.
-VARIANTS = "_adapter.variants"
-CLASSES = {"SlicedFactors", "TrainedRows"}
+# The variants of LoRA, whose kinds are told apart by their table alone. Factors are
+# what all of them become, and any leaf may be trained whole.
+ROOM_OF_VARIANTS = "_adapter.variants"
+CLASSES = {v.entry.__name__ for v in VARIANTS} - {"LoraFactors", "object"}
 # The fields of a `LoraConfig` by which one of them is chosen, and of an entry.
-CHOICES = re.compile(r"\b(config|c|entry)\.(full|rows|slices|variant)\b")
+FIELDS = {"full", "variant"}.union(*(v.settings for v in VARIANTS))
+CHOICES = re.compile(rf"\b(config|c|entry)\.({'|'.join(sorted(FIELDS))})\b")
 
 
-@pytest.mark.parametrize("name", [n for n in TREES if not n.startswith(VARIANTS)])
+@pytest.mark.parametrize(
+    "name", [n for n in TREES if not n.startswith(ROOM_OF_VARIANTS)]
+)
 def test_a_variant_is_known_in_its_own_file_alone(name: str) -> None:
     """Where names are made public, and where a config is checked, they are named."""
-    named = {n.id for n in walk(name, ast.Name) if isinstance(n, ast.Name)}
+    assert CLASSES >= {"SlicedFactors", "TrainedRows"}
+    named = {ast.unparse(n).rpartition(".")[2] for n in walk(name, *NAMES)}
     assert not named & CLASSES
     if name != "_adapter.config":
         assert not CHOICES.search(source(name))
 
 
 def test_each_variant_is_in_the_table_once() -> None:
-    files = {
-        name.rpartition(".")[2] for name in TREES if name.startswith(f"{VARIANTS}.")
-    }
+    room = f"{ROOM_OF_VARIANTS}."
+    files = {name.removeprefix(room) for name in TREES if name.startswith(room)}
     line = re.compile(r"from \.(\w+) import [A-Z_]+$", re.MULTILINE)
-    assert sorted(line.findall(source(VARIANTS))) == sorted(files - {"variant"})
+    assert sorted(line.findall(source(ROOM_OF_VARIANTS))) == sorted(files - {"variant"})
 
 
 @each_module
@@ -226,22 +248,33 @@ def test_nothing_private_of_jax_is_imported(name: str) -> None:
 
 # one primitive, one file
 
-# The files of `_rules/` that name a primitive besides that of its rule.
-NAMED_ELSEWHERE = {"name": {"calls"}}  # as a parameter of `jit` too
+# The modules that have the name of a primitive besides the file of its rule.
+NAMED_ELSEWHERE = {
+    "_rules.calls": {"name"},  # a parameter of `jit`
+    "_product.low_rank": {"name"},  # a policy of `jax.checkpoint` is asked about it
+    "_jax.versions": {"jit", "pjit", "checkpoint", "remat2"},  # one in other releases
+    "_program.flops": {"cond", "scan", "while"},  # of programs without adapted kernels
+    "_program.siblings": {"convert_element_type"},  # values that differ by a cast
+    "_lora.mixed": {"ragged_dot_general"},  # which JAX has no such `vmap` of
+    "_formats": {"checkpoint"},  # the door
+}
 
 
 def test_a_primitive_is_named_in_the_file_of_its_rule_alone() -> None:
-    """What jlora knows of it stands there: no other file asks for its name."""
+    """What jlora knows of it stands there: others ask its record, not its name."""
     names, files = {*CARRY, *CONSUME, *CONTROL_FLOW}, defaultdict(set)
     assert names >= {"add", "conv_general_dilated", "dot_general", "gather", "scan"}
     for module in TREES:
-        for node in walk(module, ast.Constant) if room(module) == "_rules" else ():
+        for node in walk(module, ast.Constant):
             if isinstance(node, ast.Constant) and node.value in names:
-                files[node.value].add(module.rpartition(".")[2])
-    shared = {name for name, found in files.items() if len(found) > 1}
-    assert shared == set(NAMED_ELSEWHERE)
-    for name, others in NAMED_ELSEWHERE.items():
-        assert others < files[name] and len(files[name] - others) == 1
+                files[node.value].add(module)
+    for module, known in NAMED_ELSEWHERE.items():
+        for name in known:
+            files[name].remove(module)
+    assert {room(module) for found in files.values() for module in found} == {"_rules"}
+    assert not {name for name in names if len(files[name]) > 1}
+    nowhere = {name for name in names if not files[name]}
+    assert nowhere <= NAMED_ELSEWHERE["_jax.versions"]  # the table has them from there
 
 
 # what the code may not do

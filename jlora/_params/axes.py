@@ -77,12 +77,6 @@ class KernelAxes:
         moved = jnp.transpose(kernel, self.batch + self.in_ + self.out)
         return moved.reshape(*batch, *self.fans(kernel.shape))
 
-    def from_matrix(self, matrix: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """Returns a matrix `(*batch, in, out)` as a kernel of this shape."""
-        order = self.batch + self.in_ + self.out
-        split = matrix.reshape(*(shape[i] for i in order))
-        return jnp.transpose(split, [order.index(i) for i in range(len(order))])
-
 
 def with_batch(axes: KernelAxes, batch: Sequence[int]) -> KernelAxes | None:
     """Returns the roles with further batch axes; None if no in or out axis is left.

@@ -27,7 +27,7 @@ def arrange(
         Each equation once, by number: alone, or with those of its group behind it.
     """
     producers = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
-    bounds = _bounds(eqns, producers, movable)
+    bounds = _bounds(eqns, movable)
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, operand in kernels.items():
         alike[_key(eqns, producers, i, operand)].append(i)
@@ -43,9 +43,7 @@ def arrange(
     return _order(len(eqns), groups, earlier)
 
 
-def _bounds(
-    eqns: Sequence[Any], producers: Mapping[Any, int], movable: Callable[[int], bool]
-) -> dict[Any, int]:
+def _bounds(eqns: Sequence[Any], movable: Callable[[int], bool]) -> dict[Any, int]:
     """Returns the last equation that each value must stay behind.
 
     One that is not movable, among those that it is computed from.

@@ -1,7 +1,8 @@
-"""What one use of a kernel does, done to a probe of its inputs; see `inputs.py`.
+"""What one use of a kernel does, done to a probe of its inputs.
 
 Every use is linear in the kernel, so that a probe `Ω` in the place of the kernel gives
-`h = x·Ω`, and the transpose of that map takes `h` to `xᵀ·(x·Ω)`.
+`h = x·Ω`, and the transpose of that map takes `h` to `xᵀ·(x·Ω)`. What it is for is told
+in `_program/inputs.py`.
 """
 
 import math

@@ -2,7 +2,8 @@
 
 `CarryRule` says that an operation moves a kernel and leaves it factored, `ConsumeRule`
 that it is linear in a kernel and uses it up, `ControlFlowRule` that it has a function
-inside. No other module asks for the name of a primitive: it asks its record.
+inside. Other modules ask a primitive's record and not for its name; the few that know
+one besides are listed in `tests/test_structure.py`.
 """
 
 import contextlib
@@ -204,8 +205,11 @@ class ConsumeRule:
             learnt.
         flops: `eqn -> FLOPs` of the forward pass.
         linear: the use as a map that is linear in the kernel, for statistics of inputs.
-        run: `(eqn, operands, derive) -> outputs`; None for products, of which those
-            that share an operand are evaluated together, see `products.py`.
+        run: `(eqn, operands, derive) -> outputs`, of which one operand is `Adapted`:
+            the base may be lazy (`lazy.called`), each part may have dropout
+            (`parts.dropped_input`), and DoRA's scale is applied if `scale_fits` lets
+            one pass. None for products, of which those that share an operand are
+            evaluated together, see `products.py`.
         supports: `(eqn, operand, roles of the value) -> bool`.
         details: `eqn -> text` that the name of the use gets.
         scale_fits: `(eqn, operand, axes) -> bool`: whether a scale of the kernel that

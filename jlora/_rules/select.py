@@ -159,13 +159,13 @@ def _choose(which: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
     """Returns entries of aligned arrays, all broadcast to one shape."""
     every = [which, *arrays]
     shape = jnp.broadcast_shapes(*(v.shape for v in every))
-    place = _place(every, shape)
+    place = _place(every)
     axes = tuple(range(len(shape)))
     wide = [lax.broadcast_in_dim(v, shape, axes, out_sharding=place) for v in every]
     return lax.select_n(*wide)
 
 
-def _place(arrays: Sequence[jax.Array], shape: Shape) -> NamedSharding | None:
+def _place(arrays: Sequence[jax.Array]) -> NamedSharding | None:
     """Returns how the result is laid out on an Explicit mesh, None on others."""
     mesh = explicit_mesh(*arrays)
     if mesh is None:

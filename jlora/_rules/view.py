@@ -214,7 +214,8 @@ class Use:
         source: the line of the model.
         factored: whether the factors stay apart.
         primitive: the name of the operation.
-        form: how a product is computed, see `forms.py`; None for other operations.
+        form: how a product is computed, see `_product/forms.py`; None for other
+            operations.
         siblings: the number of products in its group, itself included.
         factor_flops: what its factors add to a step, for each unit of rank.
         is_matrix: of what has no rule, whether two axes of the kernel or more come

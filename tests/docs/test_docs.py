@@ -163,8 +163,37 @@ def test_the_table_of_rooms_has_each_once() -> None:
 def test_modules_that_a_page_names_are_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`(_[a-z]+(?:\.[a-z_0-9]+)?)[`.(]", text))
+    # In a diagram they stand without backticks.
+    bare = r"(?<![\w.`/{])(_[a-z]+(?:_[a-z]+)*(?:\.[a-z_]+)?)(?=[\s:,])"
+    named |= set(re.findall(bare, text))
     assert named
     assert named <= modules()
+
+
+# A file that is named by its place, and those that a page adds: the title of a block,
+# or the head of a patch.
+FOLDERS = "jlora|tests|docs|examples|benchmarks|notebooks|findings"
+PLACE = re.compile(
+    rf"(?<![\w/.:-])((?:{FOLDERS})/[\w/.-]+\.(?:py|md|ipynb|json|txt))\b"
+)
+ADDED = re.compile(r'(?:title="|^\+\+\+ b/)([\w/.]+)', re.MULTILINE)
+NAMING = [
+    f for where in (".", "docs", "notebooks") for f in (ROOT / where).glob("*.md")
+]
+NAMING += [*(ROOT / "benchmarks").glob("*.md"), *PACKAGE.rglob("*.py")]
+
+
+def test_files_that_pages_and_sources_name_are_there() -> None:
+    named = {}
+    for file in NAMING:
+        text = file.read_text(encoding="utf-8")
+        named[file] = set(PLACE.findall(text)) - set(ADDED.findall(text))
+    assert len(set().union(*named.values())) > 30
+    lost = {
+        f.name: {p for p in places if not (ROOT / p).is_file()}
+        for f, places in named.items()
+    }
+    assert not {name: places for name, places in lost.items() if places}
 
 
 def test_the_tests_install_what_builds_the_site() -> None:

@@ -38,10 +38,6 @@ class TrainedRows:
         order = self.axes.in_ + self.axes.out
         return tuple(sizes[order.index(i)] for i in range(len(order)))
 
-    def wanted(self, shape: Shape) -> dict[str, Shape]:
-        """Returns the shape of the values for a table of a shape."""
-        return _shapes(self.axes, shape, None, self.rows)
-
     def lowered(self, table: jax.Array) -> LoraFactors:
         """Returns the change of the table as factors: `a` picks the rows.
 

@@ -56,10 +56,6 @@ class SlicedFactors:
         sizes = self.a.shape[:-1] + self.out
         return tuple(sizes[order.index(i)] for i in range(len(order)))
 
-    def wanted(self, shape: Shape) -> dict[str, Shape]:
-        """Returns the shapes of the arrays for a kernel of a shape."""
-        return _shapes(self.axes, shape, self.rank, self.slices)
-
     def lowered(self) -> LoraFactors:
         """Returns the same change as factors: `b` is block-diagonal."""
         batch, width = self.b.shape[: len(self.axes.batch)], math.prod(self.out)
