@@ -253,7 +253,6 @@ NAMED_ELSEWHERE = {
     "_rules.calls": {"name"},  # a parameter of `jit`
     "_product.low_rank": {"name"},  # a policy of `jax.checkpoint` is asked about it
     "_jax.versions": {"jit", "pjit", "checkpoint", "remat2"},  # one in other releases
-    "_program.flops": {"cond", "scan", "while"},  # of programs without adapted kernels
     "_program.siblings": {"convert_element_type"},  # values that differ by a cast
     "_lora.mixed": {"ragged_dot_general"},  # which JAX has no such `vmap` of
     "_formats": {"checkpoint"},  # the door
