@@ -6,7 +6,7 @@ the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapt
 
 from importlib import metadata as _metadata
 
-from . import adalora  # noqa: F401 (its names are short in there)
+from . import adalora as adalora
 from ._adapter.config import LoraConfig as LoraConfig
 from ._adapter.factors import Adapter as Adapter
 from ._adapter.factors import LoraFactors as LoraFactors
