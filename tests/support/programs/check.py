@@ -230,8 +230,9 @@ class Run:
                     got = evaluated(traced, adapter, params, inputs)
                 outcome = self.differences(adapter, got)
                 if outcome.kind == "failed" and self.program.mesh == "Auto":
-                    # Such a mesh is none of the program's, but XLA multiplies some
-                    # values by the size of a mesh axis (jax 0.10 to 0.12).
+                    # Such a mesh is none of the program's, but XLA gives some values
+                    # otherwise on it: halos of images that are added twice, 16-bit
+                    # sums that are cut in other places (see findings/).
                     there = evaluated(traced, adapter, params, inputs)
                     if self.differences(adapter, there).kind == "right":
                         return Outcome("unfit", "XLA gives other values on a mesh")
