@@ -241,9 +241,13 @@ def test_each_variant_is_in_the_table_once() -> None:
 
 
 @each_module
-def test_nothing_private_of_jax_is_imported(name: str) -> None:
+def test_nothing_private_of_what_is_imported_is_used(name: str) -> None:
     assert not {m for m in absolute_imports(name) if "._" in m}
     assert "jax._src" not in source(name)
+    private = re.compile(r"_[a-z]")
+    read = [n for n in walk(name, ast.Attribute) if isinstance(n, ast.Attribute)]
+    roots = {root_of(n) for n in read if private.match(n.attr)}
+    assert not roots & imported_names(name)
 
 
 # one primitive, one file
