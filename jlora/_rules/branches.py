@@ -102,7 +102,7 @@ def _unknown_steps(eqn: Any) -> str | None:
     )
 
 
-# --- cond
+# --- cond ---
 
 
 def _analyze_cond(

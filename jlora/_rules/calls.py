@@ -88,7 +88,7 @@ def _run_inline(
     return run.program(step.programs[0], values)
 
 
-# --- jit
+# --- jit ---
 
 
 def _jitted(
@@ -134,7 +134,7 @@ def _constrain(value: Any, sharding: Any, layout: Any) -> Any:
     return with_layout(value, layout)
 
 
-# --- checkpoint
+# --- checkpoint ---
 
 
 def _checkpointed(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,8 +74,8 @@ def _rows_of(value: Any, length: int) -> Any:
     if isinstance(value, Lazy):
         return _LazyRows.of(value)
     if isinstance(value, Adapted) and isinstance(value.base, Lazy):
-        return _LazyRows.of(value.base, Rows.of(value.with_base(None), length))
-    return Rows.of(value, length)
+        return _LazyRows.of(value.base, _Rows.of(value.with_base(None), length))
+    return _Rows.of(value, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +83,10 @@ class _LazyRows:
     """The same of a lazy value, alone or with the rest of an adapted one."""
 
     slices: Slices
-    rest: "Rows | None"
+    rest: "_Rows | None"
 
     @classmethod
-    def of(cls, base: Lazy, rest: "Rows | None" = None) -> "_LazyRows":
+    def of(cls, base: Lazy, rest: "_Rows | None" = None) -> "_LazyRows":
         """Takes a lazy value apart."""
         return cls(Slices.of(base), rest)
 
@@ -103,7 +103,7 @@ class _LazyRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class _Rows:
     """A scanned value: the arrays to slice, and those that are the same at each step.
 
     A factor without the leading axis of its kernel is the same at each step.
@@ -114,7 +114,7 @@ class Rows:
     treedef: Any
 
     @classmethod
-    def of(cls, value: Any, length: int) -> "Rows":
+    def of(cls, value: Any, length: int) -> "_Rows":
         """Takes a value apart, given the number of steps."""
         leaves, treedef = jax.tree.flatten(value)
         fixed = [None if v.shape[0] == length else v[0] for v in leaves]
