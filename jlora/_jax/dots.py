@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from .dtypes import is_workable, summed_in
 from .sharding import dot_sharding, explicit_sharding
@@ -19,8 +20,12 @@ def dot(
     batch: tuple[Sequence[int], Sequence[int]],
     dtype: Any,
     precision: Any,
+    place: NamedSharding | None = None,
 ) -> jax.Array:
-    """One `dot_general`, with the output sharding that Explicit meshes ask for."""
+    """One `dot_general`, with the output sharding that Explicit meshes ask for.
+
+    That is `place`, or else what follows from the operands.
+    """
     (lc, rc), (lb, rb) = contract, batch
     dims = ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb)))
     return lax.dot_general(
@@ -29,7 +34,7 @@ def dot(
         dims,
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=dot_sharding(lhs, rhs, dims),
+        out_sharding=place or dot_sharding(lhs, rhs, dims),
     )
 
 

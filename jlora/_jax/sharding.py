@@ -89,6 +89,15 @@ def factor_spec(
     return PartitionSpec(*own, None)
 
 
+def place_of_axes(array: jax.Array, axes: Sequence[int]) -> NamedSharding | None:
+    """Returns how axes of an array lie, in this order, if its mesh is Explicit."""
+    mesh = explicit_mesh(array)
+    if mesh is None:
+        return None
+    spec = spec_of(array)
+    return NamedSharding(mesh, PartitionSpec(*(spec[i] for i in axes)))
+
+
 def dot_sharding(lhs: jax.Array, rhs: jax.Array, dims: Any) -> NamedSharding | None:
     """Returns how the result of a `dot_general` follows its operands.
 

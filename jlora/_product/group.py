@@ -19,6 +19,7 @@ from .._jax.dtypes import (
     summands_in,
     workable,
 )
+from .._jax.sharding import place_of_axes
 from .._params.axes import free_axes
 
 Axes = tuple[int, ...]
@@ -191,19 +192,28 @@ class Layout(NamedTuple):
         """`dy·Wᵀ` in the layout of `x`, a summand of its gradient."""
         contract, batch = (self.dy_w, self.w_free), (self.batch, self.w_batch)
         dtype = summands_in(x.dtype, dtype)
-        dx = dot(dy, w, contract, batch, dtype, self.precision)
         ascending = sorted(range(len(self.w_contract)), key=self.w_contract.__getitem__)
-        return self._like_x(dx, [self.x_contract[i] for i in ascending], x)
+        order = self._order_of_x([self.x_contract[i] for i in ascending])
+        # Where examples are mapped over a mesh axis that the kernel has too, the layout
+        # of the kernel is none for `dx`: that of `x` is.
+        place = place_of_axes(x, order)
+        dx = dot(dy, w, contract, batch, dtype, self.precision, place)
+        return self._like_x(dx, order, x)
 
     def grad_x_of_delta(self, g: jax.Array, a: jax.Array, x: jax.Array) -> jax.Array:
         """`g·aᵀ` in the layout of `x`, a summand of its gradient."""
         contract, dtype = ((g.ndim - 1,), (a.ndim - 1,)), summands_in(x.dtype, g.dtype)
-        dx = dot(g, a, contract, (self.batch, self.batch), dtype, self.precision)
-        return self._like_x(dx, list(self.x_contract), x)
+        order = self._order_of_x(self.x_contract)
+        place, batch = place_of_axes(x, order), (self.batch, self.batch)
+        dx = dot(g, a, contract, batch, dtype, self.precision, place)
+        return self._like_x(dx, order, x)
 
-    def _like_x(self, dx: jax.Array, contract: list[int], x: jax.Array) -> jax.Array:
+    def _order_of_x(self, contract: Sequence[int]) -> list[int]:
+        """The axes of `x` as `(batch, free, contract)`."""
+        return [*self.x_batch, *self.x_free, *contract]
+
+    def _like_x(self, dx: jax.Array, order: list[int], x: jax.Array) -> jax.Array:
         """Lays `(batch, free, contract)` out as `x`."""
-        order = [*self.x_batch, *self.x_free, *contract]
         dx = lax.transpose(dx, [order.index(i) for i in range(x.ndim)])
         return as_laid_out(dx, x)
 
