@@ -276,9 +276,10 @@ class Lora:
         traced = trace(self.fn, self.argnum, args, kwargs, params)
         targets, _ = select(params, self.configs, traced)
         axes = {t.path: t.axes for t in targets if t.axes is not None}
-        program, _ = program_of(traced, axes, self.materialize, "factored")
+        # Quantised params are made dense first, so that the program is of dense ones.
         made = [v.dense() if isinstance(v, Quantized) else v for v in traced.inputs]
         traced = dataclasses.replace(traced, inputs=made)
+        program, _ = program_of(traced, axes, self.materialize, "factored")
         return input_stats(traced, program, axes, lora_sketch)
 
     def _params_of(self, args: Sequence[Any]) -> PyTree:

@@ -454,3 +454,39 @@ def test_what_does_not_fit_is_named(stack: Any) -> None:
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             call()
+
+
+def in_shard_map(u: jax.Array, x: jax.Array) -> jax.Array:
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
+    specs = {"in_specs": (P(), P("d")), "out_specs": P("d")}
+    product = lambda u, x: jnp.tanh(x @ u)
+    return jax.shard_map(product, mesh=mesh, check_vma=False, **specs)(u, x)
+
+
+def in_mapped_loop(u: jax.Array, x: jax.Array) -> jax.Array:
+    grown = lambda row: jnp.abs(row) + 1 + jnp.tanh(row @ u) ** 2
+    loop = lambda row: jax.lax.while_loop(lambda s: s.sum() < 30, grown, row)
+    return jax.vmap(loop)(x)
+
+
+def in_select(u: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ jnp.where(jnp.arange(8)[:, None] > 3, u, 0.0)
+
+
+@pytest.mark.parametrize("hidden", [in_shard_map, in_mapped_loop, in_select])
+def test_a_frozen_quantised_kernel_may_be_where_no_target_may(hidden: Any, getkey):
+    """It has no inputs to count: what a target is refused for is not its business."""
+    pytest.importorskip("qwix")
+    params = {n: jax.random.normal(getkey(), (8, 8)) for n in ("u", "w")}
+    x = jax.random.normal(getkey(), (4, 8))
+    lora = jlora.lora(
+        lambda p, x: hidden(p["u"], x) @ p["w"], jlora.LoraConfig("w", rank=2)
+    )
+    base = jlora.quantize(params, "u", "int8")
+    zero = jlora.LoraFactors(
+        jnp.zeros((8, 1)), jnp.zeros((1, 8)), jlora.KernelAxes((), (0,), (1,)), 1.0
+    )
+    dense = jlora.merge(base, {"u": zero}, dequantize=True)
+    h = hidden(dense["u"], x)
+    moment = lora.inputs(base, x)["w"].moment
+    np.testing.assert_allclose(moment, h.T @ h, rtol=1e-5, atol=1e-4)
