@@ -18,10 +18,7 @@ from .target import Target, Unusable
 def with_biases(
     targets: Sequence[Target], configs: Sequence[LoraConfig], params: FlatParams
 ) -> list[Target]:
-    """Adds the biases that configs train beside their kernels, as `bias` says.
-
-    The targets come in the order of the params.
-    """
+    """Adds the biases that configs train beside their kernels, as `bias` says."""
     found: dict[str, Target] = {}
     leaves = params.by_path()
     taken = {target.path for target in targets}
@@ -38,8 +35,7 @@ def with_biases(
             if wanted and is_floating(leaf) and not is_empty(leaf):
                 shape = tuple(leaf.shape)
                 found.setdefault(path, Target(path, shape, leaf.dtype, None, config))
-    order = {path: i for i, path in enumerate(params.paths)}
-    return sorted([*targets, *found.values()], key=lambda target: order[target.path])
+    return [*targets, *found.values()]
 
 
 def choose(

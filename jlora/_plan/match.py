@@ -52,8 +52,9 @@ def in_collections(
         configs: the configs.
         taken: the paths that a config matches and names.
     """
-    apart = [path for path in params.paths if params.collection(path) is not None]
-    leaves, found = params.by_path(), {}
+    beside = [path for path in params.paths if params.collection(path) is not None]
+    apart = [path for path in beside if path not in taken]
+    leaves, found = params.by_path(), []
     is_whole = lambda config: not variant_of_config(config).has_roles
     hits = [(c, hit(c.target, apart) - hit(c.exclude, apart)) for c in configs]
     for path in set().union(*(paths for _, paths in hits)):
@@ -66,5 +67,5 @@ def in_collections(
             f"pattern names it, as '{collection}/...' does"
         )
         doubtful = doubtful and (whole or len(shape) > 1)
-        found[path] = Unusable(path, shape, reason, is_doubtful=doubtful)
-    return [one for path, one in found.items() if path not in taken]
+        found.append(Unusable(path, shape, reason, is_doubtful=doubtful))
+    return found

@@ -32,9 +32,10 @@ def select(
     targets, unusable = choose(params, configs, matches, kernels)
     unusable += in_collections(params, configs, wanted)
     order = {path: i for i, path in enumerate(params.paths)}
-    unusable.sort(key=lambda one: order[one.path])
+    place = lambda one: order[one.path]
+    unusable.sort(key=place)
     check(configs, matches, targets, unusable, params.paths)
-    targets = with_biases(targets, configs, params)
+    targets = sorted(with_biases(targets, configs, params), key=place)
     trained = {target.path for target in targets}
     return targets, [one for one in unusable if one.path not in trained]
 
