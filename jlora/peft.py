@@ -19,7 +19,7 @@ Example:
     (2, 6.0, (5, 2))
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from ._peft.files import CONFIG as CONFIG
 from ._peft.files import WEIGHTS as WEIGHTS
 from ._peft.files import read_files as read_files
 from ._peft.read import configured_adapter
-from ._peft.save import save_adapter
+from ._peft.save import save as save
 from ._torch.families import names as names
 from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
 from ._torch.named_params import Base
@@ -85,69 +85,6 @@ def load(
     )
     configs, entries = configured_adapter(files, Base.of(params_or_plan, names))
     return configs, jax.tree.map(on_device, entries)
-
-
-def save(
-    path: Any,
-    params_or_plan: PyTree,
-    adapter: Mapping[str, Any],
-    config: LoraConfig | Sequence[LoraConfig] = (),
-    names: Names = None,
-    *,
-    profile: str = "peft",
-    base_model: str | None = None,
-    task_type: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes an adapter as a PEFT folder.
-
-    Values and dtypes are those of the adapter; factors of different dtypes that become
-    one module's are written in one that holds the values of all. The same adapter gives
-    the same bytes, in whatever order its paths are.
-
-    Experts have factors of their own in PEFT. Where those of an adapter share one, as
-    they do in a program that computes all of them for every token, it is repeated.
-
-    PEFT trains modules whole, with all that is below them, and those whose names end
-    with the name of one. What of these the adapter lacks is written along, with the
-    values of the params.
-
-    Both files are written beside, read back and renamed. Where they replace others, the
-    old config is taken away first and the new one comes last: a save that is killed
-    leaves the old pair, the new one, or a folder without a config, which every reader
-    refuses. On several hosts every process calls it, and the first one writes.
-
-    Args:
-        path: the folder.
-        params_or_plan: what the adapter was made for, as for `load`.
-        adapter: the factors by path, and arrays for what is trained whole.
-        config: the config, or configs, of the adapter: alphas are written as they were
-            given. Without it they are worked out from the scalings.
-        names: as for `load`.
-        profile: "peft", or "vllm" for what vLLM and tpu-inference load: one rank and
-            one alpha for all modules, experts apart, and nothing that they would drop.
-        base_model: the name of the base on the Hub, or its folder.
-        task_type: PEFT's, such as "CAUSAL_LM".
-        overwrite: whether an adapter that is there may be replaced.
-
-    Raises:
-        FileExistsError: if one is there and `overwrite` is False.
-        NonFiniteError: if the adapter holds NaNs or infinities.
-        UnsupportedFeatureError: if the profile lacks what the adapter needs.
-        AdapterError: if the adapter is empty, does not fit the params, or has no names
-            or the same for several leaves.
-    """
-    save_adapter(
-        path,
-        params_or_plan,
-        adapter,
-        config,
-        names,
-        profile=profile,
-        base_model=base_model,
-        task_type=task_type,
-        overwrite=overwrite,
-    )
 
 
 def params_from_torch(

@@ -12,7 +12,7 @@ from .._errors import UnsupportedFeatureError
 from .._files.format import Format
 from .._peft.files import CONFIG, WEIGHTS, read_files
 from .._peft.read import AdapterFiles, configured_adapter
-from .._peft.save import save_adapter
+from .._peft.save import save
 from .._torch.alone import ParamsAlone, in_doubt, kernels_alone, path_of
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
@@ -64,7 +64,7 @@ def write(
     """
     if names is None:
         _check_layouts(adapter)
-    save_adapter(
+    save(
         path,
         kernels_alone(adapter),
         adapter,

@@ -13,6 +13,7 @@ from .._adapter.entries import lowered
 from .._adapter.factors import LoraFactors
 from .._files.atomic import write_files
 from .._files.safetensors import check_finite
+from .._params.paths import PyTree
 from .._torch.assemble import modules_of
 from .._torch.layout import spread
 from .._torch.modules import by_name
@@ -33,9 +34,9 @@ from .write import (
 )
 
 
-def save_adapter(
+def save(
     path: Any,
-    params_or_plan: Any,
+    params_or_plan: PyTree,
     adapter: Mapping[str, Any],
     config: LoraConfig | Sequence[LoraConfig] = (),
     names: Names = None,
@@ -45,7 +46,44 @@ def save_adapter(
     task_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter as a PEFT folder: `jlora.peft.save`, which see."""
+    """Writes an adapter as a PEFT folder.
+
+    Values and dtypes are those of the adapter; factors of different dtypes that become
+    one module's are written in one that holds the values of all. The same adapter gives
+    the same bytes, in whatever order its paths are.
+
+    Experts have factors of their own in PEFT. Where those of an adapter share one, as
+    they do in a program that computes all of them for every token, it is repeated.
+
+    PEFT trains modules whole, with all that is below them, and those whose names end
+    with the name of one. What of these the adapter lacks is written along, with the
+    values of the params.
+
+    Both files are written beside, read back and renamed. Where they replace others, the
+    old config is taken away first and the new one comes last: a save that is killed
+    leaves the old pair, the new one, or a folder without a config, which every reader
+    refuses. On several hosts every process calls it, and the first one writes.
+
+    Args:
+        path: the folder.
+        params_or_plan: what the adapter was made for, as for `load`.
+        adapter: the factors by path, and arrays for what is trained whole.
+        config: the config, or configs, of the adapter: alphas are written as they were
+            given. Without it they are worked out from the scalings.
+        names: as for `load`.
+        profile: "peft", or "vllm" for what vLLM and tpu-inference load: one rank and
+            one alpha for all modules, experts apart, and nothing that they would drop.
+        base_model: the name of the base on the Hub, or its folder.
+        task_type: PEFT's, such as "CAUSAL_LM".
+        overwrite: whether an adapter that is there may be replaced.
+
+    Raises:
+        FileExistsError: if one is there and `overwrite` is False.
+        NonFiniteError: if the adapter holds NaNs or infinities.
+        UnsupportedFeatureError: if the profile lacks what the adapter needs.
+        AdapterError: if the adapter is empty, does not fit the params, or has no names
+            or the same for several leaves.
+    """
     if profile not in ("peft", "vllm"):
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
     check_writable(adapter)
