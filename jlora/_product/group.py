@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import lax
 
-from .._jax.dots import as_laid_out, as_type_of, dot, rank_last
+from .._jax.dots import as_type_of, dot, rank_last
 from .._jax.dtypes import (
     common,
     product_dtype,
@@ -213,9 +213,8 @@ class Layout(NamedTuple):
         return [*self.x_batch, *self.x_free, *contract]
 
     def _like_x(self, dx: jax.Array, order: list[int], x: jax.Array) -> jax.Array:
-        """Lays `(batch, free, contract)` out as `x`."""
-        dx = lax.transpose(dx, [order.index(i) for i in range(x.ndim)])
-        return as_laid_out(dx, x)
+        """Puts axes that are in another order as those of `x` are."""
+        return lax.transpose(dx, [order.index(i) for i in range(x.ndim)])
 
     def like_kernel(self, value: jax.Array, contract: Sequence[int]) -> jax.Array:
         """Lays `(batch, contract, free)` out as the kernel, given the order of axes."""
