@@ -39,14 +39,27 @@ CROSSED = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds what CI shares tests out among releases with, and `--programs`."""
+    """Adds `--whole`, and what CI shares tests out among releases with."""
+    told = "run every crossing, and 5,000 random programs: hours on two cores"
+    parser.addoption("--whole", action="store_true", help=told)
     told = (
         "run one in N of the crossings of uses, wrappers and models, those of share K"
+        " (0/8 where no file is named, else all)"
     )
-    parser.addoption("--sample", default="0/1", metavar="K/N", help=told)
+    parser.addoption("--sample", metavar="K/N", help=told)
     parser.addoption("--thin", default="0/1", metavar="K/N", help="and of all others")
-    told = "how many random programs test_random_programs.py runs"
-    parser.addoption("--programs", default=5000, type=int, metavar="N", help=told)
+    told = "how many random programs test_random_programs.py runs (300)"
+    parser.addoption("--programs", type=int, metavar="N", help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a word a run takes a share of what is crossed: minutes, not hours."""
+    whole, options = config.getoption("--whole"), config.option
+    if options.programs is None:
+        options.programs = 5000 if whole else 300
+    if options.sample is None:
+        named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+        options.sample = "0/1" if whole or named else "0/8"
 
 
 def pytest_collection_modifyitems(
