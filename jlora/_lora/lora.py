@@ -16,7 +16,7 @@ def lora(
     argnum: int = 0,
     materialize: Materialize = "error",
     backward: Backward = "custom",
-    contraction: Contraction = "factored",
+    contraction: Contraction = "fast",
 ) -> Lora:
     """Returns `fn` as a function of frozen params and a low-rank adapter.
 
@@ -30,15 +30,18 @@ def lora(
             a low-rank rule; "allow" forms `W + s·a·b` there, and only there.
         backward: "custom" uses the hand-derived backward pass; "autodiff" leaves the
             product to JAX, for forward-mode users (`jax.jvp`, `jax.hessian`).
-        contraction: "factored" never forms `W + s·a·b`. "merged" forms it at each use
-            in a product, rounded to the dtype of `W`, and keeps the factors' gradients
-            factored: fewer FLOPs for many tokens, but in bfloat16 an update of less
-            than 2⁻⁹ of a weight is lost. "fused" is factored, by a kernel for one
-            Hopper GPU in 16-bit dtypes where sizes divide into its tiles (256 rows, 128
-            columns); it rests on an API that JAX calls experimental. "auto" is
-            what is expected to be the fastest: merged in float32 where that takes fewer
-            FLOPs, fused where the kernel fills the GPU, and factored elsewhere. The
-            plan says what each product does.
+        contraction: "fast" and "factored" never form `W + s·a·b`. "fast" takes the
+            form that suits what the program is lowered for, and on Hopper GPUs a kernel
+            of ours, in 16-bit dtypes, where it fills the GPU; the kernel rests on an
+            API that JAX calls experimental, and so it is tried first, once in a process
+            (2 seconds). "factored" does without it. "merged" forms `W + s·a·b` at each
+            use in a product, rounded to the dtype of `W`, and keeps the factors'
+            gradients factored: fewer FLOPs for many tokens, but in bfloat16 an update
+            of less than 2⁻⁹ of a weight is lost. "auto" is merged in float32 where
+            that takes fewer FLOPs, else "fast". "fused" is "fast" with the kernel
+            wherever sizes divide into its tiles (256 rows, 128 columns), for
+            measurements. The plan says what each product does on one device of the
+            default platform.
 
     Returns:
         A `Lora`, with `plan`, `init` and `apply`.
@@ -71,7 +74,7 @@ def lora(
         raise TypeError(f"`argnum` must be an int of at least 0, got {argnum!r}")
     _one_of("materialize", materialize, ("error", "allow"))
     _one_of("backward", backward, ("custom", "autodiff"))
-    _one_of("contraction", contraction, ("factored", "merged", "auto", "fused"))
+    _one_of("contraction", contraction, ("fast", "factored", "merged", "auto", "fused"))
     return Lora(fn, tuple(several), argnum, materialize, backward, contraction)
 
 

@@ -56,7 +56,7 @@ class Lora:
     argnum: int = 0
     materialize: Materialize = "error"
     backward: Backward = "custom"
-    contraction: Contraction = "factored"
+    contraction: Contraction = "fast"
 
     def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """Returns what will be trained, from an abstract trace.

@@ -1,27 +1,58 @@
-"""The choice among the forms of `_product.forms` for a group of adapted products."""
+"""The choice among the forms of `_product.forms` for a group of adapted products.
+
+A part of it is made while the program is traced, from shapes and dtypes alone:
+"merged", "separate", or `ByPlatform`, which is decided when the program is lowered.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from .._jax.sharding import is_whole
+from .._jax.platforms import Target
 from .._jax.symbolic import are_known, exceeds
 from .group import Form, GroupDims, compute_dtype
-from .hopper_kernel import fills, fits, is_written_for_this_jax, on_hopper
+from .hopper_kernel import blocks, divides, fits, processors
+from .hopper_probe import runs_on
 
-Contraction = Literal["factored", "merged", "auto", "fused"]
+Contraction = Literal["fast", "factored", "merged", "auto", "fused"]
 
 # Features and outputs from which on a kernel is extended: 768 lost, 2048 gains.
 _LEAST_EXTENDED = 1024
+# With less than this the kernel fills no GPU at any usual number of tokens.
+_LEAST_FUSED = 512
+
+
+class ByPlatform(NamedTuple):
+    """A form that is chosen when the program is lowered, see `form_on`.
+
+    Attributes:
+        fused: whether the fused kernel may be used: never, where it fills the GPU, or
+            wherever its tiles divide the products.
+        tokens, features, outputs: the sizes of the largest product of the group.
+            (`jax.vmap` makes more tokens of them: nothing depends on those before.)
+    """
+
+    fused: Literal["never", "filled", "always"]
+    tokens: int
+    features: int
+    outputs: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens, features and outputs."""
+        return self.tokens, self.features, self.outputs
+
+    def of_rows(self, times: int) -> "ByPlatform":
+        """The same for that many times as many tokens."""
+        return self._replace(tokens=self.tokens * times)
 
 
 def choose(
     contraction: Contraction, dims: GroupDims, x: Any, kernels: Sequence[Any]
-) -> Form:
-    """Returns the form for a group, from shapes, dtypes and backend alone.
+) -> Form | ByPlatform:
+    """Returns the form for a group, from shapes and dtypes alone.
 
     Args:
         contraction: as `jlora.lora` takes it.
@@ -43,20 +74,44 @@ def choose(
             return "merged"
     if not are_known([tokens, features, *outputs]):
         return "separate"  # the others pay, or fit, for some sizes alone
-    extensible = _extensible(dims, x, kernels)
-    may_fuse = contraction in ("fused", "auto") and extensible and _has_kernel(dims, x)
-    if may_fuse and all(fits(tokens, features, k) for k in outputs):
-        if contraction == "fused" or _fused_pays(tokens, features, max(outputs)):
-            return "fused"
+    if not _extensible(dims, x, kernels):
+        return "separate"
     # A group is what its largest kernel is: it shares `x`, and so its copy.
-    if extensible and _extended_pays(tokens, features, max(outputs)):
-        return "extended"
-    return "separate"
+    largest, always = max(outputs), contraction == "fused"
+    fused = contraction != "factored" and _has_kernel(dims, x)
+    fused = fused and all(divides(features, k) for k in outputs)
+    fused = fused and (always or min(features, largest) >= _LEAST_FUSED)
+    if not fused and min(features, largest) < _LEAST_EXTENDED:
+        return "separate"
+    where = "always" if always else "filled"
+    return ByPlatform(where if fused else "never", tokens, features, largest)
 
 
-def _fused_pays(tokens: int, features: int, outputs: int) -> bool:
-    """Whether the kernel fills the GPU, and this JAX has the API it is written in."""
-    return fills(tokens, features, outputs) and is_written_for_this_jax()
+def form_on(by: ByPlatform, target: Target) -> Form:
+    """Returns the form that a group takes on what it is lowered for."""
+    if target.platform not in ("cuda", "rocm"):
+        return "separate"
+    if by.fused != "never" and _is_fused(by, target) and runs_on(target):
+        return "fused" if target.devices == 1 else "partitioned"
+    # A sharded axis cannot be appended to, and nothing says which axes are sharded.
+    whole = target.devices == 1
+    return "extended" if whole and _extended_pays(*by.sizes) else "separate"
+
+
+def form_here(form: Form | ByPlatform) -> Form:
+    """Returns the form on one device of the default platform, as plans show it."""
+    return form_on(form, Target.here()) if isinstance(form, ByPlatform) else form
+
+
+def _is_fused(by: ByPlatform, target: Target) -> bool:
+    """Whether the kernel divides a product, and has a block for every processor.
+
+    On a mesh each device has its part of the blocks, whatever is sharded.
+    """
+    if not fits(*by.sizes):
+        return False
+    each = blocks(*by.sizes) // target.devices
+    return by.fused == "always" or each >= processors()
 
 
 def _extended_pays(tokens: int, features: int, outputs: int) -> bool:
@@ -71,8 +126,8 @@ def _extended_pays(tokens: int, features: int, outputs: int) -> bool:
 
 
 def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
-    """Whether rows can be appended: whole arrays, contracted last by first."""
-    if not _on_one_gpu() or dims.batch or not all(map(is_whole, (x, *kernels))):
+    """Whether rows can be appended: contracted last by first, in one dtype."""
+    if dims.batch:
         return False
     n = len(dims.contract)
     if dims.contract != tuple(range(x.ndim - n, x.ndim)):
@@ -88,9 +143,4 @@ def _has_kernel(dims: GroupDims, x: Any) -> bool:
     """Whether `hopper_kernel` computes what the program asks for."""
     half = x.dtype in (jnp.bfloat16, jnp.float16)
     asked = [dict(k.params)["preferred_element_type"] for k in dims.kernels]
-    return on_hopper() and half and all(dtype in (None, x.dtype) for dtype in asked)
-
-
-def _on_one_gpu() -> bool:
-    """With several devices nothing says, while tracing, which axes are sharded."""
-    return jax.default_backend() == "gpu" and jax.device_count() == 1
+    return half and all(dtype in (None, x.dtype) for dtype in asked)

@@ -1,14 +1,16 @@
-"""Four ways to compute a group of adapted products; `_product.choice` chooses.
+"""The ways to compute a group of adapted products; `_product.choice` chooses.
 
 * separate: `x·W + s·(x·a)·b`, products apart. Works for any axes and any sharding.
 * extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes
   the delta in. It copies `x` and `W`, which pays on GPUs when tokens outnumber
   features, and it needs arrays that are whole: a sharded axis cannot be appended to.
-* fused: the same sum without copies, by a kernel for Hopper GPUs, on request.
+* fused, partitioned: the same sum without copies, by a kernel for Hopper GPUs (see
+  `_product.fused`); the second one on a mesh of several.
 * merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
   forms, so that the gradient of a kernel is not formed.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
+from .fused import Terms, in_parts, sum_partitioned, sum_whole
 from .group import (
     Form,
     GroupDims,
@@ -31,17 +34,16 @@ from .group import (
     concatenate,
     per_kernel,
 )
-from .hopper_kernel import sum_of_products
 
-# Siblings whose gradients one kernel sums: each takes room among its arguments.
-_SUMMED = 8
+# How the fused form sums: see `_product.fused`.
+Sum = Callable[[Terms, bool], jax.Array]
 
 
 class Backward(NamedTuple):
     """What a form computes backward; `g = s·dy·bᵀ` of all kernels, the rank last."""
 
     g: jax.Array
-    dx: jax.Array | None
+    dx: jax.Array
 
 
 def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
@@ -77,16 +79,13 @@ def backward(
     form: Form,
     dims: GroupDims,
     operands: Operands,
-    a: jax.Array,
     cotangents: Sequence[jax.Array],
-    wants_x: bool,
 ) -> Backward:
-    """Returns `g` and, if it is wanted, the gradient of `x`."""
-    if not wants_x:
-        return Backward(_shrink_cotangents(dims, operands, cotangents), None)
+    """Returns `g` and the gradient of `x`."""
     g, dx = _FORMS[form].backward(dims, operands, cotangents)
     if form in ("separate", "extended"):
         layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+        a = side_by_side(dims, operands)
         dx = dx + layout.grad_x_of_delta(g, a, operands.x)
     return Backward(g, as_type_of(dx, operands.x))
 
@@ -99,7 +98,7 @@ def _each(
     return [(one, layout(one, w), w, b, dy) for one, w, b, dy in rows]
 
 
-def _shrink_cotangents(
+def shrink_cotangents(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> jax.Array:
     """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank."""
@@ -153,7 +152,7 @@ def expand(
 def _separate_backward(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    g = _shrink_cotangents(dims, operands, cotangents)
+    g = shrink_cotangents(dims, operands, cotangents)
     each, x = _each(dims, operands, cotangents), operands.x
     parts = [layout.grad_x(dy, w, x, g.dtype) for _, layout, w, _, dy in each]
     return g, _sum(parts)
@@ -208,39 +207,31 @@ def _extended_backward(
 # --- fused ---
 
 
-def _fused(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
-    rows = operands.x.shape[: operands.x.ndim - len(dims.contract)]
-    n = math.prod(rows)
-    x = operands.x.reshape(n, -1)
-    pieces = scaled(dims, h, operands.ranks)
-    outputs = []
-    for w, b, piece in zip(operands.kernels, operands.b, pieces, strict=True):
-        free = w.shape[len(dims.contract) :]
-        b = b.reshape(-1, b.shape[-1]).T.astype(x.dtype)
-        h = piece.reshape(n, -1).astype(x.dtype)
-        y = sum_of_products([x], [w.reshape(x.shape[1], -1)], h, b)
-        outputs.append(y.reshape(*rows, *free))
-    return outputs
+def _fused(
+    dims: GroupDims, operands: Operands, h: jax.Array, add: Sum = sum_whole
+) -> list[jax.Array]:
+    x, pieces = operands.x, scaled(dims, h, operands.ranks)
+    cast = lambda value: value.astype(x.dtype)
+    rows = zip(operands.kernels, operands.b, pieces, strict=True)
+    return [add(Terms((x,), (w,), cast(h), cast(b)), False) for w, b, h in rows]
 
 
 def _fused_backward(
-    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+    dims: GroupDims,
+    operands: Operands,
+    cotangents: Sequence[jax.Array],
+    add: Sum = sum_whole,
 ) -> tuple[jax.Array, jax.Array]:
     """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies, siblings in one sum."""
-    x = operands.x
-    g = _shrink_cotangents(dims, operands, cotangents)
-    features = math.prod(x.shape[i] for i in dims.contract)
-    n = x.size // features
-    a = [a.reshape(features, -1).astype(x.dtype) for a in operands.a]
-    gs = per_kernel(g.reshape(n, -1).astype(x.dtype), operands.ranks)
-    dys = [dy.reshape(n, -1) for dy in cotangents]
-    ws = [w.reshape(features, -1) for w in operands.kernels]
-    parts = []
-    for start in range(0, len(ws), _SUMMED):
-        of = slice(start, start + _SUMMED)
-        side = lambda values, of=of: jnp.concatenate(values[of], axis=1)
-        parts.append(sum_of_products(dys[of], ws[of], side(gs), side(a).T, turned=True))
-    return g, _sum(parts).reshape(x.shape)
+    g = shrink_cotangents(dims, operands, cotangents)
+    cast = lambda value: value.astype(operands.x.dtype)
+    a = concatenate([cast(a) for a in operands.a])
+    every = Terms(tuple(cotangents), operands.kernels, cast(g), a)
+    return g, _sum([add(part, True) for part in in_parts(every, operands.ranks)])
+
+
+_partitioned = functools.partial(_fused, add=sum_partitioned)
+_partitioned_backward = functools.partial(_fused_backward, add=sum_partitioned)
 
 
 # --- merged ---
@@ -286,5 +277,6 @@ _FORMS: dict[Form, _Form] = {
     "separate": _Form(_separate, _separate_backward),
     "extended": _Form(_extended, _extended_backward),
     "fused": _Form(_fused, _fused_backward),
+    "partitioned": _Form(_partitioned, _partitioned_backward),
     "merged": _Form(_merged, _merged_backward),
 }

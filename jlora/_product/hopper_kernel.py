@@ -7,7 +7,7 @@ each multiplies 128 rows by 128 columns.
 (https://docs.jax.dev/en/latest/pallas/gpu/index.html)
 
 JAX says of Mosaic GPU that its API may change any week: it is imported where it is
-used, and the default of `jlora.lora` does without it.
+used, and `hopper_probe` tries the kernel before it is trusted.
 """
 
 import functools
@@ -34,36 +34,35 @@ _LARGEST = max(_AHEAD)
 _LOADER_REGISTERS, _REGISTERS = 40, 232
 
 
+def divides(depth: int, columns: int) -> bool:
+    """Returns whether kernels of this size divide into tiles, for some rows."""
+    return depth % _TILE == 0 and columns % _TILE == 0 and min(depth, columns) > 0
+
+
 def fits(rows: int, depth: int, columns: int) -> bool:
     """Returns whether a product divides into tiles, and so does that of its gradient.
 
     They are `(rows, depth)·(depth, columns)` and `(rows, columns)·(columns, depth)`.
     """
-    tiles = rows % (_GROUPS * _TILE), depth % _TILE, columns % _TILE
-    return not any(tiles) and min(rows, depth, columns) > 0
+    return rows % (_GROUPS * _TILE) == 0 and rows > 0 and divides(depth, columns)
 
 
-def fills(rows: int, depth: int, columns: int) -> bool:
-    """Returns whether there is a block for every processor, both ways; see `fits`."""
-    blocks = rows // (_GROUPS * _TILE) * (min(depth, columns) // _TILE)
-    return blocks >= _processors()
+def blocks(rows: int, depth: int, columns: int) -> int:
+    """Returns how many blocks a product has, the fewer of both ways; see `fits`."""
+    return rows // (_GROUPS * _TILE) * (min(depth, columns) // _TILE)
 
 
-def is_written_for_this_jax() -> bool:
-    """Returns whether this release of JAX traces the kernel as it is written here."""
-    shapes = (256, 64), (64, 128), (256, 16), (16, 128)
-    x, w, h, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+def local_gpu() -> Any:
+    """Returns a GPU of this host, or None."""
     try:
-        jax.eval_shape(sum_of_products, [x], [w], h, b)
-    except Exception:  # A changed API may raise anything.
-        return False
-    return True
+        return jax.local_devices(backend="cuda")[0]
+    except RuntimeError:  # no such platform
+        return None
 
 
-def on_hopper() -> bool:
-    """Returns whether the default device is a GPU of compute capability 9.0."""
-    device = jax.devices()[0]
-    return getattr(device, "compute_capability", None) == "9.0"
+def processors() -> int:
+    """Returns the number of its multiprocessors, or of an H100's."""
+    return getattr(local_gpu(), "core_count", None) or 132
 
 
 def sum_of_products(
@@ -95,7 +94,7 @@ def sum_of_products(
     run = plgpu.kernel(
         functools.partial(_kernel, terms=len(xs), turned=turned),
         out_type=jax.ShapeDtypeStruct((h.shape[0], b.shape[1]), h.dtype),
-        grid=(_processors(),),
+        grid=(processors(),),
         grid_names=("tiles",),
         num_threads=_GROUPS + 1,
         thread_name="warpgroup",
@@ -104,10 +103,6 @@ def sum_of_products(
         ),
     )
     return run(*xs, *ws, h, b)
-
-
-def _processors() -> int:
-    return getattr(jax.devices()[0], "core_count", 132)
 
 
 class _Task(NamedTuple):

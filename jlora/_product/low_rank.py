@@ -29,8 +29,17 @@ from .._params.lazy import (
     primals,
     pulled,
 )
-from .forms import Backward, backward, forward, scaled, shrink, side_by_side
+from .choice import ByPlatform
+from .forms import (
+    Backward,
+    backward,
+    forward,
+    scaled,
+    shrink,
+    shrink_cotangents,
+)
 from .group import Form, GroupDims, Layout, Operands, per_kernel
+from .lowered import Pass, run_lowered
 
 # `x·a` is kept for the backward pass where it has at most an eighth of the columns of
 # `x`, and not computed again under `jax.checkpoint` where it has at most 1/32 of them.
@@ -39,14 +48,18 @@ _NAME = "jlora: x·a"
 
 
 def low_rank_product(
-    dims: GroupDims, operands: Operands, *, form: Form, derive: str = "custom"
+    dims: GroupDims,
+    operands: Operands,
+    *,
+    form: Form | ByPlatform,
+    derive: str = "custom",
 ) -> list[jax.Array]:
     """Returns `x·W + s·(x·a)·b` for each kernel of a group.
 
     Args:
         dims: the static description of the products.
         operands: the arrays.
-        form: how the products are computed, see `_product.forms`.
+        form: how the products are computed, see `_product.forms`, or `ByPlatform`.
         derive: "custom" for the hand-derived backward pass, "autodiff" to leave the
             product to JAX, as forward-mode differentiation needs.
 
@@ -58,9 +71,9 @@ def low_rank_product(
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
     if derive == "custom":
         return _product((dims, form), operands)
-    form = form if form == "merged" else "separate"
+    plain: Form = "merged" if form == "merged" else "separate"
     run = lambda operands: forward(
-        form, dims, _opened(operands), shrink(dims, operands)
+        plain, dims, _opened(operands), shrink(dims, operands)
     )
     if is_lazy(operands.kernels):
         return made_again(run, operands, derive)
@@ -108,35 +121,35 @@ class _Keeping:
         return hash((_Keeping, id(self.policy)))
 
 
-def _one_kernel_for_all(
-    run: Callable[..., Any], form: Form, operands: Operands, *rest: Any
+def _run(
+    run: Callable[..., Any], form: Form, dims: GroupDims, operands: Operands, *rest: Any
 ) -> Any:
-    """Runs a form so that `jax.vmap` over adapters keeps one copy of each kernel.
+    """Runs a pass so that `jax.vmap` over adapters keeps one copy of each kernel.
 
-    The extended and the merged form put factors into a kernel; mapped over factors they
-    would make one per adapter. The separate form then keeps the base product unbatched.
-    Mapped over inputs, the fused form turns to the extended one, of one product.
+    The merged form puts factors into a kernel; mapped over factors it would make one
+    per adapter. The separate form then keeps the base product unbatched. (Forms that
+    are chosen by platform see to it in `lowered`.)
     """
     if form == "separate":
-        return run(form, operands, *rest)
-    mapped = custom_vmap(lambda operands, *rest: run(form, operands, *rest))
+        return run(form, dims, operands, *rest)
+    mapped = custom_vmap(lambda operands, *rest: run(form, dims, operands, *rest))
 
     @mapped.def_vmap
     def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
-        mapped_operands = batched[0]
-        factors = (mapped_operands.a, mapped_operands.b, mapped_operands.kernels)
-        inner: Form = "extended" if form == "fused" else form
-        inner = "separate" if any(jax.tree.leaves(factors)) else inner
+        first = batched[0]
+        factors = jax.tree.leaves((first.a, first.b, first.kernels))
+        inner: Form = "separate" if any(factors) else form
         axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(batched))
 
-        def deeper(form: Form, *args: Any) -> Any:
-            each = functools.partial(run, form)
+        def deeper(form: Form, dims: GroupDims, *args: Any) -> Any:
+            each = functools.partial(run, form, dims)
             return jax.vmap(each, in_axes=axes, axis_size=size)(*args)
 
-        out = _one_kernel_for_all(deeper, inner, *args)
+        out = _run(deeper, inner, dims, *args)
         return out, jax.tree.map(lambda _: True, out)
 
-    return _derived_by(functools.partial(run, "separate"), mapped)(operands, *rest)
+    separate = functools.partial(run, "separate", dims)
+    return _derived_by(separate, mapped)(operands, *rest)
 
 
 def _derived_by(
@@ -168,17 +181,42 @@ def _derived_by(
     return derived
 
 
+Static = tuple[GroupDims, Form | ByPlatform]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: tuple[GroupDims, Form], operands: Operands) -> list[jax.Array]:
-    return _run(static, operands, shrink(static[0], operands))
+def _product(static: Static, operands: Operands) -> list[jax.Array]:
+    return _forward_pass(static, operands, shrink(static[0], operands))
 
 
-def _run(
-    static: tuple[GroupDims, Form], operands: Operands, h: jax.Array
-) -> list[jax.Array]:
+def _forward_pass(static: Static, operands: Operands, h: jax.Array) -> list[jax.Array]:
     dims, form = static
-    run = lambda form, operands, h: forward(form, dims, _opened(operands), h)
-    return _one_kernel_for_all(run, form, operands, h)
+    if isinstance(form, ByPlatform):
+        return run_lowered(Pass(_opened_forward, dims), form, operands, h)
+    return _run(_opened_forward, form, dims, operands, h)
+
+
+def _opened_forward(
+    form: Form, dims: GroupDims, operands: Operands, h: jax.Array
+) -> list[jax.Array]:
+    return forward(form, dims, _opened(operands), h)
+
+
+def _backward_pass(
+    static: Static, operands: Operands, dys: list[jax.Array]
+) -> Backward:
+    """Returns `g` and the gradient of `x`."""
+    dims, form = static
+    if isinstance(form, ByPlatform):
+        one = Pass(_opened_backward, dims)
+        return Backward(*run_lowered(one, form, operands, dys))
+    return Backward(*_run(_opened_backward, form, dims, operands, dys))
+
+
+def _opened_backward(
+    form: Form, dims: GroupDims, operands: Operands, dys: list[jax.Array]
+) -> list[jax.Array]:
+    return list(backward(form, dims, _opened(operands), dys))
 
 
 class _Residuals(NamedTuple):
@@ -191,9 +229,7 @@ class _Residuals(NamedTuple):
     wants_kernel: tuple[tuple[tuple[()] | None, ...], ...]
 
 
-def _forward(
-    static: tuple[GroupDims, Form], operands: Operands
-) -> tuple[list[jax.Array], _Residuals]:
+def _forward(static: Static, operands: Operands) -> tuple[list[jax.Array], _Residuals]:
     """The forward pass; the residuals are the operands, and `x·a` where it is small."""
     dims, _ = static
     arrays, _ = primals(operands)
@@ -204,30 +240,29 @@ def _forward(
     if h.shape[-1] * _KEPT_UNDER_REMAT <= columns:
         h = checkpoint_name(h, _NAME)
     kept = h if h.shape[-1] * _KEPT <= columns else None
-    return _run(static, arrays, h), _Residuals(arrays, kept, wants_x, marks)
+    return _forward_pass(static, arrays, h), _Residuals(arrays, kept, wants_x, marks)
 
 
 def _backward(
-    static: tuple[GroupDims, Form], residuals: _Residuals, cotangents: Sequence[Any]
+    static: Static, residuals: _Residuals, cotangents: Sequence[Any]
 ) -> tuple[Operands]:
     """The gradients of `x`, `a` and `b`, and of a kernel only where it is asked for.
 
     With `h = s·x·a` and `g = s·dy·bᵀ`:
     `dx = dy·Wᵀ + g·aᵀ`, `da = xᵀ·g`, `db = hᵀ·dy` (kept as `dyᵀ·h`, rank last).
     """
-    dims, form = static
+    dims, _ = static
     operands, kept, wants_x, wants_kernel = residuals
     x, ranks = operands.x, operands.ranks
     dys = [instantiate(dy) for dy in cotangents]
     if is_lazy(operands.kernels):
         operands, dys = kept_apart(operands, dys)
-    a = side_by_side(dims, operands)
     h = shrink(dims, operands) if kept is None else kept
 
-    def run(form: Form, operands: Operands, a: Any, dys: Any) -> Backward:
-        return backward(form, dims, _opened(operands), a, dys, wants_x is not None)
-
-    g, dx = _one_kernel_for_all(run, form, operands, a, dys)
+    if wants_x is None:
+        g, dx = shrink_cotangents(dims, operands, dys), None
+    else:
+        g, dx = _backward_pass(static, operands, dys)
     db, dw = [], []
     hs = scaled(dims, h, ranks)
     for i, (one, dy) in enumerate(zip(dims.kernels, dys, strict=True)):

@@ -100,7 +100,7 @@ class Products:
                 flops = 4 * rows * (features + outputs) + 4 * trips * kernel.size
             for i in self._seen[id(eqn)][1]:
                 log.uses[i] = dataclasses.replace(
-                    log.uses[i], form=form, siblings=len(eqns), factor_flops=flops
+                    log.uses[i], chosen=form, siblings=len(eqns), factor_flops=flops
                 )
         return Step("product", eqns=tuple(eqns), kernels=tuple(operands), form=form)
 
@@ -108,6 +108,6 @@ class Products:
         operand, logged = self._seen[id(eqn)]
         for i, work in zip(logged, self._across[id(eqn)], strict=True):
             log.uses[i] = dataclasses.replace(
-                log.uses[i], form="separate", factor_flops=6 * trips * work
+                log.uses[i], chosen="separate", factor_flops=6 * trips * work
             )
         return Step("product", eqns=(eqn,), kernels=(operand,))

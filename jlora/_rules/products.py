@@ -19,6 +19,7 @@ from .._jax.versions import source_line
 from .._params.axes import free_axes
 from .._params.lazy import called
 from .._product.branch import Arrays, Static, add_branch
+from .._product.choice import ByPlatform
 from .._product.group import Form, GroupDims, Operands, concatenate
 from .._product.low_rank import low_rank_product
 from .adapted import Adapted
@@ -37,7 +38,7 @@ def run_products(
     operands: Sequence[int],
     x: jax.Array,
     kernels: Sequence[Adapted],
-    form: Form,
+    form: Form | ByPlatform,
     derive: str,
 ) -> list[jax.Array]:
     """Evaluates products that share their other operand.

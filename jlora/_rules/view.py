@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from .._params.axes import KernelAxes
+from .._product.choice import ByPlatform, form_here
 from .._product.group import Form
 
 Action = Literal[
@@ -214,7 +215,7 @@ class Use:
         source: the line of the model.
         factored: whether the factors stay apart.
         primitive: the name of the operation.
-        form: how a product is computed, see `_product/forms.py`; None for other
+        chosen: how a product is computed, see `_product/choice.py`; None for other
             operations.
         siblings: the number of products in its group, itself included.
         factor_flops: what its factors add to a step, for each unit of rank.
@@ -227,10 +228,15 @@ class Use:
     source: str
     factored: bool
     primitive: str
-    form: Form | None = None
+    chosen: Form | ByPlatform | None = None
     siblings: int = 1
     factor_flops: int = 0
     is_matrix: bool = False
+
+    @property
+    def form(self) -> Form | None:
+        """The form of a product on one device of the default platform."""
+        return None if self.chosen is None else form_here(self.chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +304,7 @@ class Step:
     wanted: tuple[bool, ...] = ()
     eqns: tuple[Any, ...] = ()
     kernels: tuple[int, ...] = ()
-    form: Form = "separate"
+    form: Form | ByPlatform = "separate"
     along: frozenset[int] | None = None
     beside: bool = False
     predicate: tuple[int, ...] = ()

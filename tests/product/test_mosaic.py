@@ -18,7 +18,8 @@ from case import randomized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jlora
-from jlora._product import choice, hopper_kernel
+from jlora._jax.platforms import Target
+from jlora._product import choice, hopper_kernel, hopper_probe, lowered
 from jlora._product.hopper_kernel import sum_of_products
 
 BF16 = jnp.bfloat16
@@ -31,7 +32,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs kernels for GPUs on the CPU; two processors share the tiles."""
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip(f"jax {jax.__version__} has no interpreter for such kernels")
-    monkeypatch.setattr(hopper_kernel, "_processors", lambda: 2)
+    monkeypatch.setattr(hopper_kernel, "processors", lambda: 2)
     with plgpu.force_gpu_interpret_mode():
         yield
 
@@ -100,6 +101,8 @@ def test_it_lowers_for_gpus(shape: tuple[Any, ...], rank: int, turned: bool) -> 
 
 # --- where it is chosen ---
 
+HOPPER = Target("cuda")
+
 
 def product(params: Any, x: jax.Array) -> jax.Array:
     """A model of one product."""
@@ -114,46 +117,67 @@ def shapes(dtype: Any = BF16, n: int = N, k: int = K) -> tuple[Any, Any]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chooses as on one such GPU."""
-    monkeypatch.setattr(choice, "_on_one_gpu", lambda: True)
-    monkeypatch.setattr(choice, "on_hopper", lambda: True)
+    """Every GPU is such a one, and products are large enough; plans are for it."""
+    monkeypatch.setattr(hopper_probe, "fault", lambda: None)
+    monkeypatch.setattr(choice, "processors", lambda: 4)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
+    monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
+    monkeypatch.setattr(Target, "here", lambda: HOPPER)
+    jax.clear_caches()
 
 
-def form_of(fn: Any, params: Any, x: Any, **settings: Any) -> str:
+def form_of(
+    fn: Any, params: Any, x: Any, target: Target | None = None, **settings: Any
+) -> str:
     """The form of the one product of a function, as the plan has it."""
     lora = jlora.lora(fn, jlora.LoraConfig(rank=4), **settings)
-    (target,) = lora.plan(params, x).targets
-    (use,) = target.uses
-    return use.form
-
-
-def test_it_is_chosen_on_request_alone(hopper: None) -> None:
-    assert form_of(product, *shapes(), contraction="fused") == "fused"
-    assert form_of(product, *shapes()) == "extended"
+    (one,) = lora.plan(params, x).targets
+    (use,) = one.uses
+    if target is None or not isinstance(use.chosen, choice.ByPlatform):
+        return use.form
+    return choice.form_on(use.chosen, target)
 
 
 @pytest.mark.parametrize("processors", [3, 4, 5])
-def test_auto_takes_it_where_it_fills_the_gpu(
+def test_it_is_taken_where_it_fills_the_gpu(
     processors: int, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two blocks of rows; of columns three forward, and two backward."""
-    monkeypatch.setattr(hopper_kernel, "_processors", lambda: processors)
+    monkeypatch.setattr(choice, "processors", lambda: processors)
     expected = "fused" if processors <= 4 else "extended"
+    assert form_of(product, *shapes()) == expected
     assert form_of(product, *shapes(), contraction="auto") == expected
     assert form_of(product, *shapes(), contraction="fused") == "fused"
+    assert form_of(product, *shapes(), contraction="factored") == "extended"
     merged = form_of(product, *shapes(jnp.float32, n=4 * N), contraction="auto")
     assert merged == "merged"
 
 
-def test_auto_does_without_it_where_jax_has_another_api(
-    hopper: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (Target("cpu"), "separate"),
+        (Target("tpu"), "separate"),
+        (Target("rocm"), "extended"),
+        (Target("cuda"), "fused"),
+        (Target("cuda", exported=True), "extended"),
+        (Target("cuda", devices=2), "separate"),
+        (Target("cuda", devices=2, rules=False), "separate"),
+    ],
+    ids=str,
+)
+def test_it_is_taken_for_what_a_program_is_lowered_for(
+    target: Target, expected: str, hopper: None
 ) -> None:
-    monkeypatch.setattr(hopper_kernel, "_processors", lambda: 1)
-    assert form_of(product, *shapes(), contraction="auto") == "fused"
-    monkeypatch.delattr(plgpu, "nd_loop")
-    jax.clear_caches()
-    assert form_of(product, *shapes(), contraction="auto") == "extended"
+    assert form_of(product, *shapes(), target) == expected
+
+
+def test_on_a_mesh_each_device_must_be_filled(hopper: None) -> None:
+    """Twice the rows for two devices; the rule of a partition must be asked."""
+    twice, two = shapes(n=2 * N), Target("cuda", devices=2)
+    assert form_of(product, *twice, two) == "partitioned"
+    assert form_of(product, *twice, two._replace(rules=False)) == "separate"
+    assert form_of(product, *twice, two._replace(devices=4)) == "separate"
 
 
 @pytest.mark.parametrize(
@@ -176,17 +200,101 @@ def test_it_is_not_where_the_result_is_wider(hopper: None) -> None:
     assert form_of(wide, *shapes(), contraction="fused") == "extended"
 
 
+def test_examples_that_are_mapped_are_rows(hopper: None) -> None:
+    """One example does not fill the GPU; eight in one product do."""
+    config = jlora.LoraConfig(rank=4)
+    lora = jlora.lora(product, config)
+    params, x = shapes(n=N // 4)
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+    assert form_of(product, params, x) == "separate"
+    many = jax.ShapeDtypeStruct((8, *x.shape), x.dtype)
+    step = jax.jit(jax.vmap(lora.apply, (None, None, 0)))
+    program = step.trace(params, adapter, many).lower(lowering_platforms=("cuda",))
+    assert program.as_text().count("@mosaic_gpu") == 1
+
+
+# --- the probe ---
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A GPU that the probe finds, and what its kernel computes."""
+    gpu = SimpleNamespace(compute_capability="9.0", core_count=4)
+    monkeypatch.setattr(hopper_probe, "local_gpu", lambda: gpu.found)
+    monkeypatch.setattr(hopper_probe.jax, "device_put", lambda tree, _: tree)
+    gpu.found = gpu
+    hopper_probe._tried.cache_clear()
+    yield gpu
+    hopper_probe._tried.cache_clear()
+
+
+def stand_in(error: float) -> Any:
+    """A sum of products by NumPy's rules, with an error in one element."""
+
+    def run(xs: Any, ws: Any, h: Any, b: Any, turned: bool = False) -> jax.Array:
+        (x,), (w,) = xs, ws
+        wide = {"preferred_element_type": jnp.float32}
+        y = jnp.matmul(x, w.T if turned else w, **wide) + jnp.matmul(h, b, **wide)
+        return y.at[3, 5].add(error).astype(x.dtype)
+
+    return run
+
+
+def test_a_kernel_that_computes_what_it_should_is_trusted_once(
+    probed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(0.0))
+    assert hopper_probe.fault() is None
+    assert hopper_probe.runs_on(HOPPER)
+    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(1.0))
+    assert hopper_probe.fault() is None  # the verdict is remembered
+
+
+def test_a_kernel_with_one_wrong_number_is_not_trusted(
+    probed: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(1.0))
+    assert hopper_probe.fault() == "it computes something else"
+    assert "does without its kernel" in caplog.text
+    assert not hopper_probe.runs_on(HOPPER)
+
+
+def test_a_release_with_another_api_does_without_it(
+    probed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(plgpu, "nd_loop")
+    told = hopper_probe.fault()
+    assert told is not None and "nd_loop" in told
+
+
+def test_the_probe_sees_no_trace_and_no_mesh(
+    probed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked while a program is lowered, under a mesh and within a trace."""
+    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(0.0))
+    kind = (jax.sharding.AxisType.Explicit,)
+    verdicts = []
+
+    @jax.jit
+    def traced(x: jax.Array) -> jax.Array:
+        verdicts.append(hopper_probe.fault())
+        return x
+
+    with jax.set_mesh(jax.make_mesh((8,), ("i",), axis_types=kind)):
+        traced(jnp.ones(8))
+    assert verdicts == [None]
+
+
 @pytest.mark.parametrize("capability", ["8.0", "10.0", None])
 def test_it_is_not_on_other_devices(
-    capability: str | None, monkeypatch: pytest.MonkeyPatch
+    capability: str | None, probed: SimpleNamespace
 ) -> None:
-    device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(choice, "_on_one_gpu", lambda: True)
-    monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert form_of(product, *shapes(), contraction="fused") == "extended"
-    device.compute_capability = "9.0"
-    assert form_of(product, *shapes(), contraction="fused") == "fused"
+    probed.compute_capability = capability
+    assert str(capability) in str(hopper_probe.fault())
+    probed.found = None
+    assert hopper_probe.fault() == "there is no GPU"
 
 
 # --- the form with its kernel ---
@@ -214,8 +322,11 @@ def of_siblings(rank: int) -> tuple[Any, ...]:
     return jax.jit(jax.grad(lora.apply, argnums=(1, 2))), params, adapter, x
 
 
-def test_values_and_gradients(hopper: None, interpreter: None) -> None:
+def test_values_and_gradients(
+    hopper: None, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interpreted, beside the formed kernel."""
+    monkeypatch.setattr(lowered, "form_on", lambda by, target: "fused")
     step, params, adapter, x = of_siblings(rank=5)
     found = step(params, adapter, x)
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), params)
@@ -250,7 +361,6 @@ def test_a_group_is_chosen_for_by_its_largest_kernel(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of q, k and v where there are fewer keys and values than queries."""
-    monkeypatch.setattr(hopper_kernel, "_processors", lambda: 4)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 256)
     fn = lambda p, x: (x @ p["q"], x @ p["k"])
 
@@ -260,8 +370,8 @@ def test_a_group_is_chosen_for_by_its_largest_kernel(
         lora = jlora.lora(fn, jlora.LoraConfig(rank=4), contraction=contraction)
         return {u.form for t in lora.plan(params, x).targets for u in t.uses}
 
-    assert forms(128, "auto") == {"fused"}
-    assert forms(120, "auto") == {"extended"}  # does not divide into tiles
+    assert forms(128, "fast") == {"fused"}
+    assert forms(120, "fast") == {"extended"}  # does not divide into tiles
     assert forms(128, "factored") == {"extended"}
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 257)
     assert forms(128, "factored") == {"separate"}

@@ -7,7 +7,7 @@ own count.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from case import adapt, check_gradients, check_values, make_case, randomized
+from forms import bodies, choose
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -23,8 +24,9 @@ from oracle import assert_close, random_like, reference, relative_error
 from uses import USES
 
 import jlora
+from jlora._jax.platforms import Target
 from jlora._product import choice
-from jlora._product import forms as product_forms
+from jlora._product import fused as fused_form
 from jlora._program.flops import step_flops
 
 Tree = Any
@@ -44,68 +46,36 @@ NAMES = (
 )
 each_use = pytest.mark.parametrize("name", NAMES)
 F32 = jnp.float32
+HERE = Target.here()
 N, D, K, R = 96, 40, 56, 4
 
 
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chooses the extended form wherever it is possible, as on one GPU."""
-    monkeypatch.setattr(choice, "_on_one_gpu", lambda: True)
-    monkeypatch.setattr(choice, "_extended_pays", lambda *sizes: True)
+    choose(monkeypatch, "extended")
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch, extended: None) -> None:
-    """Chooses the fused form likewise; a plain product stands in for its kernel.
-
-    The kernel itself is tested in `test_mosaic.py`.
-    """
-
-    def stand_in(
-        xs: list[jax.Array],
-        ws: list[jax.Array],
-        h: jax.Array,
-        b: jax.Array,
-        turned: bool = False,
-    ) -> jax.Array:
-        pairs = (((1,), (1 if turned else 0,)), ((), ()))
-        wide = {"preferred_element_type": jnp.float32}
-        base = [
-            lax.dot_general(*each, pairs, **wide) for each in zip(xs, ws, strict=True)
-        ]
-        return (sum(base) + h @ b).astype(h.dtype)
-
-    monkeypatch.setattr(product_forms, "sum_of_products", stand_in)
-    monkeypatch.setattr(choice, "_has_kernel", lambda dims, x: True)
-    monkeypatch.setattr(choice, "fits", lambda *sizes: True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chooses the fused form likewise; a plain product stands in for its kernel."""
+    choose(monkeypatch, "fused")
 
 
 def chosen(form: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Makes a form the one that is chosen, and returns what `jlora.lora` needs."""
     if form in ("extended", "fused"):
         request.getfixturevalue(form)
-    return {"contraction": form} if form in ("fused", "merged") else {}
+    return {"contraction": form} if form == "merged" else {}
 
 
 each_product = pytest.mark.parametrize("form", ["extended", "fused"])
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a program, inner ones too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def products(fn: Callable[..., Any], *args: Any) -> Counter[tuple[int, ...]]:
-    """The shapes of the results of all matrix products of a program."""
+    """The shapes of the results of all products, in the forms that are chosen."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    names = (e for e in equations(jaxpr) if e.primitive.name == "dot_general")
+    names = (e for e in bodies(jaxpr, HERE) if e.primitive.name == "dot_general")
     return Counter(eqn.outvars[0].aval.shape for eqn in names)
 
 
@@ -129,9 +99,9 @@ def test_one_product(name: str, form: str, getkey: Any, request: Any) -> None:
 def test_siblings_in_several_sums(
     fused: None, getkey: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(product_forms, "_SUMMED", 2)
+    monkeypatch.setattr(fused_form, "_SUMMED", 2)
     use = BY_NAME["siblings"]
-    case = make_case(use, getkey, contraction="fused")
+    case = make_case(use, getkey)
     check_gradients(case, case.lora.apply, reference(use))
 
 
@@ -181,22 +151,27 @@ def test_by_default_nothing_is_extended_on_cpus_or_merged(getkey: Any) -> None:
     assert set().union(*found.values()) == {("separate", 3)}
 
 
+@each_product
 @pytest.mark.parametrize("inside", ["explicit", "shard_map"])
-def test_extended_is_not_used_where_types_have_meshes(
-    inside: str, extended: None
+def test_one_product_where_types_have_meshes(
+    inside: str, form: str, request: Any
 ) -> None:
+    """On a mesh of one device arrays are whole, and so they are in a `shard_map`."""
+    chosen(form, request)
     params, x = attention_like()
     fn = lambda p, x: [x @ p[n] for n in "qkv"]
-    kind = AxisType.Explicit if inside == "explicit" else AxisType.Auto
-    with jax.set_mesh(jax.make_mesh((1,), ("d",), axis_types=(kind,))):
+    kind, many = (AxisType.Explicit, 1) if inside == "explicit" else (AxisType.Auto, 8)
+    with jax.set_mesh(jax.make_mesh((many,), ("d",), axis_types=(kind,))):
         if inside == "shard_map":
             specs = P(), P("d")
             mapped = jax.shard_map(fn, in_specs=specs, out_specs=P("d"))
         else:
             mapped, (params, x) = fn, jax.device_put((params, x), P("d"))
         lora, adapter = adapted(mapped, params, x)
-        assert set().union(*forms(lora, params, x).values()) == {("separate", 3)}
         expected = fn(jlora.merge(params, adapter), x)
+        step = jax.jit(lora.apply).trace(params, adapter, x)
+        shapes = (e.outvars[0].aval.shape for e in bodies(step.jaxpr.jaxpr, HERE))
+        assert (D + 3 * R, 56) in shapes or form == "fused"
         assert_close(jax.jit(lora.apply)(params, adapter, x), expected, 1e-5)
 
 
@@ -433,7 +408,7 @@ def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
     jaxpr = jax.make_jaxpr(step)(params, adapters, xs)
     copies = {(many, *shape) for n in "qkv" for shape in [params[n].shape]}
     copies |= {(many, D + 3 * R, params[n].shape[1]) for n in "qkv"}
-    seen = {v.aval.shape for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars}
+    seen = {v.aval.shape for eqn in bodies(jaxpr.jaxpr, HERE) for v in eqn.outvars}
     assert not seen & copies
     values, gradients = step(params, adapters, xs)
     for i in range(many):
@@ -479,11 +454,7 @@ def test_vmap_over_inputs_keeps_one_product(form: str, request: Any) -> None:
     mapped = jax.vmap(lora.apply, (None, None, 0))
     # As many products as without vmap: the rows of all inputs are rows of one product.
     shapes = products(mapped, params, adapter, xs)
-    # The fused form, which is for one matrix, turns to the extended one.
-    kept = (
-        dataclasses.replace(lora, contraction="factored") if form == "fused" else lora
-    )
-    assert shapes.total() == products(kept.apply, params, adapter, x).total()
+    assert shapes.total() == products(lora.apply, params, adapter, x).total()
     one = fn(jlora.merge(params, adapter), x)
     assert_close(mapped(params, adapter, xs)[0][1], 2 * one[0], 1e-5)
     # Mapped over adapters outside, it turns to the separate form.

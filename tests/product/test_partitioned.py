@@ -1,0 +1,115 @@
+"""The fused form on meshes of several devices: one operation with a partitioning rule.
+
+The kernel runs on GPUs alone; a device's part is summed by XLA here. The reference is
+the materialized kernel on one device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import randomized
+from forms import choose
+from hlo import collectives
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+
+import jlora
+from jlora._product import fused
+
+ROWS, WIDTH, IN, OUT, R = 8, 12, 32, 64, 3
+# How kernels and inputs lie on a mesh of two axes.
+LAYOUTS: dict[str, tuple[Any, Any]] = {
+    "rows": (P(), P(("i", "j"))),
+    "fsdp": (P("i"), P("i")),
+    "fsdp over outputs": (P(None, "i"), P("i")),
+    "columns": (P(None, "j"), P("i")),
+    "both": (P("i", "j"), P("i")),
+    "partial sums": (P("j"), P("i", None, "j")),
+    "sequence": (P(), P("i", "j")),
+    "sequence, fsdp": (P(("i", "j")), P("i", "j")),
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+
+def model(out: Any = None) -> Callable[[Any, jax.Array], jax.Array]:
+    """Two products of one input, laid out as is said where it must be said."""
+    dot = lambda x, w: jnp.dot(x, w, out_sharding=out)
+    return lambda p, x: jnp.tanh(dot(x, p["q"])) * dot(x, p["k"])
+
+
+def case() -> tuple[Any, ...]:
+    """The config, params, a random adapter and an input."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    params = {"q": draw(0, IN, OUT) / 6, "k": draw(1, IN, OUT) / 6}
+    x = draw(2, ROWS, WIDTH, IN)
+    config = jlora.LoraConfig(rank=R, alpha=5.0)
+    adapter = jlora.lora(model(), config).init(jax.random.key(3), params, x)
+    return config, params, randomized(adapter, jax.random.key(4)), x
+
+
+def compiled(layout: str, kind: AxisType) -> tuple[Any, Any]:
+    """Compiles the step on a mesh, and returns it with its arguments."""
+    config, params, adapter, x = case()
+    of_w, of_x = LAYOUTS[layout]
+    # Explicit types leave open how a sum over a sharded axis is laid out.
+    said = kind is AxisType.Explicit and layout == "partial sums"
+    lora = jlora.lora(model(P("i") if said else None), config)
+    loss = lambda a, x, p: jnp.sum(lora.apply(p, a, x) ** 2)
+    mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        args = jax.device_put((adapter, x, params), (P(), of_x, of_w))
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        return step.lower(*args).compile(), args
+
+
+@each_kind
+@each_layout
+def test_values_and_gradients(
+    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, params, adapter, x = case()
+    merged = lambda a, x: jnp.sum(model()(jlora.merge(params, a), x) ** 2)
+    expected = jax.value_and_grad(merged, (0, 1))(adapter, x)
+    choose(monkeypatch, "fused")
+    step, args = compiled(layout, kind)
+    assert_close(*jax.tree.map(np.asarray, (step(*args), expected)), 1e-4)
+
+
+@each_kind
+@each_layout
+def test_what_each_device_sums(
+    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and outputs stay divided as they are, whatever else is gathered."""
+    choose(monkeypatch, "fused")
+    seen = []
+    whole = fused.sum_whole
+
+    def spied(terms: fused.Terms, turned: bool) -> jax.Array:
+        seen.append((tuple(terms.h.shape), terms.b.shape[:-1]))
+        return whole(terms, turned)
+
+    monkeypatch.setattr(fused, "sum_whole", spied)
+    compiled(layout, kind)
+    rows = {"rows": (1, 12), "sequence": (4, 3), "sequence, fsdp": (4, 3)}
+    divided = rows.get(layout, (4, 12))
+    outputs = OUT // 4 if layout in ("columns", "both") else OUT
+    own = [rows for rows, _ in seen if rows[:2] == divided]
+    assert own and ((*divided, R), (outputs,)) in seen
+
+
+@each_kind
+@pytest.mark.parametrize("layout", ["rows", "sequence"])
+def test_nothing_but_gradients_of_factors_is_moved(
+    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, "fused")
+    step, _ = compiled(layout, kind)
+    moved = collectives(step)
+    assert all(size <= 2 * R * OUT for _, size in moved), moved
