@@ -13,11 +13,12 @@ from typing import Any
 
 from ._errors import AdapterError
 from ._files.model_files import Weights as Weights
-from ._files.model_files import model_files, weights_header
+from ._files.model_files import model_config, model_files, weights_header
 from ._peft.files import read_files
 from ._peft.merge import check_places, copy_rest, write_merged
-from ._peft.read import adapter_of
+from ._peft.torch_base import entries_of
 from ._peft.torch_base import torch_base as torch_base
+from ._torch.model_types import ModelTypes
 
 
 def open_weights(path: Any) -> Weights:
@@ -85,7 +86,8 @@ def merge_folder(
     check_places(source, target)
     weights = open_weights(source)
     files = read_files(adapter, ignore=ignore)
-    entries = adapter_of(files, torch_base(weights, files))
+    types = ModelTypes.of(model_config(source))
+    entries = entries_of(weights, files, types)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:

@@ -27,6 +27,8 @@ _DTYPES = {
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+CONFIG_LIMIT = 16 << 20  # bytes
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -88,6 +90,23 @@ def model_files(folder: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.exists()]:
         raise FileNotFoundError(f"{index} names files that are missing: {missing[:5]}")
     return files
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Returns what the `config.json` of a model says; nothing if there is none.
+
+    Raises:
+        CorruptFileError: if it holds no object.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        return {}
+    # One of an image model names thousands of labels, and transformers writes NaN.
+    data = read_file(file, CONFIG_LIMIT)
+    values = parse_json(data, str(file), limit=CONFIG_LIMIT, strict=False)
+    if not isinstance(values, dict):
+        raise CorruptFileError(f"{file} holds no object")
+    return values
 
 
 def _is_plain(name: Any) -> bool:

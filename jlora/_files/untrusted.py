@@ -79,8 +79,16 @@ def check_regular(path: Path) -> Path:
     return path
 
 
-def parse_json(data: bytes, where: str, *, limit: int = JSON_LIMIT) -> Any:
+def parse_json(
+    data: bytes, where: str, *, limit: int = JSON_LIMIT, strict: bool = True
+) -> Any:
     """Returns the value of a JSON text.
+
+    Args:
+        data: the text.
+        where: the name of the file, for messages.
+        limit: the most bytes that it may have.
+        strict: whether NaN and infinities, which JSON has not, are refused.
 
     Raises:
         CorruptFileError: if it is no UTF-8 or no JSON, too long or too deep, names a
@@ -94,8 +102,8 @@ def parse_json(data: bytes, where: str, *, limit: int = JSON_LIMIT) -> Any:
         return json.loads(
             text,
             object_pairs_hook=_without_twins,
-            parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_constant=_no_constant if strict else float,
+            parse_float=_finite if strict else float,
         )
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where} is no strict JSON: {error}") from error

@@ -34,8 +34,13 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> tuple[Configs, dict[str, 
         AdapterError: if the files contradict themselves.
     """
     files = read_files(path, ignore=ignore)
-    own = dataclasses.replace(files, whole=_trained_whole(files))
-    return configured_adapter(own, params_alone(files).base())
+    sides = _exchanged(files)
+    # The module of an old file's square parameter is not there to be asked.
+    version = files.version if files.version and files.version > (0, 19, 0) else None
+    own = dataclasses.replace(
+        files, whole=_trained_whole(files), exchanged=sides, version=version
+    )
+    return configured_adapter(own, params_alone(own).base())
 
 
 def write(
@@ -115,7 +120,8 @@ def params_alone(files: AdapterFiles) -> ParamsAlone:
         for parameter, module in several:
             name = f"{owner}.{parameter}"
             n = module.rank // files.config.rank(name)
-            shape = (n, *module.kernel_shape)
+            fans = module.kernel_shape
+            shape = (n, *(fans[::-1] if files.exchanged.get(name) else fans))
             params.add(path_of(name, "kernel"), shape, module.a.dtype, name, "experts")
     for key, tensor in _trained_whole(files).items():
         _add_whole(params, key.replace(".base_layer.", "."), tensor)
@@ -165,6 +171,22 @@ def _tied_heads(files: AdapterFiles) -> dict[str, str]:
         if rows.is_table and not other.is_table
         if np.array_equal(other.a, rows.b.T) and np.array_equal(other.b, rows.a.T)
     }
+
+
+def _exchanged(files: AdapterFiles) -> dict[str, bool]:
+    """Returns whether `lora_A` is at the outputs of experts, where a pair tells.
+
+    What goes into the first parameter of a feed-forward layer comes out of the last.
+    """
+    found = {}
+    for owner, several in _parameters(files).items():
+        if len(several) == 2:
+            (_, up), (_, down) = several
+            plain = up.a.shape[0] == down.b.shape[1]
+            turned = up.b.shape[1] == down.a.shape[0]
+            if plain != turned:
+                found |= {f"{owner}.{tail}": turned for tail, _ in several}
+    return found
 
 
 def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, TorchModule]]]:

@@ -14,6 +14,7 @@ from .config_file import parse_config
 from .digest import check_seal, seal_of
 from .keys import sort_keys
 from .read import AdapterFiles
+from .sides import version_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -49,7 +50,15 @@ def read_files(
         check_finite(tensors, str(weights_file))
     modules, whole = sort_keys(tensors, str(weights_file))
     turned = values.get("fan_in_fan_out") is True
-    return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
+    return AdapterFiles(
+        config,
+        modules,
+        whole,
+        str(weights_file),
+        turned,
+        scalings,
+        version_of(values.get("peft_version")),
+    )
 
 
 def _folder(path: Path) -> Path:

@@ -18,6 +18,7 @@ from .config import PeftConfig
 from .experts import parameters_of, unpacked
 from .keys import check_dora
 from .lora_bias import read_lora_biases
+from .sides import NO_VERSION, Version, exchanged, refuse_square
 from .whole import read_whole
 
 
@@ -32,6 +33,9 @@ class AdapterFiles:
         where: the name of the file, for messages.
         fan_in_fan_out: whether torch's weights are `(in, out)`.
         scalings: those that jlora noted, to the last bit.
+        version: the release of PEFT that wrote them, if they say.
+        exchanged: of parameters of experts, whether `lora_A` is at the outputs, where
+            it is known already.
     """
 
     config: PeftConfig
@@ -40,6 +44,8 @@ class AdapterFiles:
     where: str
     fan_in_fan_out: bool = False
     scalings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    version: Version | None = None
+    exchanged: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
@@ -85,6 +91,8 @@ def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
     assembly = Assembly(base)
     modules = parameters_of(files.modules, files.config, base)
     heads = _tied_heads(modules, files.config, base)
+    sides = {**exchanged(modules, files.version, base), **files.exchanged}
+    files = dataclasses.replace(files, exchanged=sides)
     for module in modules:
         if module.name not in heads:
             with assembly.noting():
@@ -145,6 +153,10 @@ def _as_configured(
     plain = len(base.shape(binding.path)) == binding.n_fields + 2
     if axes is not None:
         each = unpacked(module, base.shape(binding.path)[axes[0]])
+        if module.name not in files.exchanged:
+            refuse_square([module.name], NO_VERSION, files.where)
+        if files.exchanged[module.name]:
+            each = [dataclasses.replace(m, a=m.b.T, b=m.a.T) for m in each]
     elif plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
         # A parameter of two axes has no idea which is the input.
         each = [dataclasses.replace(module, a=module.b.T, b=module.a.T)]

@@ -1,5 +1,6 @@
 """The weights of a torch model as the params that a PEFT adapter is for."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,22 +11,46 @@ import numpy as np
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._files.model_files import Weights
 from .._params.axes import KernelAxes
+from .._torch.model_types import ModelTypes, has_conv1d_name
 from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .._torch.names import Rule
-from .read import AdapterFiles
+from .read import AdapterFiles, adapter_of
+from .sides import FIRST, LAST, NO_VERSION, axis_of_a, by_shapes, refuse_square
 
 # Of these a weight can take a sum; the others are codes, or too coarse for one.
 _SUMMED = frozenset(map(np.dtype, (np.float16, jnp.bfloat16, np.float32, np.float64)))
 
 
-def torch_base(weights: Weights, files: AdapterFiles) -> Base:
+def entries_of(
+    weights: Weights, files: AdapterFiles, types: ModelTypes
+) -> dict[str, Any]:
+    """Returns what an adapter changes of a model's weights, by torch's names.
+
+    Raises:
+        AdapterError: as `torch_base`, and with everything that does not fit.
+    """
+    base = torch_base(weights, files, types)
+    packed = [name for name, b in base.bindings.items() if "experts" in b.steps]
+    sides = dict.fromkeys(packed, False)  # what is called the input is where `a` is
+    return adapter_of(dataclasses.replace(files, exchanged=sides), base)
+
+
+def torch_base(
+    weights: Weights, files: AdapterFiles, types: ModelTypes | None = None
+) -> Base:
     """Returns the weights as params under torch's own names and layouts.
 
     A weight is `(out, in, *window)` then, a table `(rows, features)`.
 
+    Args:
+        weights: the tensors of the model, see `open_weights`.
+        files: what the adapter's files hold, see `jlora.peft.read_files`.
+        types: what the `config.json` of the model says that it is, if it is known.
+
     Raises:
-        UnsupportedFeatureError: if weights that the adapter changes are quantised.
+        UnsupportedFeatureError: if weights that the adapter changes are quantised, or
+            square ones are in a layout that nothing tells.
         AdapterError: if the config selects weights that the file has no factors for.
     """
     # PEFT writes an adapted table along, which must be that of the base.
@@ -39,7 +64,9 @@ def torch_base(weights: Weights, files: AdapterFiles) -> Base:
     }
     _check_summed(leaves, files)
     _check_complete(leaves, files)
+    types = types or ModelTypes()
     chosen = files.config.selects_parameter
+    turned = _turned(leaves, files, types)
     rules, axes = [], {}
     for module, tensors in files.modules.items():
         name = module.replace(".base_layer.", ".")
@@ -48,8 +75,9 @@ def torch_base(weights: Weights, files: AdapterFiles) -> Base:
             if weight in leaves and not chosen(weight):
                 steps = _steps(tensors, leaves, files)
                 rules.append(Rule(re.escape(weight), name, f"{step}+{steps}"))
-                axes[weight] = _axes(tensors, len(leaves[weight].shape), files)
-    for name, fitting in _parameter_axes(leaves, files).items():
+                ndim = len(leaves[weight].shape)
+                axes[weight] = _axes(tensors, ndim, name in turned)
+    for name, fitting in _parameter_axes(leaves, files, types).items():
         rules.append(Rule(re.escape(name), name, "experts+same"))
         axes[name] = fitting
     rules.append(Rule(r"(?P<name>.*)", "{name}", "parameter"))
@@ -59,31 +87,90 @@ def torch_base(weights: Weights, files: AdapterFiles) -> Base:
 _WEIGHTS = {"weight": "same", "in_proj_weight": "mha"}
 
 
+def _turned(
+    leaves: Mapping[str, Any], files: AdapterFiles, types: ModelTypes
+) -> set[str]:
+    """Returns the modules whose weight is `(in, out)`, as that of `Conv1D`.
+
+    PEFT corrects `fan_in_fan_out` for each module, and the file has what it found for
+    the last one. Shapes tell of weights that are not square, the kind of model of all.
+
+    Raises:
+        UnsupportedFeatureError: if the layout of a square one is not known.
+    """
+    turned, square, kinds = set(), [], set()
+    for module, factors in files.modules.items():
+        name = module.replace(".base_layer.", ".")
+        leaf = leaves.get(f"{name}.weight")
+        if leaf is None or factors.is_table or len(leaf.shape) != 2:
+            continue
+        given = (factors.a.shape[0], factors.b.shape[1])
+        known = types.is_conv1d(name)
+        if given[0] == given[1] and known is None:
+            square.append(name)
+        elif known if given[0] == given[1] else leaf.shape == given:
+            turned.add(name)
+        if given[0] != given[1]:
+            kinds.add(leaf.shape == given)
+    # `Conv1D` is called as in GPT-2, and the flag agrees, or there is none anywhere.
+    flag = files.fan_in_fan_out
+    agree = flag or True not in kinds
+    sure = [name for name in square if agree and has_conv1d_name(name) == flag]
+    why = (
+        "PEFT's `fan_in_fan_out` is that of the last module alone. The base's "
+        f"config.json tells by `model_type`, which is {types}; merge it in PEFT"
+    )
+    refuse_square([n for n in square if n not in sure], why, files.where)
+    return turned | ({*sure} if flag else set())
+
+
 def _parameter_axes(
-    leaves: Mapping[str, Any], files: AdapterFiles
+    leaves: Mapping[str, Any], files: AdapterFiles, types: ModelTypes
 ) -> dict[str, KernelAxes]:
     """Returns the roles of the axes of adapted parameters, in the order of wrapping.
 
-    Torch's modules define the input of a feed-forward layer before its output; whether
-    experts are kept as `(experts, out, in)` or as `(experts, in, out)`, their factors
-    tell, which are `(E·rank, in)` and `(out, rank·E)`.
+    Torch's modules define the input of a feed-forward layer before its output. What is
+    called the input is where `lora_A` is: the sum is the same.
+
+    Raises:
+        UnsupportedFeatureError: if a square one has it at a side that nothing tells.
     """
-    named = [name for name in leaves if files.config.selects_parameter(name)]
-    found = {}
-    for name in sorted(named, key=lambda name: (name.endswith("down_proj"), name)):
-        shape = leaves[name].shape
-        owner = name.rpartition(".")[0]
-        fans = {
-            (tensors.a.shape[0], tensors.b.shape[1])
-            for module, tensors in files.modules.items()
-            if module.split(".base_layer")[0] == owner
-        }
-        batch = (0,) if len(shape) == 3 else ()
-        plain = KernelAxes(batch, (len(batch) + 1,), (len(batch),))
-        turned = KernelAxes(plain.batch, plain.out, plain.in_)
-        fits = plain.fans(shape) in fans or turned.fans(shape) not in fans
-        found[name] = plain if fits else turned
-    return found
+    chosen = [name for name in leaves if files.config.selects_parameter(name)]
+    chosen.sort(key=lambda name: (name.endswith("down_proj"), name))
+    owners: dict[str, list[str]] = {}
+    for name in chosen:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    known = axis_of_a(types.experts_in_first(), files.version)
+    found, square = {}, []
+    for owner, names in owners.items():
+        given = [_given(owner, depth, files) for depth in range(len(names))][::-1]
+        shapes = [leaves[name].shape[-2:] for name in names]
+        told = by_shapes(shapes, given) or known
+        for name, shape in zip(names, shapes, strict=True):
+            packed = len(leaves[name].shape) == 3
+            if packed and told is None and shape[0] == shape[1]:
+                square.append(name)
+            # A parameter of two axes is (out, in) to every release.
+            found[name] = _roles(packed, FIRST if packed and told == FIRST else LAST)
+    why = (
+        f"the `model_type` of the base, {types}, is none whose experts are known; "
+        "merge it in PEFT"
+    )
+    refuse_square(square, why if files.version else NO_VERSION, files.where)
+    return {name: found[name] for name in chosen}
+
+
+def _given(owner: str, depth: int, files: AdapterFiles) -> tuple[int, int] | None:
+    """Returns the sizes of `lora_A` and `lora_B` at a depth of wrapping."""
+    module = files.modules.get(owner + ".base_layer" * depth)
+    return None if module is None else (module.a.shape[0], module.b.shape[1])
+
+
+def _roles(packed: bool, a_at: int) -> KernelAxes:
+    batch = (0,) if packed else ()
+    first, last = (1, 2) if packed else (0, 1)
+    sides = ((first,), (last,)) if a_at == FIRST else ((last,), (first,))
+    return KernelAxes(batch, *sides)
 
 
 def _check_summed(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
@@ -135,8 +222,7 @@ def _steps(tensors: TorchModule, leaves: Mapping[str, Any], files: AdapterFiles)
     return f"embedding+tied({heads[0]})" if tied else "embedding"
 
 
-def _axes(tensors: TorchModule, ndim: int, files: AdapterFiles) -> KernelAxes:
-    turned = files.fan_in_fan_out and not tensors.window
+def _axes(tensors: TorchModule, ndim: int, turned: bool) -> KernelAxes:
     if tensors.is_table or turned:
         return KernelAxes((), (0,), (1,))
     return KernelAxes((), tuple(range(1, ndim)), (0,))
