@@ -16,9 +16,8 @@ from ._files.model_files import Weights as Weights
 from ._files.model_files import model_config, model_files, weights_header
 from ._peft.files import read_files
 from ._peft.merge import check_places, copy_rest, write_merged
-from ._peft.torch_base import entries_of
+from ._peft.torch_base import changes_of
 from ._peft.torch_base import torch_base as torch_base
-from ._torch.model_types import ModelTypes
 
 
 def open_weights(path: Any) -> Weights:
@@ -66,6 +65,11 @@ def merge_folder(
     `open_weights` does not take and their indices: they would not be merged. `out`
     appears when it is complete.
 
+    Where table and head of a language model are one tensor and the adapter changes one
+    of them, or both apart, two are written, and `config.json` says so by
+    `tie_word_embeddings`, as transformers does. Of tables that the adapter has tied
+    (`ensure_weight_tying`) one is.
+
     Args:
         base: the folder of the model.
         adapter: the folder of the adapter.
@@ -86,13 +90,12 @@ def merge_folder(
     check_places(source, target)
     weights = open_weights(source)
     files = read_files(adapter, ignore=ignore)
-    types = ModelTypes.of(model_config(source))
-    entries = entries_of(weights, files, types)
+    changes = changes_of(weights, files, model_config(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         copy_rest(source, beside, weights.files)
-        write_merged(weights, entries, beside, progress)
+        write_merged(changes, beside, progress)
         beside.chmod(0o755)
         beside.rename(target)
     finally:

@@ -1,5 +1,6 @@
 """The files of a model, written with an adapter merged into its weights."""
 
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 
 from .._adapter.merge import merge
 from .._errors import NonFiniteError
-from .._files.model_files import INDEX, SINGLE, Weights
+from .._files.model_files import CONFIG, INDEX, SINGLE
 from .._files.safetensors import write_weights
+from .torch_base import Changes
 
 
 def check_places(source: Path, target: Path) -> None:
@@ -43,24 +45,26 @@ def copy_rest(source: Path, target: Path, taken: Collection[Path]) -> None:
 
 
 def write_merged(
-    weights: Weights,
-    entries: Mapping[str, Any],
-    folder: Path,
-    progress: Callable[[int, int, str], None],
+    changes: Changes, folder: Path, progress: Callable[[int, int, str], None]
 ) -> None:
     """Writes the files one by one; of sums that overflow, all are looked for first.
+
+    A tensor that is added is written beside the one whose values it begins with.
 
     Raises:
         NonFiniteError: with every weight whose sum is too large for its dtype.
     """
+    weights, added = changes.weights.weights, changes.weights.added
     done, bad = 0, []
     for file, names in weights.files.items():
         tensors = {name: np.asarray(weights[name]) for name in names}
-        own = {name: entries[name] for name in names if name in entries}
+        tensors |= {n: tensors[like] for n, like in added.items() if like in tensors}
+        own = {n: changes.entries[n] for n in tensors if n in changes.entries}
         merged = _merged(tensors, own) if own else tensors
         bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
         if not bad:
             write_weights(merged, folder / file.name)
+            _index(merged, added, folder, file.name)
         done += len(names)
         progress(done, len(weights), file.name)
     if bad:
@@ -68,6 +72,29 @@ def write_merged(
             f"merged, these weights are too large for their dtype: {'; '.join(bad)}. "
             "Merge into weights of a wider one, such as bfloat16 or float32"
         )
+    if changes.config is not None:
+        _write_json(dict(changes.config), folder / CONFIG)
+
+
+def _index(
+    tensors: Mapping[str, np.ndarray], added: Collection[str], folder: Path, file: str
+) -> None:
+    """Names the tensors of a file that are new in the index of a model."""
+    new = {name: tensors[name].nbytes for name in tensors if name in added}
+    if not new or not (folder / INDEX).exists():
+        return
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index["weight_map"] = dict(
+        sorted({**index["weight_map"], **dict.fromkeys(new, file)}.items())
+    )
+    about = index.get("metadata")
+    if isinstance(about, dict) and isinstance(about.get("total_size"), int):
+        about["total_size"] += sum(new.values())
+    _write_json(index, folder / INDEX)
+
+
+def _write_json(values: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _merged(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,21 +15,90 @@ from .._torch.model_types import ModelTypes, has_conv1d_name
 from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .._torch.names import Rule
+from .._torch.tied import FIELD, Tied, has_unknown_table, tied_tables, untied
+from .named_weights import NamedWeights
 from .read import AdapterFiles, adapter_of
 from .sides import FIRST, LAST, NO_VERSION, axis_of_a, by_shapes, refuse_square
+from .tables import is_table
 
 # Of these a weight can take a sum; the others are codes, or too coarse for one.
 _SUMMED = frozenset(map(np.dtype, (np.float16, jnp.bfloat16, np.float32, np.float64)))
 
 
-def entries_of(
-    weights: Weights, files: AdapterFiles, types: ModelTypes
-) -> dict[str, Any]:
-    """Returns what an adapter changes of a model's weights, by torch's names.
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What an adapter makes of a model on disk.
+
+    Attributes:
+        weights: the tensors, and those that are to be added.
+        entries: the adapter by their names.
+        config: the new `config.json`, if it is another.
+    """
+
+    weights: NamedWeights
+    entries: Mapping[str, Any]
+    config: Mapping[str, Any] | None = None
+
+
+def changes_of(
+    weights: Weights, files: AdapterFiles, config: Mapping[str, Any]
+) -> Changes:
+    """Returns what an adapter changes of a model.
+
+    Args:
+        weights: the tensors on disk.
+        files: what the adapter's files hold.
+        config: what the model's `config.json` says.
 
     Raises:
         AdapterError: as `torch_base`, and with everything that does not fit.
     """
+    named = NamedWeights(weights)
+    tied = tied_tables(config, named)
+    _check_known(config, named, files)
+    apart = tied is not None and _are_apart(tied, files)
+    if tied is not None and apart and tied.head not in named:
+        named.add(tied.head, like=tied.table)
+    entries = _entries(named, files, ModelTypes.of(config))
+    if tied is not None and not apart and tied.head in named:  # on disk as well
+        entries |= {
+            n: entries[tied.table] for n in [tied.head] if tied.table in entries
+        }
+    return Changes(named, entries, untied(config) if apart else None)
+
+
+def _check_known(
+    config: Mapping[str, Any], weights: NamedWeights, files: AdapterFiles
+) -> None:
+    """Raises if an adapter changes a table that may be tied to what has no name here.
+
+    Raises:
+        UnsupportedFeatureError: with the names of the tables.
+    """
+    changed = [f"{name}.weight" for name, m in files.modules.items() if m.is_table]
+    changed += [name for name, tensor in files.whole.items() if is_table(name, tensor)]
+    if changed and has_unknown_table(config, weights):
+        raise UnsupportedFeatureError(
+            f"{files.where} changes {changed[:5]}; config.json of the base says that "
+            f"`{FIELD}`, and what is tied to which is not known of the kind "
+            f"{ModelTypes.of(config)}: merge it in PEFT"
+        )
+
+
+def _are_apart(tied: Tied, files: AdapterFiles) -> bool:
+    """Whether an adapter makes two tensors of the one that is table and head.
+
+    Rows of a table that are trained alone are those of its head, too.
+    """
+    changed = {f"{module}.weight" for module in files.modules}
+    changed |= {name for name in files.whole if ".base_layer." not in name}
+    both = {tied.table, tied.head}
+    return bool(both & changed) and not files.config.ensure_weight_tying
+
+
+def _entries(
+    weights: NamedWeights, files: AdapterFiles, types: ModelTypes
+) -> dict[str, Any]:
     base = torch_base(weights, files, types)
     packed = [name for name, b in base.bindings.items() if "experts" in b.steps]
     sides = dict.fromkeys(packed, False)  # what is called the input is where `a` is
@@ -37,7 +106,9 @@ def entries_of(
 
 
 def torch_base(
-    weights: Weights, files: AdapterFiles, types: ModelTypes | None = None
+    weights: Weights | NamedWeights,
+    files: AdapterFiles,
+    types: ModelTypes | None = None,
 ) -> Base:
     """Returns the weights as params under torch's own names and layouts.
 

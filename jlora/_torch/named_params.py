@@ -133,11 +133,17 @@ class Base:
                     f"{path!r} is the kernel of a convolution; give its rule the "
                     'transform "conv"'
                 )
-        if "lookup" in self.uses.get(path, ()):
-            self._check_table(path)
+        self.check_table(path)
 
-    def _check_table(self, path: str) -> None:
-        steps, uses = self.bindings[path].steps, self.uses[path]
+    def check_table(self, path: str) -> None:
+        """Refuses a table whose rule does not say that it is one, or a head as well.
+
+        Raises:
+            AdapterError: if its rule lacks a transform.
+        """
+        steps, uses = self.bindings[path].steps, self.uses.get(path, ())
+        if "lookup" not in uses:
+            return
         if "embedding" not in steps:
             raise AdapterError(
                 f"{path!r} is a table that is looked up; give its rule the transform "
