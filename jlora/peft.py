@@ -35,7 +35,7 @@ from ._peft.arrays import on_device, on_host
 from ._peft.files import CONFIG as CONFIG
 from ._peft.files import WEIGHTS as WEIGHTS
 from ._peft.files import read_files as read_files
-from ._peft.read import configured_adapter
+from ._peft.read import configured_adapter, without
 from ._peft.save import save as save
 from ._torch.families import names as names
 from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
@@ -50,6 +50,7 @@ def load(
     names: Names = None,
     *,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     allow_nonfinite: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> tuple[LoraConfig | tuple[LoraConfig, ...], Adapter]:
@@ -63,6 +64,8 @@ def load(
         names: rules between paths and torch's modules, see `Rule` and `names`; None
             for the mechanical map (`params/a/b/kernel` is `a.b`).
         ignore: fields of the config that are done without, such as "lora_dropout".
+        leave_out: modules that are not read, such as "vision_tower": all in whose names
+            these whole parts follow each other.
         allow_nonfinite: whether NaNs and infinities are taken.
         max_bytes: the largest file that is read.
 
@@ -83,7 +86,8 @@ def load(
     files = read_files(
         path, ignore=ignore, allow_nonfinite=allow_nonfinite, max_bytes=max_bytes
     )
-    configs, entries = configured_adapter(files, Base.of(params_or_plan, names))
+    base = Base.of(params_or_plan, names)
+    configs, entries = configured_adapter(without(files, leave_out), base)
     return configs, jax.tree.map(on_device, entries)
 
 

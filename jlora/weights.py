@@ -16,6 +16,7 @@ from ._files.model_files import Weights as Weights
 from ._files.model_files import model_config, model_files, weights_header
 from ._peft.files import read_files
 from ._peft.merge import check_places, copy_rest, write_merged
+from ._peft.read import without
 from ._peft.torch_base import changes_of
 from ._peft.torch_base import torch_base as torch_base
 
@@ -55,6 +56,7 @@ def merge_folder(
     out: Any,
     *,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
     """Writes a Hugging Face model with a PEFT adapter merged into its weights.
@@ -64,6 +66,11 @@ def merge_folder(
     names of the base, with the other files of its folder, but for weights that
     `open_weights` does not take and their indices: they would not be merged. `out`
     appears when it is complete.
+
+    Tensors have the names that they have on disk, and adapters those of the modules of
+    transformers, before or since its version 5, of the whole model or of its language
+    model alone: `model_type` says which modules were renamed and which experts are
+    packed.
 
     Where table and head of a language model are one tensor and the adapter changes one
     of them, or both apart, two are written, and `config.json` says so by
@@ -75,6 +82,7 @@ def merge_folder(
         adapter: the folder of the adapter.
         out: the folder to write, which must not exist.
         ignore: fields of the adapter's config to do without, as for `jlora.peft.load`.
+        leave_out: modules of the adapter that are not merged, as for `jlora.peft.load`.
         progress: called with the number of tensors written, of all, and the file.
 
     Raises:
@@ -89,7 +97,7 @@ def merge_folder(
     source, target = Path(base), Path(out)
     check_places(source, target)
     weights = open_weights(source)
-    files = read_files(adapter, ignore=ignore)
+    files = without(read_files(adapter, ignore=ignore), leave_out)
     changes = changes_of(weights, files, model_config(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))

@@ -39,6 +39,12 @@ class PeftConfig:
     init_lora_weights: bool | str = True
     lora_dropout: float = 0.0
     lora_bias: bool = False
+    # No field of PEFT's: modules that the caller leaves out.
+    left_out: tuple[str, ...] = dataclasses.field(default=(), metadata={"own": True})
+
+    def is_left_out(self, name: str) -> bool:
+        """Returns whether a module, or what it has, is in one that is left out."""
+        return any(f".{left}." in f".{name}." for left in self.left_out)
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module.
@@ -81,6 +87,8 @@ class PeftConfig:
     def selects(self, module: str) -> bool:
         """Returns whether the module is one of those that the file says it adapts."""
         listed, targets = self._listed, self._listed["target_modules"]
+        if self.is_left_out(module):
+            return False
         saved = any(_named(self._saved, around) for around in heads_of(module))
         excluded = saved or _named(listed["exclude_modules"], module)
         if excluded or targets == NO_MODULES:
@@ -94,7 +102,8 @@ class PeftConfig:
 
     def selects_parameter(self, name: str) -> bool:
         """Returns whether a parameter is one that the file says it adapts."""
-        return _named(self._listed["target_parameters"], name)
+        named = _named(self._listed["target_parameters"], name)
+        return named and not self.is_left_out(name)
 
     def saves(self, module: str) -> bool:
         """Returns whether PEFT trains the module whole, or one that it is part of.
@@ -102,7 +111,7 @@ class PeftConfig:
         Names in `modules_to_save` are ends of names, whether a dot is before them or
         not: "norm" is `final_norm`, too.
         """
-        return any(
+        return not self.is_left_out(module) and any(
             around[len(around) - length :] in self._saved
             for around in heads_of(module)
             for length in self._saved_lengths
@@ -132,6 +141,12 @@ class PeftConfig:
         if self.layers_to_transform is None:
             return True
         return layer_of(module, self._layers_pattern) in self.layers_to_transform
+
+
+def fields() -> list[str]:
+    """Returns the names of PEFT's fields that jlora acts on."""
+    own = dataclasses.fields(PeftConfig)
+    return [field.name for field in own if not field.metadata]
 
 
 def _lookup(patterns: Patterns) -> str | frozenset[str]:

@@ -1,12 +1,11 @@
 """`adapter_config.json` as a file: every field is honoured or refused by name."""
 
-import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from .config import PeftConfig
+from .config import PeftConfig, fields
 
 RELEASE = "0.21.0"  # the release of PEFT whose files these are
 RANK_LIMIT = 1 << 16
@@ -54,7 +53,7 @@ def parse_config(values: Any, where: str, ignore: Collection[str] = ()) -> PeftC
         raise AdapterError(
             f"{where} is of type {values.get('peft_type')!r}; jlora reads 'LORA'"
         )
-    known = {field.name for field in dataclasses.fields(PeftConfig)}
+    known = set(fields())
     given = {k: v for k, v in values.items() if k in known}
     bad = [p for k, v in given.items() if (p := _type_problem(k, v))]
     if bad:
@@ -173,10 +172,7 @@ def config_json(
     task_type: str | None = None,
 ) -> bytes:
     """Returns the bytes of the file, every field of PEFT's in it, in PEFT's order."""
-    own = {
-        field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(PeftConfig)
-    }
+    own = {field: _plain(getattr(config, field)) for field in fields()}
     values = {
         **dict.fromkeys(("auto_mapping", "corda_config", "eva_config", "revision")),
         **_REFUSED,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .._adapter.merge import merge
 from .._errors import NonFiniteError
 from .._files.model_files import CONFIG, INDEX, SINGLE
 from .._files.safetensors import write_weights
+from .named_weights import Change
 from .torch_base import Changes
 
 
@@ -55,11 +56,11 @@ def write_merged(
         NonFiniteError: with every weight whose sum is too large for its dtype.
     """
     weights, added = changes.weights.weights, changes.weights.added
-    done, bad = 0, []
+    by_name, done, bad = changes.weights.changes(changes.entries), 0, []
     for file, names in weights.files.items():
         tensors = {name: np.asarray(weights[name]) for name in names}
         tensors |= {n: tensors[like] for n, like in added.items() if like in tensors}
-        own = {n: changes.entries[n] for n in tensors if n in changes.entries}
+        own = {n: by_name[n] for n in tensors if n in by_name}
         merged = _merged(tensors, own) if own else tensors
         bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
         if not bad:
@@ -97,11 +98,23 @@ def _write_json(values: Mapping[str, Any], file: Path) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _merged(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    tensors: Mapping[str, np.ndarray], own: Mapping[str, Sequence[Change]]
+) -> dict[str, np.ndarray]:
     wide = any(tensors[name].dtype == np.float64 for name in own)
     # JAX would round the weight itself to float32 otherwise.
     with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):
-        return merge(dict(tensors), jax.tree.map(jnp.asarray, dict(own)))
+        new = {name: _changed(name, tensors[name], own[name]) for name in own}
+    return {**tensors, **new}
+
+
+def _changed(name: str, tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
+    """Returns a tensor with some entries merged, each into its rows."""
+    new = np.array(tensor)
+    for rows, entry in changes:
+        entries = {name: jax.tree.map(jnp.asarray, entry)}
+        new[rows] = merge({name: new[rows]}, entries)[name]
+    return new
 
 
 def _overflow(name: str, before: np.ndarray, after: np.ndarray) -> str | None:

@@ -1,7 +1,7 @@
 """From the tensors of a PEFT adapter to a jlora adapter."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
+from .._params.paths import nearest
 from .._torch.assemble import Assembly
 from .._torch.configs import configs_of
 from .._torch.modules import TorchModule
@@ -46,6 +47,33 @@ class AdapterFiles:
     scalings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     version: Version | None = None
     exchanged: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+
+
+def without(files: AdapterFiles, left_out: Collection[str]) -> AdapterFiles:
+    """Returns the files without some modules, such as a vision tower.
+
+    Args:
+        files: what the files hold.
+        left_out: names of modules, or runs of whole parts of names.
+
+    Raises:
+        ValueError: if one is no name.
+        AdapterError: if nothing in the files is in one of them.
+    """
+    if isinstance(left_out, str) or not all(left_out):
+        raise ValueError(f"`leave_out` is a list of names, got {left_out!r}")
+    config = dataclasses.replace(files.config, left_out=tuple(left_out))
+    names = [*files.modules, *files.whole]
+    for one in left_out:
+        alone = dataclasses.replace(config, left_out=(one,))
+        if not any(map(alone.is_left_out, names)):
+            raise AdapterError(
+                f"{files.where} has nothing in {one!r}, which `leave_out` names; the "
+                f"nearest of its names: {nearest(one, names)}"
+            )
+    kept = lambda found: {n: v for n, v in found.items() if not config.is_left_out(n)}
+    modules, whole = kept(files.modules), kept(files.whole)
+    return dataclasses.replace(files, config=config, modules=modules, whole=whole)
 
 
 def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:

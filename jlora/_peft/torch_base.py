@@ -53,18 +53,27 @@ def changes_of(
     Raises:
         AdapterError: as `torch_base`, and with everything that does not fit.
     """
-    named = NamedWeights(weights)
+    types = ModelTypes.of(config)
+    named = NamedWeights(weights, types, _wanted(files))
     tied = tied_tables(config, named)
     _check_known(config, named, files)
     apart = tied is not None and _are_apart(tied, files)
     if tied is not None and apart and tied.head not in named:
-        named.add(tied.head, like=tied.table)
-    entries = _entries(named, files, ModelTypes.of(config))
+        stored = tied_tables(config, weights)
+        named.add(tied.head, tied.table, stored.head if stored else tied.head)
+    entries = _entries(named, files, types)
     if tied is not None and not apart and tied.head in named:  # on disk as well
         entries |= {
             n: entries[tied.table] for n in [tied.head] if tied.table in entries
         }
     return Changes(named, entries, untied(config) if apart else None)
+
+
+def _wanted(files: AdapterFiles) -> set[str]:
+    """Returns what an adapter changes: modules, and tensors that are trained whole."""
+    modules = {re.sub(r"(?:\.base_layer)+$", "", name) for name in files.modules}
+    names = modules | set(files.whole)
+    return {name.replace(".base_layer.", ".") for name in names}
 
 
 def _check_known(

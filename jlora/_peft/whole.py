@@ -98,6 +98,7 @@ def _missing(
         for _, name in base.names_of(binding_path):
             beside = config.bias == "all" or name.rpartition(".")[0] in adapted
             bias = binding.leaf == "bias" and config.bias != "none" and beside
+            bias = bias and not config.is_left_out(name)
             if (bias or _is_saved(config, name)) and name not in given:
                 field = "bias" if bias else "modules_to_save"
                 problems.append(f"{name!r} is missing, which `{field}` promises")

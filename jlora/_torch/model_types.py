@@ -29,8 +29,8 @@ _PACKED = frozenset(
     inkling2 jamba jetmoe kimi_linear laguna lfm2_moe llama4 llama4_text longcat_flash
     mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl mistral4 mixtral nemotron_h
     olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next
-    qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker qwen3_vl_moe
-    qwen3_vl_moe_text solar_open step3p7 unlimited_ocr
+    qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open step3p7
+    unlimited_ocr
     """.split()
 )
 

@@ -211,7 +211,7 @@ def bind(paths: Iterable[str], names: Names) -> dict[str, Binding]:
     """
     if names is None:
         return {path: _mechanical(path) for path in paths}
-    rules = [_rule(rule) for rule in names]
+    rules = [rule_of(rule) for rule in names]
     compiled = [(rule, re.compile(rule.path)) for rule in rules]
     found = ((path, _bound(path, compiled)) for path in paths)
     return {path: binding for path, binding in found if binding is not None}
@@ -226,7 +226,7 @@ def bind_all(paths: Sequence[str], names: Names) -> dict[str, Binding]:
     found = bind(paths, names)
     missing = [path for path in paths if path not in found]
     if missing:
-        patterns = [_rule(rule).path for rule in names or ()]
+        patterns = [rule_of(rule).path for rule in names or ()]
         near = nearest(missing[0], patterns)
         raise AdapterError(
             f"no rule of `names` matches {missing[:10]} ({len(missing)} in all); the "
@@ -235,7 +235,12 @@ def bind_all(paths: Sequence[str], names: Names) -> dict[str, Binding]:
     return found
 
 
-def _rule(rule: Any) -> Rule:
+def rule_of(rule: Any) -> Rule:
+    """Returns a rule, which may be a tuple of its fields.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if isinstance(rule, Rule):
         return rule
     if isinstance(rule, tuple | list) and 2 <= len(rule) <= 3:
