@@ -57,6 +57,7 @@ def merge_folder(
     *,
     ignore: Collection[str] = (),
     leave_out: Collection[str] = (),
+    extend_tables: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
     """Writes a Hugging Face model with a PEFT adapter merged into its weights.
@@ -83,6 +84,9 @@ def merge_folder(
         out: the folder to write, which must not exist.
         ignore: fields of the adapter's config to do without, as for `jlora.peft.load`.
         leave_out: modules of the adapter that are not merged, as for `jlora.peft.load`.
+        extend_tables: whether tables take the rows that were added to the vocabulary
+            before the adapter was trained, which its file has then; `config.json` has
+            the new number of them.
         progress: called with the number of tensors written, of all, and the file.
 
     Raises:
@@ -98,7 +102,8 @@ def merge_folder(
     check_places(source, target)
     weights = open_weights(source)
     files = without(read_files(adapter, ignore=ignore), leave_out)
-    changes = changes_of(weights, files, model_config(source))
+    config = model_config(source)
+    changes = changes_of(weights, files, config, extend_tables=extend_tables)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:

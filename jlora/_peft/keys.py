@@ -19,6 +19,8 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias"
     r"|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<end>\.weight)?"
 )
+# What PEFT wraps around a module that it saves whole.
+_TRAINED, _FROZEN = ".modules_to_save.", ".original_module."
 # Tensors of variants that jlora does not read yet, by what is in their names.
 _VARIANTS = {
     "token_adapter.trainable_tokens_delta": "rows of `trainable_token_indices`",
@@ -55,7 +57,28 @@ def sort_keys(
     ]
     if problems:
         raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
-    return {name: _module(name, kinds) for name, kinds in factors.items()}, whole
+    modules = {name: _module(name, kinds) for name, kinds in factors.items()}
+    return modules, _said_once(whole, where)
+
+
+def _said_once(whole: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """Returns what is trained whole, each under one name.
+
+    With `bias="all"` PEFT writes a bias of a saved module under three: its own and the
+    trained one within the wrapper, which are the same, and the frozen one.
+
+    Raises:
+        AdapterError: if the two that are trained differ.
+    """
+    found: dict[str, np.ndarray] = {}
+    for key, tensor in whole.items():
+        if _FROZEN in f".{key}":
+            continue
+        name = f".{key}".replace(_TRAINED, ".").removeprefix(".")
+        if name in found and not np.array_equal(found[name], tensor):
+            raise AdapterError(f"{where} has two values of {name!r}, one in {key!r}")
+        found[name] = tensor
+    return found
 
 
 def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The files of a model, written with an adapter merged into its weights."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from .._adapter.merge import merge
 from .._errors import NonFiniteError
-from .._files.model_files import CONFIG, INDEX, SINGLE
+from .._files.model_files import CONFIG, INDEX, SINGLE, Weights
 from .._files.safetensors import write_weights
 from .named_weights import Change
 from .torch_base import Changes
@@ -56,16 +57,17 @@ def write_merged(
         NonFiniteError: with every weight whose sum is too large for its dtype.
     """
     weights, added = changes.weights.weights, changes.weights.added
-    by_name, done, bad = changes.weights.changes(changes.entries), 0, []
+    named, done, bad = changes.weights, 0, []
+    by_name = named.changes(changes.entries)
     for file, names in weights.files.items():
-        tensors = {name: np.asarray(weights[name]) for name in names}
+        tensors = {name: np.asarray(named.read(name)) for name in names}
         tensors |= {n: tensors[like] for n, like in added.items() if like in tensors}
         own = {n: by_name[n] for n in tensors if n in by_name}
         merged = _merged(tensors, own) if own else tensors
         bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
         if not bad:
             write_weights(merged, folder / file.name)
-            _index(merged, added, folder, file.name)
+            _index(merged, weights, folder, file.name)
         done += len(names)
         progress(done, len(weights), file.name)
     if bad:
@@ -78,11 +80,12 @@ def write_merged(
 
 
 def _index(
-    tensors: Mapping[str, np.ndarray], added: Collection[str], folder: Path, file: str
+    tensors: Mapping[str, np.ndarray], old: Weights, folder: Path, file: str
 ) -> None:
     """Names the tensors of a file that are new in the index of a model."""
-    new = {name: tensors[name].nbytes for name in tensors if name in added}
-    if not new or not (folder / INDEX).exists():
+    new = [name for name in tensors if name not in old]
+    more = sum(t.nbytes - _bytes(old, name) for name, t in tensors.items())
+    if not (new or more) or not (folder / INDEX).exists():
         return
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     index["weight_map"] = dict(
@@ -90,8 +93,15 @@ def _index(
     )
     about = index.get("metadata")
     if isinstance(about, dict) and isinstance(about.get("total_size"), int):
-        about["total_size"] += sum(new.values())
+        about["total_size"] += more
     _write_json(index, folder / INDEX)
+
+
+def _bytes(weights: Weights, name: str) -> int:
+    if name not in weights:
+        return 0
+    shape = weights.shape(name)
+    return math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
 
 
 def _write_json(values: Mapping[str, Any], file: Path) -> None:

@@ -49,6 +49,7 @@ class NamedWeights(Mapping[str, np.ndarray]):
         weights: the tensors by their names on disk.
         added: names on disk of tensors that are not there yet, each with the one whose
             values it has.
+        tables: tables that have other rows than on disk, by their names there.
     """
 
     def __init__(
@@ -64,12 +65,23 @@ class NamedWeights(Mapping[str, np.ndarray]):
         """
         self.weights = weights
         self.added: dict[str, str] = {}
+        self.tables: dict[str, np.ndarray] = {}
         self._views = _best(weights, types, wanted)
 
     def add(self, name: str, like: str, on_disk: str) -> None:
         """Adds a tensor with the values of another."""
         self.added[on_disk] = self.on_disk(like)
         self._views[name] = View(((on_disk,),))
+
+    def extend(self, name: str, table: np.ndarray) -> None:
+        """Gives a table other rows, in the dtype that it has on disk."""
+        own = self.on_disk(name)
+        self.tables[own] = np.asarray(table).astype(self.weights.shape(own).dtype)
+
+    def read(self, on_disk: str) -> np.ndarray:
+        """Returns a tensor by its name on disk, as it is before a merge."""
+        own = self.added.get(on_disk) or on_disk
+        return self.tables[own] if own in self.tables else self.weights[own]
 
     def on_disk(self, name: str) -> str:
         """Returns the name on disk of a tensor that is one there."""
@@ -80,8 +92,8 @@ class NamedWeights(Mapping[str, np.ndarray]):
         view = self._views[name]
         if not view.packed:
             (own,) = view.names
-            return self.weights[self.added.get(own) or own][view.rows]
-        parts = [[self.weights[own] for own in several] for several in view.pieces]
+            return self.read(own)[view.rows]
+        parts = [[self.read(own) for own in several] for several in view.pieces]
         return np.stack([np.concatenate(several) for several in parts])
 
     def __iter__(self) -> Iterator[str]:
@@ -95,7 +107,10 @@ class NamedWeights(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> jax.ShapeDtypeStruct:
         """Returns the shape and the dtype of a tensor."""
         view = self._views[name]
-        first = self.weights.shape(self.added.get(view.names[0], view.names[0]))
+        own = self.added.get(view.names[0]) or view.names[0]
+        first = self.weights.shape(own)
+        if own in self.tables:
+            return _struct(first, len(self.tables[own]))
         if not view.packed:
             if view.rows is _ALL:
                 return first

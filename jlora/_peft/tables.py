@@ -6,6 +6,7 @@ the second name of a tied one.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _NAMES = frozenset(
 )
 
 
-def is_table(name: str, tensor: np.ndarray) -> bool:
+def is_table(name: str, tensor: Any) -> bool:
     """Returns whether a tensor is one that PEFT writes without a field that says so."""
     module, _, leaf = name.rpartition(".")
     known = module.rpartition(".")[2] in _NAMES
@@ -90,7 +91,7 @@ def rows_problem(base: Base, name: str, own: str, tensor: np.ndarray) -> str | N
     change = f"{abs(more)} tokens were {'added to' if more > 0 else 'taken from'}"
     return (
         f"{name!r}: {change} the vocabulary, of which the file has {tensor.shape[0]} "
-        f"rows and {base.homes(own)[0].path!r} {shape[0]}; give a base with its rows"
+        f"rows and {base.homes(own)[0].path!r} {shape[0]}; give params with its rows"
     )
 
 

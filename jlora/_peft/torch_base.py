@@ -19,7 +19,8 @@ from .._torch.tied import FIELD, Tied, has_unknown_table, tied_tables, untied
 from .named_weights import NamedWeights
 from .read import AdapterFiles, adapter_of
 from .sides import FIRST, LAST, NO_VERSION, axis_of_a, by_shapes, refuse_square
-from .tables import is_table
+from .tables import is_table, repeats
+from .vocabulary import extended, with_vocabulary
 
 # Of these a weight can take a sum; the others are codes, or too coarse for one.
 _SUMMED = frozenset(map(np.dtype, (np.float16, jnp.bfloat16, np.float32, np.float64)))
@@ -41,7 +42,11 @@ class Changes:
 
 
 def changes_of(
-    weights: Weights, files: AdapterFiles, config: Mapping[str, Any]
+    weights: Weights,
+    files: AdapterFiles,
+    config: Mapping[str, Any],
+    *,
+    extend_tables: bool = False,
 ) -> Changes:
     """Returns what an adapter changes of a model.
 
@@ -49,12 +54,14 @@ def changes_of(
         weights: the tensors on disk.
         files: what the adapter's files hold.
         config: what the model's `config.json` says.
+        extend_tables: whether tables take the rows of a larger vocabulary.
 
     Raises:
         AdapterError: as `torch_base`, and with everything that does not fit.
     """
     types = ModelTypes.of(config)
     named = NamedWeights(weights, types, _wanted(files))
+    vocabulary = extended(named, files, extend=extend_tables)
     tied = tied_tables(config, named)
     _check_known(config, named, files)
     apart = tied is not None and _are_apart(tied, files)
@@ -66,7 +73,8 @@ def changes_of(
         entries |= {
             n: entries[tied.table] for n in [tied.head] if tied.table in entries
         }
-    return Changes(named, entries, untied(config) if apart else None)
+    said = with_vocabulary(untied(config) if apart else config, vocabulary)
+    return Changes(named, entries, None if said == config else said)
 
 
 def _wanted(files: AdapterFiles) -> set[str]:
@@ -100,9 +108,12 @@ def _are_apart(tied: Tied, files: AdapterFiles) -> bool:
     Rows of a table that are trained alone are those of its head, too.
     """
     changed = {f"{module}.weight" for module in files.modules}
-    changed |= {name for name in files.whole if ".base_layer." not in name}
+    whole = {name for name in files.whole if ".base_layer." not in name}
     both = {tied.table, tied.head}
-    return bool(both & changed) and not files.config.ensure_weight_tying
+    if both <= whole - changed and repeats(tied.head, tied.table, files.whole):
+        # Written along, with a larger vocabulary.
+        whole -= set() if files.config.saves(tied.head.rpartition(".")[0]) else both
+    return bool(both & (changed | whole)) and not files.config.ensure_weight_tying
 
 
 def _entries(
@@ -133,9 +144,10 @@ def torch_base(
             square ones are in a layout that nothing tells.
         AdapterError: if the config selects weights that the file has no factors for.
     """
-    # PEFT writes an adapted table along, which must be that of the base.
-    copied = any(name.endswith(".base_layer.weight") for name in files.whole)
-    tables = {f"{m}.weight" for m, t in files.modules.items() if t.is_table and copied}
+    # PEFT writes an adapted table or head along, which must be that of the base.
+    copied = [n for n in files.whole if n.endswith(".base_layer.weight")]
+    tables = {name.replace(".base_layer.", ".") for name in copied}
+    tables |= {f"{m}.weight" for m, t in files.modules.items() if t.is_table and copied}
     # `lora_bias` is added to the module's own bias.
     biases = {f"{m}.bias" for m in files.modules if files.config.lora_bias}
     leaves: dict[str, Any] = {
