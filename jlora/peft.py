@@ -63,7 +63,10 @@ def load(
             the params alone will do for kernels under Flax's names.
         names: rules between paths and torch's modules, see `Rule` and `names`; None
             for the mechanical map (`params/a/b/kernel` is `a.b`).
-        ignore: fields of the config that are done without, such as "lora_dropout".
+        ignore: fields of the config that are done without, such as "lora_dropout". What
+            the keys of the file tell as well they tell then: which modules are adapted
+            (for "target_modules", "exclude_modules" and the layers, such as patterns
+            that are not matched for files), ranks, biases, magnitudes, what is whole.
         leave_out: modules that are not read, such as "vision_tower": all in whose names
             these whole parts follow each other.
         allow_nonfinite: whether NaNs and infinities are taken.

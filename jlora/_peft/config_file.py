@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from .config import PeftConfig, fields
+from .config import PeftConfig, fields, told_by_keys
 
 RELEASE = "0.21.0"  # the release of PEFT whose files these are
 RANK_LIMIT = 1 << 16
@@ -20,13 +20,13 @@ _INERT = {
 }  # fmt: skip
 
 # Initialisers that change the base: the adapter is relative to what they leave of it.
-_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
+_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 # The defaults of the fields that jlora has no other value for.
 _REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
     "layer_replication": None, "megatron_config": None, "monteclora_config": None,
-    "trainable_token_indices": None, "use_bdlora": None,
+    "use_bdlora": None,
     "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 
@@ -54,11 +54,12 @@ def parse_config(values: Any, where: str, ignore: Collection[str] = ()) -> PeftC
             f"{where} is of type {values.get('peft_type')!r}; jlora reads 'LORA'"
         )
     known = set(fields())
-    given = {k: v for k, v in values.items() if k in known}
+    ignored = told_by_keys(ignore)
+    given = {k: v for k, v in values.items() if k in known - ignored}
     bad = [p for k, v in given.items() if (p := _type_problem(k, v))]
     if bad:
         raise CorruptFileError(f"{where}: " + "; ".join(bad))
-    config = PeftConfig(**{k: _tidy(k, v) for k, v in given.items()})
+    config = PeftConfig(**{k: _tidy(k, v) for k, v in given.items()}, ignored=ignored)
     rest = {k: v for k, v in values.items() if k not in known | _INERT | {"peft_type"}}
     problems = [
         p for p in (*_strangers(rest), *_unsupported(config)) if p[0] not in ignore
@@ -122,7 +123,15 @@ def _type_problem(key: str, value: Any) -> str | None:
         number = _rank if key == "rank_pattern" else _alpha
         fine = isinstance(value, dict) and all(map(number, value.values()))
         return None if fine or value is None else problem
+    if key == "trainable_token_indices":
+        several = list(value.values()) if isinstance(value, dict) else [value]
+        fine = value is None or all(map(_are_rows, several))
+        return None if fine else problem
     return None if _SCALARS[key](value) else problem
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(_is(v, int) and v >= 0 for v in value)
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -153,6 +162,8 @@ _SCALARS = {
 def _tidy(key: str, value: Any) -> Any:
     if key in ("rank_pattern", "alpha_pattern"):
         return value or {}
+    if isinstance(value, dict):  # rows by the name of a table
+        return {name: tuple(rows) for name, rows in value.items()}
     if isinstance(value, list):
         # An empty list of layers is none, as PEFT has it.
         return tuple(value) if value or key not in ("layers_to_transform",) else None

@@ -19,6 +19,7 @@ from .config import PeftConfig
 from .experts import parameters_of, unpacked
 from .keys import check_dora
 from .lora_bias import read_lora_biases
+from .rows import read_rows
 from .sides import NO_VERSION, Version, exchanged, refuse_square
 from .whole import read_whole
 
@@ -32,6 +33,7 @@ class AdapterFiles:
         modules: the factors; their scalings the config has.
         whole: the tensors that are no factors.
         where: the name of the file, for messages.
+        rows: new rows of tables, by module.
         fan_in_fan_out: whether torch's weights are `(in, out)`.
         scalings: those that jlora noted, to the last bit.
         version: the release of PEFT that wrote them, if they say.
@@ -44,6 +46,7 @@ class AdapterFiles:
     whole: Mapping[str, np.ndarray]
     where: str
     fan_in_fan_out: bool = False
+    rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scalings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     version: Version | None = None
     exchanged: Mapping[str, bool] = dataclasses.field(default_factory=dict)
@@ -63,7 +66,7 @@ def without(files: AdapterFiles, left_out: Collection[str]) -> AdapterFiles:
     if isinstance(left_out, str) or not all(left_out):
         raise ValueError(f"`leave_out` is a list of names, got {left_out!r}")
     config = dataclasses.replace(files.config, left_out=tuple(left_out))
-    names = [*files.modules, *files.whole]
+    names = [*files.modules, *files.whole, *files.rows]
     for one in left_out:
         alone = dataclasses.replace(config, left_out=(one,))
         if not any(map(alone.is_left_out, names)):
@@ -72,8 +75,8 @@ def without(files: AdapterFiles, left_out: Collection[str]) -> AdapterFiles:
                 f"nearest of its names: {nearest(one, names)}"
             )
     kept = lambda found: {n: v for n, v in found.items() if not config.is_left_out(n)}
-    modules, whole = kept(files.modules), kept(files.whole)
-    return dataclasses.replace(files, config=config, modules=modules, whole=whole)
+    parts = {part: kept(getattr(files, part)) for part in ("modules", "whole", "rows")}
+    return dataclasses.replace(files, config=config, **parts)
 
 
 def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
@@ -87,7 +90,10 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     biases = read_lora_biases(
         files.modules, files.whole, files.config, base, files.where
     )
-    both = {**factors, **whole, **biases}
+    rows = read_rows(files.rows, files.config, base, files.where)
+    if twice := sorted(set(rows) & {*factors, *whole}):
+        raise AdapterError(f"{files.where} has rows of {twice[:5]}, and all of it, too")
+    both = {**factors, **whole, **biases, **rows}
     return {path: both[path] for path in base.leaves if path in both}
 
 
@@ -202,20 +208,22 @@ def _checked(module: TorchModule, binding: Binding, files: AdapterFiles) -> Torc
         )
     module.check_ranks()
     expected = config.rank(module.owner)
-    if rank != expected:
+    if rank != expected and not config.decided_by_keys("r", "rank_pattern"):
         raise AdapterError(
             f"{name!r} has factors of rank {rank}, and the config says {expected}"
         )
     scaling = files.scalings.get(module.owner)
     if scaling is None:
         scaling = config.scaling(module.owner, rank)
-    if (module.magnitude is not None) != config.use_dora:
-        has = "no magnitude" if module.magnitude is None else "a magnitude"
+    told = config.use_dora or config.decided_by_keys("use_dora")
+    plain = module.magnitude is None
+    if (plain and config.use_dora) or not (plain or told):
+        has = "no magnitude" if plain else "a magnitude"
         raise AdapterError(
             f"{name!r} has {has}, and the config says that `use_dora` is "
             f"{config.use_dora}"
         )
-    if config.use_dora:
+    if module.magnitude is not None:
         check_dora(binding.steps, name)
     return dataclasses.replace(module, scaling=scaling)
 

@@ -80,7 +80,7 @@ def changes_of(
 def _wanted(files: AdapterFiles) -> set[str]:
     """Returns what an adapter changes: modules, and tensors that are trained whole."""
     modules = {re.sub(r"(?:\.base_layer)+$", "", name) for name in files.modules}
-    names = modules | set(files.whole)
+    names = modules | set(files.whole) | set(files.rows)
     return {name.replace(".base_layer.", ".") for name in names}
 
 
@@ -149,7 +149,7 @@ def torch_base(
     tables = {name.replace(".base_layer.", ".") for name in copied}
     tables |= {f"{m}.weight" for m, t in files.modules.items() if t.is_table and copied}
     # `lora_bias` is added to the module's own bias.
-    biases = {f"{m}.bias" for m in files.modules if files.config.lora_bias}
+    biases = {f"{m}.bias" for m, t in files.modules.items() if t.bias is not None}
     leaves: dict[str, Any] = {
         name: weights[name] if name in tables | biases else weights.shape(name)
         for name in weights
@@ -169,6 +169,9 @@ def torch_base(
                 rules.append(Rule(re.escape(weight), name, f"{step}+{steps}"))
                 ndim = len(leaves[weight].shape)
                 axes[weight] = _axes(tensors, ndim, name in turned)
+    for module in files.rows:
+        rules.append(Rule(re.escape(f"{module}.weight"), module, "same+embedding"))
+        axes[f"{module}.weight"] = KernelAxes((), (0,), (1,))
     for name, fitting in _parameter_axes(leaves, files, types).items():
         rules.append(Rule(re.escape(name), name, "experts+same"))
         axes[name] = fitting
@@ -269,7 +272,9 @@ def _check_summed(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
     """Raises if the adapter changes weights that are no plain numbers."""
     own = {module.replace(".base_layer.", ".") for module in files.modules}
     saved = {name.replace(".base_layer.", ".") for name in files.whole}
-    beside = {"bias": "same"} if files.config.lora_bias else {}
+    saved |= {f"{module}.weight" for module in files.rows}
+    has_bias = any(t.bias is not None for t in files.modules.values())
+    beside = {"bias": "same"} if has_bias else {}
     changed = saved | {f"{name}.{leaf}" for name in own for leaf in _WEIGHTS | beside}
     found = [
         f"{name!r} ({np.dtype(leaf.dtype).name})"

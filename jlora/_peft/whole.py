@@ -68,6 +68,7 @@ def _problem(
     name: str, tensors: Mapping[str, np.ndarray], config: PeftConfig, base: Base
 ) -> str | None:
     told = _is_saved(config, name) or _is_bias(config, name)
+    told = told or config.decided_by_keys("modules_to_save")
     if not told and not is_table(name, tensors[name]):
         return f"{name!r}: the config does not say that it is trained"
     homes = base.homes(name)
@@ -87,7 +88,8 @@ def _is_saved(config: PeftConfig, name: str) -> bool:
 
 
 def _is_bias(config: PeftConfig, name: str) -> bool:
-    return config.bias != "none" and name.rpartition(".")[2] == "bias"
+    said = config.bias != "none" or config.decided_by_keys("bias")
+    return said and name.rpartition(".")[2] == "bias"
 
 
 def _missing(

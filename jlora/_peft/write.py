@@ -21,7 +21,7 @@ from .keys import MAGNITUDE, PREFIX, check_dora, warn_of_doubling
 
 
 def check_writable(adapter: Mapping[str, Any]) -> None:
-    """Refuses what is no factors without its kernel, such as rows trained alone.
+    """Refuses what is no factors without its kernel, and nothing that PEFT has.
 
     Raises:
         UnsupportedFeatureError: with their paths.
@@ -29,11 +29,10 @@ def check_writable(adapter: Mapping[str, Any]) -> None:
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     for variant in VARIANTS:
         paths = [path for path, kind in kinds.items() if kind is variant]
-        if variant.reads_kernel and paths:
-            peft = f" (`{variant.peft}`)" if variant.peft else ""
+        if variant.reads_kernel and not variant.peft and paths:
             raise UnsupportedFeatureError(
                 f"{variant.plural or variant.name}, {paths[:5]}, have no place in the "
-                f"files that jlora writes for PEFT{peft}; merge them instead"
+                "files that jlora writes for PEFT; merge them instead"
             )
 
 
