@@ -60,13 +60,15 @@ def write_merged(
     named, done, bad = changes.weights, 0, []
     by_name = named.changes(changes.entries)
     for file, names in weights.files.items():
-        tensors = {name: np.asarray(named.read(name)) for name in names}
+        raw = {name: weights.raw(name) for name in names if weights.is_shared(name)}
+        read = [name for name in names if name not in raw]
+        tensors = {name: np.asarray(named.read(name)) for name in read}
         tensors |= {n: tensors[like] for n, like in added.items() if like in tensors}
         own = {n: by_name[n] for n in tensors if n in by_name}
         merged = _merged(tensors, own) if own else tensors
         bad += [p for n in own if (p := _overflow(n, tensors[n], merged[n]))]
         if not bad:
-            write_weights(merged, folder / file.name)
+            write_weights(merged, folder / file.name, raw)
             _index(merged, weights, folder, file.name)
         done += len(names)
         progress(done, len(weights), file.name)
