@@ -190,6 +190,8 @@ def _convert(given: Any) -> int:
     target = _format_to(given.target, source)
     options = _options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore)
+    if told := source.told_in_part(adapter):
+        raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
     target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)

@@ -1,7 +1,7 @@
 """What a file format of adapters is to the command line."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,8 @@ class Format:
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
             "base_model", "profile".
+        told_in_part: what the files do not tell of an adapter that was read, so that it
+            can be shown and is not converted, or None.
     """
 
     name: str
@@ -34,3 +36,4 @@ class Format:
     write: Callable[..., None]
     suffix: str | None = None
     options: tuple[str, ...] = ()
+    told_in_part: Callable[[Mapping[str, Any]], str | None] = lambda adapter: None

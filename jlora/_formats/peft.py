@@ -10,10 +10,18 @@ import numpy as np
 from .._adapter.config import LoraConfig
 from .._errors import UnsupportedFeatureError
 from .._files.format import Format
+from .._files.patterns import ends_of
 from .._peft.files import CONFIG, WEIGHTS, read_files
 from .._peft.read import AdapterFiles, configured_adapter
+from .._peft.rows import has_rows
 from .._peft.save import save
-from .._torch.alone import ParamsAlone, in_doubt, kernels_alone, path_of
+from .._torch.alone import (
+    ParamsAlone,
+    expert_rules,
+    in_doubt,
+    kernels_alone,
+    path_of,
+)
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
 
@@ -74,14 +82,32 @@ def write(
         kernels_alone(adapter),
         adapter,
         configs,
-        family_names(names) if names is not None else None,
+        family_names(names) if names is not None else expert_rules(adapter),
         profile=profile,
         base_model=base_model,
         overwrite=overwrite,
     )
 
 
-FORMAT = Format("PEFT", holds, read, write, options=("names", "base_model", "profile"))
+def told_in_part(adapter: Mapping[str, Any]) -> str | None:
+    """Returns what the files of PEFT do not tell of an adapter that was read alone."""
+    found = [path for path, entry in adapter.items() if has_rows(entry)]
+    if not found:
+        return None
+    return (
+        f"of {found[:5]} the files have some rows, and not how many the tables have; "
+        "load them with their params by `jlora.peft.load`"
+    )
+
+
+FORMAT = Format(
+    "PEFT",
+    holds,
+    read,
+    write,
+    options=("names", "base_model", "profile"),
+    told_in_part=told_in_part,
+)
 
 
 def _check_layouts(adapter: Mapping[str, Any]) -> None:
@@ -123,9 +149,19 @@ def params_alone(files: AdapterFiles) -> ParamsAlone:
             fans = module.kernel_shape
             shape = (n, *(fans[::-1] if files.exchanged.get(name) else fans))
             params.add(path_of(name, "kernel"), shape, module.a.dtype, name, "experts")
+    for name, values in files.rows.items():
+        shape = (1 + max(_rows_of(name, files), default=0), values.shape[-1])
+        params.add(path_of(name, "embedding"), shape, values.dtype, name, "embedding")
     for key, tensor in _trained_whole(files).items():
         _add_whole(params, key.replace(".base_layer.", "."), tensor)
     return params
+
+
+def _rows_of(name: str, files: AdapterFiles) -> tuple[int, ...]:
+    said = files.config.trainable_token_indices or ()
+    if isinstance(said, Mapping):
+        return next((said[end] for end in ends_of(name) if end in said), ())
+    return said
 
 
 def _add_whole(params: ParamsAlone, name: str, tensor: np.ndarray) -> None:

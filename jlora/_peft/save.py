@@ -45,6 +45,7 @@ def save(
     profile: str = "peft",
     base_model: str | None = None,
     task_type: str | None = None,
+    model_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter as a PEFT folder.
@@ -76,6 +77,8 @@ def save(
             one alpha for all modules, experts apart, and nothing that they would drop.
         base_model: the name of the base on the Hub, or its folder.
         task_type: PEFT's, such as "CAUSAL_LM".
+        model_type: the kind of the base, as its `config.json` has it, for "vllm": the
+            experts of "gpt_oss" and "qwen3_5_moe" stay packed.
         overwrite: whether an adapter that is there may be replaced.
 
     Raises:
@@ -103,7 +106,7 @@ def save(
     modules = with_attention_outputs(modules_of(factors, base))
     check_some(modules, {**entries, **rows})
     if profile == "vllm":
-        modules = for_vllm(modules, [*arrays, *rows])
+        modules = for_vllm(modules, [*arrays, *rows], model_type)
     whole, fields = write_whole(arrays, list(by_name(modules)), base)
     trained, which = write_rows(rows, base)
     whole, fields = whole | trained, fields | which

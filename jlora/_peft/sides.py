@@ -5,6 +5,7 @@ which of the two x is, neither the file nor its config says. Releases of PEFT di
 and from 0.19 on the module does, by its `is_transposed`.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +97,7 @@ def exchanged(
                 found[name] = False  # said where it is placed
             elif told is not None:
                 found[name] = told == LAST
-            elif (axis := axis_of_a(_in_first(binding), version)) is not None:
+            elif (axis := axis_of_a(_says_so(binding), version)) is not None:
                 found[name] = axis != (FIRST if _in_first(binding) else LAST)
     return found
 
@@ -117,6 +118,18 @@ def _fans(homes: Sequence[Home], given: tuple[int, int], base: Base) -> tuple[in
 
 def _in_first(binding: Binding) -> bool:
     return "fan_in_fan_out" in binding.steps
+
+
+def _says_so(binding: Binding) -> bool:
+    """Whether the module says that its experts are (experts, in, out)."""
+    return _in_first(binding) and "swapped" not in binding.steps
+
+
+def as_written(module: TorchModule) -> TorchModule:
+    """Returns the factors of an expert at the sides where PEFT has them."""
+    if not {"swapped", "experts"} <= set(module.steps) or module.expert is None:
+        return module
+    return dataclasses.replace(module, a=module.b.T, b=module.a.T)
 
 
 def refuse_square(names: Sequence[str], why: str, where: str) -> None:

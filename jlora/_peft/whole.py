@@ -135,7 +135,12 @@ def write_whole(
     said = PeftConfig(modules_to_save=saved)
     _check_apart(said, adapted)
     beside = {p for p in biases if all(_is_saved(said, n) for n in names(p))}
-    kind = _bias_kind(biases - beside, set(adapted), base)
+    saved_along = {
+        path
+        for path, binding in base.bindings.items()
+        if binding.leaf == "bias" and all(_is_saved(said, n) for n in names(path))
+    }
+    kind = _bias_kind(biases - beside, set(adapted), base, saved_along)
     # PEFT saves all that is in a module, and modules whose names end with its name.
     paths = [p for p in base.bindings if any(_is_saved(said, n) for n in names(p))]
     values = {p: entries.get(p, base.value(p)) for p in {*paths, *biases}}
@@ -186,11 +191,14 @@ def _check_apart(said: PeftConfig, adapted: Sequence[str]) -> None:
         )
 
 
-def _bias_kind(trained: set[str], adapted: set[str], base: Base) -> str:
-    """Returns PEFT's `bias` for the biases that are trained."""
+def _bias_kind(
+    trained: set[str], adapted: set[str], base: Base, saved: set[str]
+) -> str:
+    """Returns PEFT's `bias` for the biases that are trained, but for those it saves."""
     if not trained:
         return "none"
     every = {p for p, binding in base.bindings.items() if binding.leaf == "bias"}
+    every -= saved
     beside = {
         path
         for path in every

@@ -18,6 +18,7 @@ from .._torch.names import Binding
 from .config import NO_MODULES, Patterns, PeftConfig, exact_keys, exact_names
 from .experts import nesting, packed
 from .keys import MAGNITUDE, PREFIX, check_dora, warn_of_doubling
+from .sides import as_written
 
 
 def check_writable(adapter: Mapping[str, Any]) -> None:
@@ -96,6 +97,7 @@ def tensors_of(modules: Sequence[TorchModule]) -> dict[str, np.ndarray]:
     nested = nesting(modules)
     found: dict[str, np.ndarray] = {}
     for name, experts in by_name(modules).items():
+        experts = [as_written(one) for one in experts]
         first, rank = experts[0], _rank(experts)
         a, b = packed([one.padded_to(rank) for one in experts])
         plain = first.is_parameter and first.expert is None

@@ -17,6 +17,7 @@ TRANSFORMS = (
     "parameter",
     "rope",
     "same",
+    "swapped",
     "tied",
 )
 
@@ -72,6 +73,9 @@ class Rule:
               axis, if there are several.
             - "same": the leaf has torch's own layout, `(out, in, *window)`. Leaves that
               are called `weight` have it in the mechanical map.
+            - "swapped", beside "experts+fan_in_fan_out": torch's `(experts, in, out)`
+              is a parameter of a module that does not say so, as in Llama 4; PEFT takes
+              its inputs for outputs then.
             - "tied(lm_head)": the table is the weight of that module, too, and PEFT
               keeps its factors under both names (`ensure_weight_tying`).
 

@@ -241,6 +241,27 @@ def test_biases_of_saved_modules_are_read_under_all_their_names(
         np.testing.assert_allclose(after[flax(name)], turned(value), atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_beside_saved_modules_are_saved(bias: str, tmp_path: Path) -> None:
+    """Those of modules that are saved are no part of what `bias` says."""
+    peft, _ = head_of_classes(tmp_path / "peft", bias)
+    params = {
+        "query": {"kernel": jnp.ones((N, N)), "bias": jnp.ones(N)},
+        "classifier": {"kernel": jnp.ones((N, 3)), "bias": jnp.ones(3)},
+    }
+    config, adapter = jlora.peft.load(peft, params)
+    jlora.peft.save(tmp_path / "again", params, adapter, config)
+    said = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert said["bias"] in ("all", "lora_only")
+    assert said["modules_to_save"] == ["classifier"]
+    _, again = jlora.peft.load(tmp_path / "again", params)
+    assert set(again) == set(adapter)
+    for one, other in zip(
+        jax.tree.leaves(again), jax.tree.leaves(adapter), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_two_values_of_one_bias_are_refused(tmp_path: Path) -> None:
     more = {"classifier.modules_to_save.bias": np.ones(3, np.float32)}
     peft, _ = head_of_classes(tmp_path / "peft", "all", **more)
