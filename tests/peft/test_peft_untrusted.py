@@ -372,6 +372,8 @@ def test_text_of_the_config(
     ("init", {"init_lora_weights": 3}, Corrupt, "`init_lora_weights`", "3"),
     ("no type", {"peft_type": ...}, AdapterError, "None", "LORA"),
     ("other type", {"peft_type": "IA3"}, AdapterError, "IA3", "LORA"),
+    ("LoHa", {"peft_type": "LOHA"}, AdapterError, "LOHA", "peft.save_as_lora"),
+    ("VeRA", {"peft_type": "VERA"}, AdapterError, "VERA", "peft.save_as_lora"),
     ("odd type", {"peft_type": ["LORA"]}, AdapterError, "LORA"),
     ("dora number", {"use_dora": 1}, Corrupt, "use_dora"),
     ("bias of b", {"lora_bias": 1}, Corrupt, "`lora_bias`"),
