@@ -97,13 +97,13 @@ def test_what_each_device_sums(
     """Rows and outputs stay divided as they are, whatever else is gathered."""
     choose(monkeypatch, "fused")
     seen = []
-    whole = fused.sum_whole
+    matrices = fused._matrices
 
-    def spied(terms: fused.Terms, turned: bool) -> jax.Array:
+    def spied(terms: fused.Terms, turned: bool) -> Any:
         seen.append((tuple(terms.h.shape), terms.b.shape[:-1]))
-        return whole(terms, turned)
+        return matrices(terms, turned)
 
-    monkeypatch.setattr(fused, "sum_whole", spied)
+    monkeypatch.setattr(fused, "_matrices", spied)
     compiled(layout, kind)
     rows = {"rows": (1, 12), "sequence": (4, 3), "sequence, fsdp": (4, 3)}
     divided = rows.get(layout, (4, 12))
