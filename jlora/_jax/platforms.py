@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
@@ -30,15 +31,18 @@ class Target(NamedTuple):
         platform: one of `PLATFORMS`.
         devices: how many share its arrays; one inside of a `shard_map` over all axes.
         rules: whether a partitioning rule of ours is asked: not where no devices are
-            assigned yet, nor inside of a `shard_map` over some of the axes alone.
+            assigned yet, nor inside of a `shard_map` over some of the axes alone, nor
+            where JAX has other rules than Shardy's, nor in an export.
         exported: whether it is written down by `jax.export`, for any device of its
             platforms and with calls that are kept stable alone.
+        typed: whether types say how arrays lie on Explicit axes.
     """
 
     platform: str
     devices: int = 1
     rules: bool = True
     exported: bool = False
+    typed: bool = False
 
     @classmethod
     def here(cls) -> "Target":
@@ -57,12 +61,21 @@ class Target(NamedTuple):
         module: Any = ctx.module_context
         axes = module.axis_context
         exported = module.lowering_parameters.for_export
+        typed = any(_is_explicit(one) for one in (*ctx.avals_in, *ctx.avals_out))
+        rules = not exported and getattr(jax.config, "jax_use_shardy_partitioner", True)
+        made = cls(platform, 1, rules, exported, typed)
         if not isinstance(axes, mlir.SPMDAxisContext):
-            rules = getattr(axes, "device_assignment", None) is not None
-            return cls(platform, getattr(axes, "num_devices", 1), rules, exported)
+            assigned = getattr(axes, "device_assignment", None) is not None
+            devices = getattr(axes, "num_devices", 1)
+            return made._replace(devices=devices, rules=rules and assigned)
         if set(axes.manual_axes) == set(axes.mesh.axis_names):
-            return cls(platform, 1, False, exported)
-        return cls(platform, axes.mesh.size, not axes.manual_axes, exported)
+            return made._replace(rules=False)
+        rules = rules and not axes.manual_axes
+        return made._replace(devices=axes.mesh.size, rules=rules)
+
+
+def _is_explicit(aval: Any) -> bool:
+    return bool(aval.sharding.mesh.explicit_axes)
 
 
 class Bodies(Protocol):
@@ -71,6 +84,11 @@ class Bodies(Protocol):
     @property
     def has_rules(self) -> bool:
         """Whether a body is partitioned by a rule of ours: devices are needed then."""
+        ...
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether bodies say how results are laid out on Explicit axes."""
         ...
 
     def portable(self, *args: jax.Array) -> list[jax.Array]:
@@ -138,8 +156,10 @@ def _lower(
     target = Target.of(platform, ctx)
     body = bodies.on(target)
     if body is None:
-        return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *args)
-    return _lower_untyped(body, ctx, *args)
+        body = jaxpr_as_fun(jaxpr)
+    elif not bodies.is_typed:
+        return _lower_untyped(body, ctx, *args)
+    return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
 
 
 def _lower_untyped(body: Body, ctx: mlir.LoweringRuleContext, *args: Any) -> Any:
@@ -151,7 +171,7 @@ def _lower_untyped(body: Body, ctx: mlir.LoweringRuleContext, *args: Any) -> Any
     meshes = [one.mesh for one in shardings if one.mesh.explicit_axes]
     if not meshes:
         return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
-    plain = lambda avals: [jax.core.ShapedArray(v.shape, v.dtype) for v in avals]
+    plain = lambda avals: [ShapedArray(v.shape, v.dtype) for v in avals]
     mesh = meshes[0].update(axis_types=(AxisType.Auto,) * len(meshes[0].axis_names))
 
     def laid_out(*args: jax.Array) -> list[jax.Array]:

@@ -7,7 +7,6 @@ form computes from it is tested in `test_products.py`.
 
 import functools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -216,13 +215,21 @@ def test_examples_that_are_mapped_are_rows(hopper: None) -> None:
 # --- the probe ---
 
 
+class Gpu:
+    """A device that the probe finds."""
+
+    compute_capability: str | None = "9.0"
+    core_count = 4
+    found: "Gpu | None"
+
+
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A GPU that the probe finds, and what its kernel computes."""
-    gpu = SimpleNamespace(compute_capability="9.0", core_count=4)
+def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """Such a device, and nothing moved to it."""
+    gpu = Gpu()
+    gpu.found = gpu
     monkeypatch.setattr(hopper_probe, "local_gpu", lambda: gpu.found)
     monkeypatch.setattr(hopper_probe.jax, "device_put", lambda tree, _: tree)
-    gpu.found = gpu
     hopper_probe._tried.cache_clear()
     yield gpu
     hopper_probe._tried.cache_clear()
@@ -241,7 +248,7 @@ def stand_in(error: float) -> Any:
 
 
 def test_a_kernel_that_computes_what_it_should_is_trusted_once(
-    probed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(0.0))
     assert hopper_probe.fault() is None
@@ -251,7 +258,7 @@ def test_a_kernel_that_computes_what_it_should_is_trusted_once(
 
 
 def test_a_kernel_with_one_wrong_number_is_not_trusted(
-    probed: SimpleNamespace,
+    probed: Gpu,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -262,7 +269,7 @@ def test_a_kernel_with_one_wrong_number_is_not_trusted(
 
 
 def test_a_release_with_another_api_does_without_it(
-    probed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(plgpu, "nd_loop")
     told = hopper_probe.fault()
@@ -270,7 +277,7 @@ def test_a_release_with_another_api_does_without_it(
 
 
 def test_the_probe_sees_no_trace_and_no_mesh(
-    probed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is asked while a program is lowered, under a mesh and within a trace."""
     monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(0.0))
@@ -288,9 +295,7 @@ def test_the_probe_sees_no_trace_and_no_mesh(
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0", None])
-def test_it_is_not_on_other_devices(
-    capability: str | None, probed: SimpleNamespace
-) -> None:
+def test_it_is_not_on_other_devices(capability: str | None, probed: Gpu) -> None:
     probed.compute_capability = capability
     assert str(capability) in str(hopper_probe.fault())
     probed.found = None
@@ -325,8 +330,12 @@ def of_siblings(rank: int) -> tuple[Any, ...]:
 def test_values_and_gradients(
     hopper: None, interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interpreted, beside the formed kernel."""
-    monkeypatch.setattr(lowered, "form_on", lambda by, target: "fused")
+    """Interpreted, beside the formed kernel.
+
+    The interpreter has effects, which a body that is chosen at lowering may not have.
+    """
+    openly = lambda bodies, *args: bodies.on(HOPPER)(*args)
+    monkeypatch.setattr(lowered, "by_platform", openly)
     step, params, adapter, x = of_siblings(rank=5)
     found = step(params, adapter, x)
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), params)
