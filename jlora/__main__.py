@@ -190,7 +190,7 @@ def _convert(given: Any) -> int:
     target = _format_to(given.target, source)
     options = _options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore)
-    if told := source.told_in_part(adapter):
+    if told := source.told_in_part(given.source, ignore=given.ignore):
         raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)

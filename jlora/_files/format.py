@@ -1,7 +1,7 @@
 """What a file format of adapters is to the command line."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,8 +26,9 @@ class Format:
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
             "base_model", "profile".
-        told_in_part: what the files do not tell of an adapter that was read, so that it
-            can be shown and is not converted, or None.
+        told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
+            of an adapter without its params, which can be shown and is not converted
+            then, or None.
     """
 
     name: str
@@ -36,4 +37,4 @@ class Format:
     write: Callable[..., None]
     suffix: str | None = None
     options: tuple[str, ...] = ()
-    told_in_part: Callable[[Mapping[str, Any]], str | None] = lambda adapter: None
+    told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None

@@ -13,8 +13,8 @@ from .._files.format import Format
 from .._files.patterns import ends_of
 from .._peft.files import CONFIG, WEIGHTS, read_files
 from .._peft.read import AdapterFiles, configured_adapter
-from .._peft.rows import has_rows
 from .._peft.save import save
+from .._peft.sides import NO_VERSION
 from .._torch.alone import (
     ParamsAlone,
     expert_rules,
@@ -42,12 +42,8 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> tuple[Configs, dict[str, 
         AdapterError: if the files contradict themselves.
     """
     files = read_files(path, ignore=ignore)
-    sides = _exchanged(files)
-    # The module of an old file's square parameter is not there to be asked.
-    version = files.version if files.version and files.version > (0, 19, 0) else None
-    own = dataclasses.replace(
-        files, whole=_trained_whole(files), exchanged=sides, version=version
-    )
+    sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
+    own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
 
 
@@ -89,15 +85,20 @@ def write(
     )
 
 
-def told_in_part(adapter: Mapping[str, Any]) -> str | None:
-    """Returns what the files of PEFT do not tell of an adapter that was read alone."""
-    found = [path for path, entry in adapter.items() if has_rows(entry)]
-    if not found:
-        return None
-    return (
-        f"of {found[:5]} the files have some rows, and not how many the tables have; "
-        "load them with their params by `jlora.peft.load`"
-    )
+def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
+    """Returns what the files of PEFT do not tell of an adapter without its params."""
+    files, load = read_files(path, ignore=ignore), "`jlora.peft.load`"
+    if files.rows:
+        return (
+            f"of {list(files.rows)[:5]} the files have some rows, and not how many the "
+            f"tables have; load them with their params by {load}"
+        )
+    if square := _of_unknown_sides(files):
+        return (
+            f"at which side of {square[:5]} their factors are the files do not tell: "
+            f"{NO_VERSION}, or load them with their params by {load}"
+        )
+    return None
 
 
 FORMAT = Format(
@@ -223,6 +224,19 @@ def _exchanged(files: AdapterFiles) -> dict[str, bool]:
             if plain != turned:
                 found |= {f"{owner}.{tail}": turned for tail, _ in several}
     return found
+
+
+def _of_unknown_sides(files: AdapterFiles) -> list[str]:
+    """Returns the square parameters whose sides no pair and no release tells."""
+    known = files.version is not None and files.version > (0, 19, 0)
+    sides = _exchanged(files)
+    return [
+        name
+        for owner, several in _parameters(files).items()
+        for tail, module in several
+        if (name := f"{owner}.{tail}") not in sides and not known
+        if module.a.shape[0] == module.b.shape[1]
+    ]
 
 
 def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, TorchModule]]]:

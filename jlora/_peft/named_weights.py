@@ -11,8 +11,10 @@ from .._adapter.factors import LoraFactors
 from .._files.model_files import Weights
 from .._params.axes import KernelAxes
 from .._torch.model_types import ModelTypes
-from .._torch.renames import ERAS, halves, is_packed, packs, renamer
+from .._torch.renames import ERAS, halves, is_packed, packs, part_of_pack, renamer
 
+# Kinds of packed experts that are not (experts, out, in) on disk.
+_TURNED = frozenset(("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"))
 # What is changed of a tensor on disk: of some of its rows, and by which entry.
 Change: TypeAlias = tuple[Any, Any]
 _ALL: Any = ...  # of a tensor without axes, too
@@ -114,7 +116,8 @@ class NamedWeights(Mapping[str, np.ndarray]):
         if not view.packed:
             if view.rows is _ALL:
                 return first
-            return _struct(first, len(range(*view.rows.indices(first.shape[0]))))
+            part = np.broadcast_to(np.int8(0), first.shape)[view.rows]
+            return jax.ShapeDtypeStruct(part.shape, first.dtype)
         rows = sum(self.weights.shape(own).shape[0] for own in view.pieces[0])
         wide = _struct(first, rows)
         return jax.ShapeDtypeStruct((len(view.pieces), *wide.shape), wide.dtype)
@@ -163,16 +166,61 @@ def _best(weights: Weights, types: ModelTypes, wanted: Collection[str]) -> Views
         there = _there(wanted, views)
         found.append((views, there))
         if len(there) == len(wanted):
-            break
+            return views
     views, there = max(found, key=lambda pair: len(pair[1]))
-    # Single modules may have kept a name of another era.
+    # Single modules may have a name of another era, and so may those of the adapter:
+    # where the tensors have the new names, and it has the old ones.
+    others: Views = {}
     for other, more in found:
+        tensors = _by_owner(other)
         for name in more - there:
-            for own in _tensors(name, other):
-                taken = set(other[own].names)
-                views = {n: v for n, v in views.items() if taken.isdisjoint(v.names)}
-                views[own] = other[own]
-    return views
+            others |= {own: other[own] for own in tensors.get(name, [name])}
+    for name in wanted:
+        if not any(name in more for _, more in found):
+            others |= _renamed(name, types, views) or _expert(
+                name, types, views, weights
+            )
+    whole = {n for view in others.values() if view.rows is _ALL for n in view.names}
+    kept = {n: v for n, v in views.items() if whole.isdisjoint(v.names)}
+    return {**kept, **others}
+
+
+def _by_owner(views: Views) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in views:
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return found
+
+
+def _renamed(name: str, types: ModelTypes, views: Views) -> Views:
+    """Returns the tensors of a module, or one tensor, that has a new name on disk."""
+    for era in ERAS[1:]:
+        new = renamer(types, era)(f"{name}.weight").removesuffix(".weight")
+        if new in views:
+            return {name: views[new]}
+        if new != name and f"{new}.weight" in views:
+            own = [f"{new}.{leaf}" for leaf in ("weight", "bias")]
+            return {f"{name}{n[len(new) :]}": views[n] for n in own if n in views}
+    return {}
+
+
+def _expert(name: str, types: ModelTypes, views: Views, weights: Weights) -> Views:
+    """Returns the part of a packed parameter that an expert is, `(out, in)`."""
+    if types.experts_in_first() is not False or types.kinds & _TURNED:
+        return {}
+    for era in ERAS:
+        owner, _, part = renamer(types, era)(f"{name}.weight")[:-7].rpartition(".")
+        owner, _, number = owner.rpartition(".")
+        for parameter, (index, count) in part_of_pack(part).items():
+            view = views.get(f"{owner}.{parameter}")
+            if view is None or view.packed or not number.isdigit():
+                continue
+            shape = weights.shape(view.names[0]).shape
+            if len(shape) == 3 and int(number) < shape[0] and not shape[1] % count:
+                n = shape[1] // count
+                rows = (int(number), slice(index * n, (index + 1) * n))
+                return {f"{name}.weight": View(view.pieces, rows)}
+    return {}
 
 
 def _views(weights: Weights, types: ModelTypes, era: str) -> Views:
@@ -213,10 +261,3 @@ def _alike(weights: Weights, pieces: Iterable[tuple[str, ...]]) -> bool:
 def _there(wanted: Collection[str], views: Views) -> set[str]:
     owners = {name.rpartition(".")[0] for name in views}
     return {name for name in wanted if name in views or name in owners}
-
-
-def _tensors(name: str, views: Views) -> list[str]:
-    """Returns the tensors that a wanted name is, or has."""
-    if name in views:
-        return [name]
-    return [other for other in views if other.rpartition(".")[0] == name]

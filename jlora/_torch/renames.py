@@ -255,6 +255,21 @@ def packs(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
     return found
 
 
+def part_of_pack(part: str) -> dict[str, tuple[int, int]]:
+    """Returns which part of how many an expert's weight is, by packed parameter.
+
+    Example:
+        >>> part_of_pack("up_proj")
+        {'gate_up_proj': (1, 2), 'up_proj': (0, 1)}
+    """
+    return {
+        parameter: (parts.index(part), len(parts))
+        for kind in _PACKS.values()
+        for parameter, parts in kind.items()
+        if part in parts
+    }
+
+
 # --- parts of a tensor ---
 
 

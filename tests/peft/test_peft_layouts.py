@@ -131,6 +131,7 @@ def test_a_square_parameter_alone_needs_its_params(
     version: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peft, *_ = one_expert_file(tmp_path / "peft", peft_version=version)
+    assert main(["inspect", str(peft)]) == 0
     assert main(["convert", str(peft), str(tmp_path / "out")]) == 2
     assert "down_proj" in capsys.readouterr().err
 

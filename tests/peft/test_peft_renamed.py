@@ -214,6 +214,49 @@ def test_experts_that_were_adapted_apart_are_found(kind: str, tmp_path: Path) ->
     check(merged(tmp_path, base, peft)[0], wanted)
 
 
+REVERSED: list[tuple[str, Pairs]] = [
+    ("vit", [("vit.layers.0.mlp.fc2", "vit.encoder.layer.0.output.dense")]),
+    ("vit", [(f"{NEW}.attention.q_proj", f"{OLD}.attention.attention.query")]),
+    ("gemma3", [(TREE, TEXT), ("lm_head", "language_model.lm_head")]),
+    ("qwen2_vl", [("model.visual.blocks.0.attn.proj", "visual.blocks.0.attn.proj")]),
+]
+
+
+@pytest.mark.parametrize("kind, pairs", REVERSED)
+def test_an_old_adapter_finds_modules_that_have_new_names_on_disk(
+    kind: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    disk, tensors, sums = linear(pairs)
+    base = write_model(tmp_path / "base", disk, model_type=kind)
+    peft = write_adapter(tmp_path / "peft", tensors, target_modules=tails(pairs))
+    check(merged(tmp_path, base, peft)[0], sums)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_that_were_adapted_apart_are_found_in_a_pack(
+    kind: str, tmp_path: Path
+) -> None:
+    rand, owner = draw(), f"{WHERE}mlp.experts"
+    disk = {
+        f"{owner}.gate_up_proj": rand(E, 2 * INNER, N),
+        f"{owner}.down_proj": rand(E, N, INNER),
+    }
+    base = write_model(tmp_path / "base", disk, model_type=kind)
+    tensors, wanted = {}, {name: np.array(value) for name, value in disk.items()}
+    names = PACKED[kind]
+    parts = (("gate_up_proj", slice(0, INNER)), ("gate_up_proj", slice(INNER, None)),
+             ("down_proj", slice(None)))  # fmt: skip
+    for e in (0, 2):
+        for name, (parameter, rows) in zip(names, parts, strict=True):
+            part = wanted[f"{owner}.{parameter}"][e, rows]
+            a, b = rand(RANK, part.shape[1]), rand(part.shape[0], RANK)
+            tensors |= factors(f"{WHERE}{name.format(e=e)}", a, b)
+            part += SCALE * b @ a
+    targets = sorted({name.rpartition(".")[2] for name in names})
+    peft = write_adapter(tmp_path / "peft", tensors, target_modules=targets)
+    check(merged(tmp_path, base, peft)[0], wanted)
+
+
 @pytest.mark.parametrize("missing", [0, E - 1])
 def test_experts_of_which_some_are_missing_are_no_pack(
     missing: int, tmp_path: Path
