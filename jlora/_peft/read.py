@@ -21,6 +21,7 @@ from .keys import check_dora
 from .lora_bias import read_lora_biases
 from .rows import read_rows
 from .sides import NO_VERSION, Version, exchanged, refuse_square
+from .tables import check_head
 from .whole import read_whole
 
 
@@ -91,6 +92,7 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
         files.modules, files.whole, files.config, base, files.where
     )
     rows = read_rows(files.rows, files.config, base, files.where)
+    check_head(whole, files.whole, files.config, base)
     if twice := sorted(set(rows) & {*factors, *whole}):
         raise AdapterError(f"{files.where} has rows of {twice[:5]}, and all of it, too")
     both = {**factors, **whole, **biases, **rows}

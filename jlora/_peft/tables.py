@@ -156,6 +156,38 @@ def tied_copies(
     return found
 
 
+def check_head(
+    paths: Collection[str],
+    tensors: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    base: Base,
+) -> None:
+    """Refuses a table that is trained whole, alone, and may be the params' head.
+
+    The rules know a head, and none of the leaves is it: the program has none, or takes
+    the table. A plan tells which, of a table that is among its targets.
+
+    Raises:
+        UnsupportedFeatureError: with the path of the table.
+    """
+    if base.missing_head is None or config.ensure_weight_tying:
+        return
+    head = f"{base.missing_head}.weight"
+    for path in sorted(paths):
+        binding = base.bindings[path]
+        table = binding.parameter(binding.slots[0].template)
+        known = path in base.uses or "tied" in binding.steps
+        if "embedding" in binding.steps and not known:
+            if not repeats(head, table, tensors):
+                raise UnsupportedFeatureError(
+                    f"{path!r} is trained whole, and no leaf of the params is torch's "
+                    f"{base.missing_head!r}: if the table is the head as well, both "
+                    "would change. Give a plan that has it among its targets, or a "
+                    'rule with the transform "tied(…)"; for a program without a head, '
+                    "rules without one"
+                )
+
+
 def tied_heads(paths: Collection[str], base: Base) -> dict[str, str]:
     """Returns torch's names of the tied heads of some tables, with those of the tables.
 

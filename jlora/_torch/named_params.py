@@ -15,7 +15,7 @@ from .._params.axes import KernelAxes
 from .._params.paths import FlatParams, is_array
 from .._params.quantized import dequantized
 from .layout import guess_axes, with_experts
-from .names import TABLES, Binding, Names, bind
+from .names import TABLES, Binding, Names, bind, rule_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Base:
         known: the roles of the axes that a plan or an adapter tells.
         uses: the kinds of use of each kernel, where a plan tells.
         bindings: what the rules say of each path.
+        missing_head: a head that the rules name, and none of the leaves is.
     """
 
     params: FlatParams
@@ -44,6 +45,7 @@ class Base:
     known: Mapping[str, KernelAxes]
     uses: Mapping[str, tuple[str, ...]]
     bindings: Mapping[str, Binding]
+    missing_head: str | None = None
 
     @classmethod
     def of(
@@ -83,7 +85,7 @@ class Base:
             path: with_experts(own, bindings[path]) if path in bindings else own
             for path, own in (known | dict(axes or {})).items()
         }
-        return cls(flat, leaves, known, uses, bindings)
+        return cls(flat, leaves, known, uses, bindings, _missing_head(names, bindings))
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of a leaf."""
@@ -224,6 +226,20 @@ class Base:
             for number, slot in enumerate(binding.slots):
                 home = Home(path, number, tuple(index))
                 yield home, binding.parameter(slot.module(index))
+
+
+_HEADS = ("lm_head", "embed_out")
+
+
+def _missing_head(names: Names, bindings: Mapping[str, Binding]) -> str | None:
+    """Returns torch's name of a head that the rules know and the params have not."""
+    there = {slot.template for b in bindings.values() for slot in b.slots}
+    tied = {str(b.steps["tied"]) for b in bindings.values() if "tied" in b.steps}
+    for rule in map(rule_of, names or ()):
+        name = rule.module if isinstance(rule.module, str) else ""
+        if name.rpartition(".")[2] in _HEADS and name not in there | tied:
+            return name
+    return None
 
 
 def _with_window(

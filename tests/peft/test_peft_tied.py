@@ -235,6 +235,27 @@ def test_params_with_one_table_take_no_half_of_it(
         jlora.peft.load(peft, plan, plain)
 
 
+def test_a_table_that_may_be_the_head_needs_to_be_told(tmp_path: Path) -> None:
+    """The rules of a family know a head, and the params have none."""
+    new = draw(1)(ROWS, N)
+    base = {"embed_tokens/embedding": jnp.zeros((ROWS, N))}
+    peft = write_adapter(
+        tmp_path / "peft",
+        {"model.embed_tokens.weight": new},
+        modules_to_save=["embed_tokens"],
+    )
+    names = jlora.peft.names("llama")
+    with pytest.raises(jlora.UnsupportedFeatureError, match=r"no leaf.*'lm_head'"):
+        jlora.peft.load(peft, base, names)
+    look = lambda params, ids: params["embed_tokens/embedding"][ids]
+    plan = jlora.lora(look, jlora.LoraConfig("embedding")).plan(base, jnp.arange(3))
+    headless = [rule for rule in names if rule.module != "lm_head"]
+    for known, rules in ((plan, names), (base, headless), (base, None)):
+        rules = [("embed_tokens", "model.embed_tokens")] if rules is None else rules
+        _, adapter = jlora.peft.load(peft, known, rules)
+        np.testing.assert_array_equal(adapter["embed_tokens/embedding"], new)
+
+
 def test_a_tied_table_that_is_trained_whole_goes_to_peft_and_back(
     tmp_path: Path,
 ) -> None:
