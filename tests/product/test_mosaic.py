@@ -295,9 +295,7 @@ def test_the_probe_sees_no_trace_and_no_mesh(
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0", None])
-def test_it_is_not_on_other_devices(
-    capability: str | None, probed: Gpu
-) -> None:
+def test_it_is_not_on_other_devices(capability: str | None, probed: Gpu) -> None:
     probed.compute_capability = capability
     assert str(capability) in str(hopper_probe.fault())
     probed.found = None
