@@ -18,7 +18,8 @@ from programs import ratio_lines
 from steps import adapter_of, contender, lora_of, makers
 from timing import RESULTS, Contender, bars, interleave, summarize, write
 
-from jlora._product.hopper_kernel import on_hopper, sum_of_products
+from jlora._product.hopper_kernel import sum_of_products
+from jlora._product.hopper_probe import fault
 
 ROWS, RANK = 8192, 16
 SHAPES = ((2048, 2048), (2048, 5632), (5632, 2048), (4096, 4096))
@@ -128,8 +129,8 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=15)
     made.add_argument("--out", type=Path, default=RESULTS)
     flags = made.parse_args()
-    if not on_hopper():
-        print("there is nothing to time: the fused form is for Hopper GPUs")
+    if found := fault():
+        print(f"there is nothing to time: {found}")
         return
     rows = []
     for depth, columns in SHAPES:

@@ -331,7 +331,9 @@ def test_no_imported_thing_is_changed(name: str) -> None:
         elif isinstance(node, ast.Attribute | ast.Subscript):
             if not isinstance(node.ctx, ast.Load):
                 changed.add(root_of(node))
-    assert not changed & imported_names(name)
+    # JAX takes the rules of one's own primitives in tables that it has for that.
+    rules = {"ad", "batching", "partial_eval"} if name == "_jax.platforms" else set()
+    assert not changed & imported_names(name) - rules
 
 
 @each_module

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._errors import UnsupportedFeatureError
-from .._jax.dots import dot
-from .._jax.dtypes import summed_in
+from .._jax.dots import dot, wide_dot
+from .._jax.dtypes import is_workable, summed_in
 from .._jax.versions import manual_axes
 from .._params.axes import KernelAxes
 from .factors import LoraFactors
@@ -92,7 +92,7 @@ def _products(
     n = len(axes.batch)
     batch, inner = tuple(range(n)), tuple(range(n, a.ndim - 1))
     to_kernel, own = (inner, axes.in_), (batch, axes.batch)
-    cross = dot(a.astype(kernel.dtype), kernel, to_kernel, own, wide, _HIGHEST)
+    cross = wide_dot(a.astype(kernel.dtype), kernel, to_kernel, own, wide, _HIGHEST)
     gram = dot(a, a, (inner, inner), (batch, batch), wide, _HIGHEST)
     image = dot(gram, b, ((n + 1,), (n,)), (batch, batch), wide, _HIGHEST)
     mixed = scaling * jnp.sum(b * cross, axis=n)
@@ -103,14 +103,9 @@ def _squares(kernel: jax.Array, axes: KernelAxes) -> jax.Array:
     """Returns ‖W‖² over the input axes as one contraction: W² is not formed."""
     wide = summed_in(kernel.dtype)
     kept = axes.batch + axes.out
-    return dot(kernel, kernel, (axes.in_, axes.in_), (kept, kept), wide, _HIGHEST)
+    return wide_dot(kernel, kernel, (axes.in_, axes.in_), (kept, kept), wide, _HIGHEST)
 
 
 def _workable(kernel: jax.Array) -> jax.Array:
-    """Widens 16-bit kernels on CPUs, which have no such product inside of loops.
-
-    Those of eight bits anywhere: `a` would lose most of its digits beside them.
-    """
-    wide = summed_in(kernel.dtype)
-    widened = jax.default_backend() == "cpu" or kernel.dtype.itemsize == 1
-    return kernel.astype(wide) if widened else kernel
+    """Widens kernels of eight bits: `a` would lose most of its digits beside them."""
+    return kernel if is_workable(kernel.dtype) else kernel.astype(jnp.float32)

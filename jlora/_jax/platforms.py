@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
@@ -71,6 +72,11 @@ class Bodies(Protocol):
     @property
     def has_rules(self) -> bool:
         """Whether a body is partitioned by a rule of ours: devices are needed then."""
+        ...
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether bodies say how results are laid out on Explicit axes."""
         ...
 
     def portable(self, *args: jax.Array) -> list[jax.Array]:
@@ -138,8 +144,10 @@ def _lower(
     target = Target.of(platform, ctx)
     body = bodies.on(target)
     if body is None:
-        return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *args)
-    return _lower_untyped(body, ctx, *args)
+        body = jaxpr_as_fun(jaxpr)
+    elif not bodies.is_typed:
+        return _lower_untyped(body, ctx, *args)
+    return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
 
 
 def _lower_untyped(body: Body, ctx: mlir.LoweringRuleContext, *args: Any) -> Any:
@@ -151,7 +159,7 @@ def _lower_untyped(body: Body, ctx: mlir.LoweringRuleContext, *args: Any) -> Any
     meshes = [one.mesh for one in shardings if one.mesh.explicit_axes]
     if not meshes:
         return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
-    plain = lambda avals: [jax.core.ShapedArray(v.shape, v.dtype) for v in avals]
+    plain = lambda avals: [ShapedArray(v.shape, v.dtype) for v in avals]
     mesh = meshes[0].update(axis_types=(AxisType.Auto,) * len(meshes[0].axis_names))
 
     def laid_out(*args: jax.Array) -> list[jax.Array]:

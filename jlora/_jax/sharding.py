@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .versions import explicit_mesh
 
@@ -16,12 +16,6 @@ from .versions import explicit_mesh
 def explicit_sharding(array: jax.Array) -> NamedSharding | None:
     """Returns the sharding of `array` if its mesh has Explicit axes, else None."""
     return None if explicit_mesh(array) is None else jax.typeof(array).sharding
-
-
-def is_whole(aval: Any) -> bool:
-    """Whether a type has no Explicit or Manual axes, on a mesh of one device either."""
-    kinds = aval.sharding.mesh.axis_types or ()
-    return all(kind == AxisType.Auto for kind in kinds)
 
 
 def set_sharding(array: Any) -> NamedSharding | None:

@@ -67,7 +67,9 @@ def sum_whole(terms: Terms, turned: bool) -> jax.Array:
     h, b = terms.h.reshape(n, -1), terms.b.reshape(-1, terms.b.shape[-1]).T
     outputs = b.shape[1]
     if all(fits(n, k, outputs) for k in inner):
-        y = sum_of_products(xs, ws, h, b, turned=turned)
+        # Where a scan keeps the result for its backward pass, XLA:GPU would write it
+        # there by a second run of the kernel (jax 0.11.2): hence the barrier.
+        y = lax.optimization_barrier(sum_of_products(xs, ws, h, b, turned=turned))
     else:
         y = _sum_of_dots(xs, ws, h, b, turned)
     return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])

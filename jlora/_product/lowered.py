@@ -45,6 +45,7 @@ class _Bodies:
     one: Pass
     by: ByPlatform
     tree: Any
+    is_typed = False
 
     @property
     def has_rules(self) -> bool:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._jax.dots import as_laid_out, as_type_of, dot
+from .._jax.dots import as_laid_out, as_type_of, wide_dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.versions import manual_axes, vary
 from .._params.axes import free_axes
@@ -222,9 +222,6 @@ def _gradient(
 ) -> jax.Array:
     """Returns the gradient of a factor, accumulated in float32 at least."""
     dtype = summed_in(factor.dtype, lhs.dtype, rhs.dtype)
-    if jax.default_backend() == "cpu":
-        # It has no products of 16-bit operands with a 32-bit result inside of loops.
-        lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
     return as_type_of(_dot(static, lhs, left, rhs, right, out, dtype), factor)
 
 
@@ -250,7 +247,7 @@ def _dot(
     pairs = [(places(left, w), places(right, w)) for w in (contract, batch)]
     if jnp.issubdtype(dtype, jnp.complexfloating):
         lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
-    product = dot(lhs, rhs, pairs[0], pairs[1], dtype, static.precision)
+    product = wide_dot(lhs, rhs, pairs[0], pairs[1], dtype, static.precision)
     found = batch + [c for c in left + right if c not in shared]
     product = lax.transpose(product, [found.index(c) for c in out if c in found])
     return lax.expand_dims(product, [i for i, c in enumerate(out) if c not in found])

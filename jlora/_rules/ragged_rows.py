@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._jax.dots import as_type_of
 from .._jax.dtypes import summed_in
 from .._jax.sharding import spec_of, whole_along
+from .._jax.unless_cpu import unless_cpu
 from .._jax.versions import explicit_mesh, manual_axes, vary
 from .._params.axes import free_axes
 
@@ -136,27 +137,43 @@ def _grad_factor(
     rows: Rows, x: jax.Array, dy: jax.Array, factor: jax.Array, sizes: jax.Array
 ) -> jax.Array:
     """Returns `Σ xᵀ·dy` over the rows of each group, in float32 at least."""
-    n, free, dtype = len(rows.batch), rows.free(x), rows.computed
+    n, free = len(rows.batch), rows.free(x)
     wide = summed_in(factor.dtype, x.dtype, dy.dtype)
-    if jax.default_backend() == "cpu":
-        dtype = wide  # in a loop it has no 16-bit products with a 32-bit result
-    contract = (free, tuple(range(n, n + len(free))))
-    batch = (rows.batch, tuple(range(n)))
     # What is not summed over comes out in the order of x.
     ascending = sorted(range(len(rows.contract)), key=rows.contract.__getitem__)
     axes = [*range(1 + n), *[1 + n + i for i in ascending]]
     axes += range(len(axes), factor.ndim)
-    found = lax.ragged_dot_general(
-        _whole(x).astype(dtype),
-        dy.astype(dtype),
+    place = _sharding(x, [spec_of(factor)[i] for i in axes])
+    computed = (v.astype(rows.computed) for v in (_whole(x), dy))
+    found = unless_cpu(_sum_groups, (rows, free, wide, place), *computed, sizes)
+    found = jnp.transpose(found, sorted(range(found.ndim), key=axes.__getitem__))
+    return as_type_of(found, factor)
+
+
+def _sum_groups(
+    on_cpu: bool,
+    rows: Rows,
+    free: Axes,
+    wide: Any,
+    place: NamedSharding | None,
+    x: jax.Array,
+    dy: jax.Array,
+    sizes: jax.Array,
+) -> jax.Array:
+    if on_cpu:  # in a loop it has no 16-bit products with a 32-bit result
+        x, dy = x.astype(wide), dy.astype(wide)
+    n = len(rows.batch)
+    contract = (free, tuple(range(n, n + len(free))))
+    batch = (rows.batch, tuple(range(n)))
+    return lax.ragged_dot_general(
+        x,
+        dy,
         sizes,
         lax.RaggedDotDimensionNumbers((contract, batch), [rows.ragged], []),
         precision=rows.precision,
         preferred_element_type=wide,
-        out_sharding=_sharding(x, [spec_of(factor)[i] for i in axes]),
+        out_sharding=place,
     )
-    found = jnp.transpose(found, sorted(range(found.ndim), key=axes.__getitem__))
-    return as_type_of(found, factor)
 
 
 _product.defvjp(_forward, _backward)
