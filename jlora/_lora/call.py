@@ -9,7 +9,7 @@ from .._errors import TargetError
 from .._params.paths import FlatParams, PyTree
 from .._plan.plan import Plan, make_plan
 from .._plan.program import with_uses
-from .._plan.select import select
+from .._plan.select import left_frozen, select
 from .._plan.target import Target, Unusable
 from .._product.choice import Contraction
 from .._program.trace import Traced, trace
@@ -76,14 +76,20 @@ class Call:
         return trace(self.fn, self.argnum, self.args, self.kwargs, params)
 
     def plan(
-        self, params: FlatParams, materialize: str, contraction: Contraction
+        self,
+        params: FlatParams,
+        materialize: str,
+        contraction: Contraction,
+        *,
+        frozen: bool = False,
     ) -> Plan:
-        """Returns the plan."""
+        """Returns the plan; on request with the kernels that are left frozen."""
         traced = self._trace_if_whole(params)
         targets, unusable = self.select(params, traced)
         if traced is not None:
             targets = with_uses(targets, traced, materialize, contraction)
-        return make_plan(params, targets, unusable, traced)
+        others = left_frozen(params, targets, unusable, traced) if frozen else ()
+        return make_plan(params, targets, unusable, traced, others)
 
     def _trace_if_whole(self, params: FlatParams) -> Traced | None:
         """Traces the call; with the params alone, only if `fn` takes them alone."""

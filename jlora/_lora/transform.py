@@ -78,7 +78,7 @@ class Lora:
         """
         call = self._call(args, kwargs)
         params = FlatParams.of(call.params)
-        return call.plan(params, self.materialize, self.contraction)
+        return call.plan(params, self.materialize, self.contraction, frozen=True)
 
     def init(self, key: jax.Array, /, *args: Any, **kwargs: Any) -> Adapter:
         """Returns a new adapter from the configs' initialisers, such that ΔW = 0.

@@ -1,4 +1,4 @@
-"""What a config leaves alone, in few lines: biases, other leaves, other kernels."""
+"""What is told below a plan's table in few lines: what is formed, what is left."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,23 @@ from collections.abc import Sequence
 from .groups import grouped
 from .target import Target, Unusable
 
-_LINES = 10
+_LINES, _EXAMPLES = 10, 3
+
+
+def lines_of_formed(targets: Sequence[Target], *, fold: bool) -> list[str]:
+    """Returns the lines about targets whose `W + s·a·b` is formed, if any."""
+    formed = [
+        (target.path, f"{use.kind} ({use.source})")
+        for target in targets
+        for use in dict.fromkeys(target.uses)
+        if not use.factored
+    ]
+    if not formed:
+        return []
+    told = [f"  {path}: {where}" for path, where in formed]
+    if fold:
+        told = [f"  {g.name}: {formed[g.members[0]][1]}" for g in grouped(formed)]
+    return ["materialized, W + s·a·b is formed there:", *told]
 
 
 def lines_of_left(
@@ -49,20 +65,27 @@ def _is_bias(one: Unusable, modules: set[str]) -> bool:
 def _of_biases(biases: Sequence[Unusable]) -> str:
     trains = "`LoraConfig(bias='adapted')` trains"
     if len(biases) == 1:
-        return f"{biases[0].path}, the bias beside an adapted kernel; {trains} it"
+        return f"{_told(biases[0].path, biases[0])}; {trains} it"
     return f"{len(biases):,} biases beside adapted kernels; {trains} them"
 
 
-def line_of_frozen(paths: Sequence[str]) -> list[str]:
-    """Returns the line about kernels that could be adapted and are frozen, if any.
+def lines_of_frozen(paths: Sequence[str], *, fold: bool) -> list[str]:
+    """Returns the lines about kernels that could be adapted and are frozen, if any.
 
-    >>> line_of_frozen([f"layers/{i}/up" for i in range(3)] + ["head"])
-    ['left frozen, though they could be adapted: 4 kernels: layers/[0-2]/up × 3, head']
+    >>> layers = [f"layers/{i}/up" for i in range(3)]
+    >>> print(*lines_of_frozen([*layers, "head"], fold=True), sep="\\n")
+    left frozen, though they could be adapted: 4 kernels
+      layers/[0-2]/up × 3
+      head
     """
     if not paths:
         return []
-    names = [group.name for group in grouped((path, None) for path in paths)]
-    more = ", …" if len(names) > 3 else ""
-    count = f"{len(paths):,} kernel{'s' if len(paths) > 1 else ''}"
-    told = ", ".join(names[:3])
-    return [f"left frozen, though they could be adapted: {count}: {told}{more}"]
+    head = f"left frozen, though they could be adapted: {len(paths):,} kernels"
+    if len(paths) == 1:
+        head = "left frozen, though it could be adapted: 1 kernel"
+    if not fold:
+        return [head, *(f"  {path}" for path in paths)]
+    groups = grouped((path, None) for path in paths)
+    lines = [f"  {group.name}" for group in groups[:_EXAMPLES]]
+    rest = sum(len(group.members) for group in groups[_EXAMPLES:])
+    return [head, *lines, *([f"  and {rest:,} more"] if rest else [])]

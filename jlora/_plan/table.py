@@ -19,8 +19,10 @@ HEAD = (
     "trainable",
     "share",
 )
-_LEFT = 5  # the columns that are aligned to the left
-_LEAST_USES, _LEAST_PATH = 11, 30
+_LEFT = ("path", "shape", "axes", "uses", "product")  # the others to the right
+# Letters of `uses` that are worth more than other columns: an operation and its file.
+_OPERATION, _SOURCE = 11, 22
+_LEAST_PATH = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +82,15 @@ def lines_of(rows: Sequence[Row], width: int | None) -> list[str]:
 
     Args:
         rows: the rows.
-        width: the longest line in letters, or None for any. A column that says what
-            others do is left out first, then `uses` is cut, then the path, at its
-            beginning.
+        width: the longest line in letters, or None for any. Columns that others imply
+            are left out first, then `uses` is cut, and the path last, at its beginning.
     """
     columns = [list(column) for column in zip(HEAD, *cells_of(rows), strict=True)]
     notes = []
     if width is not None:
         columns, notes = _fitted(columns, width)
     widths = [max(map(len, column)) for column in columns]
-    left = [i < _LEFT for i, column in enumerate(columns)]
+    left = [column[0] in _LEFT for column in columns]
     lines = [_line(row, widths, left) for row in zip(*columns, strict=True)]
     lines.insert(1, "  ".join("-" * size for size in widths))
     return [*lines, *notes]
@@ -104,22 +105,23 @@ def _fitted(columns: list[list[str]], width: int) -> tuple[list[list[str]], list
         return sum(widths) + 2 * (len(columns) - 1) - width
 
     def shorten(name: str, least: int) -> None:
-        place = HEAD.index(name)
+        place = next(i for i, column in enumerate(columns) if column[0] == name)
         room = max(max(map(len, columns[place])) - max(excess(), 0), least)
         cut = _without_beginning if name == "path" else _without_end
         columns[place] = [cut(cell, room) for cell in columns[place]]
 
-    shorten("uses", 2 * _LEAST_USES)
+    shorten("uses", _SOURCE)
     if excess() > 0:
         columns.pop(HEAD.index("share"))
     scaling = columns[HEAD.index("scaling")][1:]
     if excess() > 0 and len(set(scaling)) == 1 and scaling[0]:
         columns.pop(HEAD.index("scaling"))
         notes.append(f"scaling {scaling[0]}")
-    shorten("uses", _LEAST_USES)
-    shorten("path", _LEAST_PATH)
+    uses = max(map(len, columns[HEAD.index("uses")]))
+    if excess() > max(uses - _OPERATION, 0):
+        columns.pop(HEAD.index("product"))
     shorten("uses", len("uses"))
-    shorten("path", len("path"))
+    shorten("path", _LEAST_PATH)
     return columns, notes
 
 
