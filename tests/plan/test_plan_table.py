@@ -203,17 +203,13 @@ def test_html_has_folded_rows_and_lists() -> None:
     assert len(sizes) == 24
 
 
-@pytest.mark.parametrize(
-    "name", ["w", "a_kernel_with_a_name_of_fifty_letters_and_some_more"]
-)
+@pytest.mark.parametrize("name", ["w", "a_long_name_of_a_kernel" * 3])
 def test_what_is_formed_is_told_however_narrow_the_table(name: str) -> None:
     fn = lambda p, x: x @ jnp.cumsum(p[f"{name}_0"], 0) @ jnp.cumsum(p[f"{name}_1"], 0)
     params = {f"{name}_{i}": jnp.ones((10, 10)) for i in range(2)}
     config = LoraConfig(".*", rank=2)
     lora = jlora.lora(fn, config, materialize="allow")
     plan = lora.plan(params, jnp.ones((3, 10)))
-    if not plan.targets:
-        pytest.skip("a cumulative sum is no use of a kernel")
     lines = str(plan).splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("materialized"))
     assert f"{name}_[0-1] × 2: cumsum (test_plan_table.py:" in lines[place + 1]
