@@ -16,6 +16,7 @@ PAGE = Path(__file__).parent / "README.md"
 MARKERS = "<!-- results -->", "<!-- end of results -->"
 NAMES = (
     "train_step",
+    "train_step_8b",
     "fused",
     "variants",
     "variants_8b",
@@ -25,7 +26,10 @@ NAMES = (
     "trace_time",
     "plan_scale",
 )
-TITLES = {"variants_8b": "`variants.py --size 8b`"}
+TITLES = {
+    "train_step_8b": "`train_step.py --size 8b`",
+    "variants_8b": "`variants.py --size 8b`",
+}
 PLATFORMS = {"gpu": "one GPU", "cpu": "CPU"}
 Json = Mapping[str, Any]
 
