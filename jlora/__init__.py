@@ -57,6 +57,7 @@ from ._params.axes import KernelAxes as KernelAxes
 from ._params.input_stats import InputStats as InputStats
 from ._plan.memory import Memory as Memory
 from ._plan.plan import Plan as Plan
+from ._plan.plan import print_trainable as print_trainable
 from ._plan.target import Target as Target
 from ._plan.target import Unusable as Unusable
 

@@ -18,6 +18,7 @@ from ._errors import AdapterError
 from ._jax.keys import key_of
 from ._lora.lora import lora
 from ._lora.modules import check_variables, no_module
+from ._lora.state_dicts import register_if_imported
 from ._lora.transform import Backward, Lora, Materialize
 from ._params.given import check_key
 from ._params.paths import PyTree
@@ -27,6 +28,7 @@ Variables = Mapping[str, Any]
 
 COLLECTION = "lora"
 RANK_NAME = "lora_rank"
+register_if_imported()  # `flax.serialization` of adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +110,10 @@ class LoraModule:
         """
         params, state = _split(variables)
         adapter = self.adapter(variables)
-        call = _frozen(kwargs)
-        out = self.lora.apply(params, adapter, state, *args, **call)
+        out = self.lora.apply(params, adapter, state, *args, **_frozen(kwargs))
         if not in_filter(kwargs.get("mutable", False), "params"):
             return out
-        value, changed = out
-        return value, _updated(changed, params)
+        return out[0], _updated(out[1], params)
 
     def plan(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Plan:
         """Returns what will be trained, from an abstract trace of `apply`.

@@ -13,11 +13,13 @@ from ._adapter.merge import merge
 from ._errors import UnsupportedFeatureError
 from ._lora.lora import lora as transform
 from ._lora.modules import no_module
+from ._lora.state_dicts import register_if_imported
 from ._lora.transform import Backward, Lora, Materialize
 from ._params.given import described
 from ._params.paths import FlatParams
 
 Method = str | Callable[..., Any]
+register_if_imported()  # `flax.serialization` of adapters
 
 
 class Wrapped(NamedTuple):

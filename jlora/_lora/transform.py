@@ -31,6 +31,7 @@ from .adapt import adapted, evaluated, lazily
 from .arguments import FORGOTTEN_KEY
 from .call import Call
 from .mixed import refuse_ragged, run_mixed
+from .state_dicts import register_if_imported
 
 Materialize = Literal["error", "allow"]
 
@@ -106,6 +107,7 @@ class Lora:
                 collection beside "params" that none of Flax's layers keeps.
         """
         check_key(key, "key", FORGOTTEN_KEY)
+        register_if_imported()
         call = self._call(args, kwargs)
         params = FlatParams.of(call.params)
         plan = call.plan(params, self.materialize, self.contraction)

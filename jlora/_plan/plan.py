@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from .._params.given import described
 from .._params.layout import AnyMesh
 from .._params.paths import FlatParams, PyTree, is_array, is_quantized
 from .._params.quantized import qtype_of
@@ -280,3 +281,28 @@ def _abstract(leaf: Any) -> Any:
     place = getattr(leaf, "sharding", None)
     named = place if isinstance(place, NamedSharding) else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
+
+
+def print_trainable(plan: Plan) -> None:
+    """Prints how much of a model is trained, in one line and in the words of PEFT.
+
+    Args:
+        plan: what `lora.plan` returned. Printed itself, it is a table.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jnp.ones((1, 64))
+        >>> lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig("w", rank=4))
+        >>> jlora.print_trainable(lora.plan({"w": w}, x))
+        trainable params: 512 || all params: 4,096 || trainable%: 12.5000
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"`jlora.print_trainable` takes a plan, got {described(plan)}: give "
+            "`lora.plan(params, x)`"
+        )
+    share = 100 * plan.trainable / max(plan.total, 1)
+    print(
+        f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
+        f"trainable%: {share:.4f}"
+    )

@@ -212,4 +212,5 @@ def test_what_is_formed_is_told_however_narrow_the_table(name: str) -> None:
     plan = lora.plan(params, jnp.ones((3, 10)))
     lines = str(plan).splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("materialized"))
-    assert f"{name}_[0-1] × 2: cumsum (test_plan_table.py:" in lines[place + 1]
+    told = " ".join(map(str.strip, lines[place + 1 : place + 3]))
+    assert f"{name}_[0-1] × 2: cumsum (test_plan_table.py:" in told
