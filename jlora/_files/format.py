@@ -26,6 +26,8 @@ class Format:
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
             "base_model", "profile".
+        placing: those that `read` takes, to place what is there in a model: "names" and
+            "params", the shapes of its leaves by path.
     """
 
     name: str
@@ -34,3 +36,4 @@ class Format:
     write: Callable[..., None]
     suffix: str | None = None
     options: tuple[str, ...] = ()
+    placing: tuple[str, ...] = ()
