@@ -6,6 +6,7 @@ from typing import Any
 
 from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
+from .._adapter.variants import variant_of_entry
 from .._params.paths import matching
 from .named_params import Base
 
@@ -45,7 +46,10 @@ def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
     if isinstance(entry, LoraFactors):
         dora = entry.magnitude is not None
         return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch
-    return (str(entry.dtype),)
+    variant = variant_of_entry(entry)
+    dtypes = {str(array.dtype) for array in variant.arrays(entry).values()}
+    settings = tuple(sorted(variant.settings_of(entry).items()))
+    return (max(dtypes), settings if variant.has_roles else None)
 
 
 def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]:
@@ -79,8 +83,10 @@ def _config(
     rslora: bool,
     dropout: float,
 ) -> LoraConfig:
-    if len(kind) == 1:
-        return LoraConfig(target, full=True, dtype=kind[0])
+    if len(kind) == 2:
+        dtype, settings = kind
+        own: dict[str, Any] = {"full": True} if settings is None else dict(settings)
+        return LoraConfig(target, dtype=dtype, **own)
     rank, scaling, dtype, dora, batch = kind
     own_kind: dict[str, Any] = {
         "rank": rank,
