@@ -4,8 +4,10 @@ The frozen base is SmolLM2-135M-Instruct and the data a thousand prompts and rep
 both from PyPI (requirements-finetune.txt). The script prints the plan, trains, compares
 held-out loss and replies before and after, saves the adapter and reloads it, and merges
 it into the base. It exits with 1 if a check fails and with 2 if something is missing.
+With --data it is your own text that is learnt: JSON lines, as own_text.py has them.
 
     python examples/finetune_chat.py --steps 20 --rank 4 --target "(q|v)_proj"
+    python examples/finetune_chat.py --data my.jsonl
 """
 
 import argparse
@@ -25,6 +27,7 @@ import jlora.checkpoint
 try:
     import chat_data
     import generation
+    import own_text
     import parsing
     import pretrained
     import progress
@@ -54,6 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of split, order and factors")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--out", type=Path, default=Path("runs/finetune_chat"), help="for the adapter")
+    add("--data", type=Path, metavar="FILE", help="your own text, as JSON lines")
     add("--model", help="GGUF file, safetensors folder or hub id; SmolLM2 by default")
     args = parser.parse_args(argv)
     parsing.at_least_one(parser, args, "steps", "rank")
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     example = jnp.zeros((1, 8), jnp.int32)
     try:
         base = pretrained.load(args.model)
-        train, held_out = chat_data.load_examples(base.tokenizer, args.seed)
+        train, held_out = load_examples(args, base.tokenizer)
         config = jlora.LoraConfig(args.target, rank=args.rank, alpha=2.0 * args.rank)
         lora = jlora.lora(base.model.apply, config)
         if args.quantize:
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
     console.print(str(lora.plan(base.variables, example)), markup=False)
-    console.print(f"{len(train)} pairs to train on, {len(held_out)} held out")
+    console.print(f"{len(train)} examples to train on, {len(held_out)} held out")
     loss = training.make_loss(lora.apply)
     held_out_loss = training.make_held_out_loss(loss, base, held_out)
     answer = make_answer(lora.apply, base)
@@ -100,6 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     passed = check(lora, base, adapter, held_out, args.out)
     console.print(f"\n{progress.usage_since(began)}")
     return 0 if passed else 1
+
+
+def load_examples(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """Returns the examples to train on and those held out, of a file or the corpus."""
+    if args.data is None:
+        return chat_data.load_examples(tokenizer, args.seed)
+    chat_data.stop_token(tokenizer)
+    return own_text.load_examples(args.data, tokenizer, args.seed)
 
 
 def make_answer(

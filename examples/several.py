@@ -131,7 +131,7 @@ class Study:
         losses = []
         with progress_bar(console) as bar:
             name = f"training {len(self.runs)} adapters"
-            task = bar.add_task(name, total=steps, loss=float("nan"), speed=0.0)
+            task = bar.add_task(name, total=steps)
             for batch in itertools.islice(data, steps):
                 began = time.perf_counter()
                 adapters, state, values = program(

@@ -116,8 +116,7 @@ def fit(args: Namespace, run: Run, console: Console) -> list[tuple[int, float]]:
         history["evals"].append([0, held_out_loss(trained.adapter)])
     batches, timings = run.source.batches(run.begin), []
     with progress_bar(console) as bar:
-        fields = {"loss": [float("nan"), *history["losses"]][-1], "speed": 0.0}
-        task = bar.add_task("training", total=args.steps, completed=run.begin, **fields)
+        task = bar.add_task("training", total=args.steps, completed=run.begin)
         for number in range(run.begin + 1, args.steps + 1):
             began, batch = time.perf_counter(), next(batches)
             placed = placement.put_batch(batch, run.mesh)

@@ -79,7 +79,7 @@ def fit(
 
     state = tx.init(adapter)
     with progress_bar(console) as bar:
-        task = bar.add_task("training", total=steps, loss=float("nan"), speed=0.0)
+        task = bar.add_task("training", total=steps)
         for _ in range(steps):
             began, batch = time.perf_counter(), next(batches)
             adapter, state, value = step(adapter, state, variables, batch)

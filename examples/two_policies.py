@@ -106,7 +106,7 @@ def train(game: rollouts.Game, adapter: Any) -> tuple[Any, float, int]:
     key, order = jax.random.key(args.seed + 1), random.Random(args.seed)
     divergence, taken = jnp.zeros(()), 0
     with progress_bar(console, REWARD_AND_KL) as bar:
-        task = bar.add_task("training", total=args.steps, reward=0.0, kl=0.0)
+        task = bar.add_task("training", total=args.steps)
         for i in range(args.steps):
             prompts = order.sample(game.train, args.prompts)
             rollout, rewards, _ = game.play(

@@ -4,6 +4,9 @@
 the frozen params and computes `x·W + s·(x·a)·b` wherever `fn` uses an adapted kernel.
 """
 
+import importlib as _importlib
+import sys as _sys
+import typing as _typing
 from importlib import metadata as _metadata
 
 from . import adalora as adalora
@@ -54,8 +57,33 @@ from ._params.axes import KernelAxes as KernelAxes
 from ._params.input_stats import InputStats as InputStats
 from ._plan.memory import Memory as Memory
 from ._plan.plan import Plan as Plan
+from ._plan.plan import print_trainable as print_trainable
 from ._plan.target import Target as Target
 from ._plan.target import Unusable as Unusable
+
+if _typing.TYPE_CHECKING:
+    from . import checkpoint as checkpoint
+    from . import linen as linen
+    from . import nnx as nnx
+    from . import optim as optim
+    from . import peft as peft
+    from . import quant as quant
+    from . import weights as weights
+
+# The doors to other libraries, which are imported when they are first asked for.
+_DOORS = ("checkpoint", "linen", "nnx", "optim", "peft", "quant", "weights")
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """Imports a door: `import jlora` is enough for `jlora.peft.load`."""
+    if name in _DOORS:
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(
+        f"module 'jlora' has no attribute {name!r}",
+        name=name,
+        obj=_sys.modules[__name__],
+    )
+
 
 try:
     __version__ = _metadata.version("jlora")

@@ -1,4 +1,4 @@
-"""The command line: `python -m jlora inspect | convert | merge | diff`.
+"""The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
 Adapters are folders, of PEFT or of `jlora.checkpoint`. Errors are one line on the
 standard error and exit code 2; `diff` exits with 1 if the adapters differ.
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import __version__
 from ._adapter.entries import kernel_shape
 from ._adapter.factors import LoraFactors
 from ._adapter.variants import variant_of_entry
@@ -23,6 +24,7 @@ from ._algebra.spectrum import effective_rank, singular_values
 from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
 from ._files.format import Configs, Format
+from ._files.shapes import read_shapes
 from ._formats import FORMATS
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
@@ -37,12 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AdapterError, OSError, ValueError, TypeError, ImportError) as error:
         lines = "; ".join(line.strip() for line in str(error).splitlines() if line)
         told = lines.replace(":; ", ": ").replace("`overwrite=True`", "--overwrite")
-        _say(f"python -m jlora {parsed.command}: {told}", sys.stderr)
+        _say(f"{_program()} {parsed.command}: {told}", sys.stderr)
         return FAILED
 
 
+def _program() -> str:
+    """Returns what was called."""
+    return "jlora" if Path(sys.argv[0]).stem == "jlora" else "python -m jlora"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jlora", description=__doc__)
+    parser = argparse.ArgumentParser(prog=_program(), description=__doc__)
+    version = f"jlora {__version__}, jax {jax.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[Any], int], **places: str) -> Any:
@@ -79,8 +88,16 @@ def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--names",
         metavar="FAMILY",
-        help="writing PEFT: torch's names of a model, llama, gpt2, bert, vit, …; "
-        "without it the paths of the kernels are the names",
+        help="torch's names of a model: llama, gpt2, bert, vit, …; without it names in "
+        "PEFT are the paths of kernels, and a checkpoint is for a model with torch's",
+    )
+    convert.add_argument(
+        "--params",
+        type=Path,
+        metavar="SHAPES",
+        help="reading PEFT: JSON with the shape of each leaf of the params by path, "
+        '{"params/layers_0/up/kernel": [64, 256], ...}, whose paths the checkpoint '
+        "then has; in Python jlora.peft.load(folder, params, names) does the same",
     )
     convert.add_argument(
         "--base-model",
@@ -188,9 +205,11 @@ def _convert(given: Any) -> int:
     """Write an adapter in the other format: PEFT from a checkpoint, or the reverse."""
     source = _format_of(given.source)
     target = _format_to(given.target, source)
-    options = _options(given, source, target)
-    configs, adapter = source.read(given.source, ignore=given.ignore)
-    if told := source.told_in_part(given.source, ignore=given.ignore):
+    placing, options = _options(given, source, target)
+    configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
+    # Of a model whose shapes are given all is known.
+    told = None if placing else source.told_in_part(given.source, ignore=given.ignore)
+    if told:
         raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
@@ -199,21 +218,27 @@ def _convert(given: Any) -> int:
     return SAME
 
 
-def _options(given: Any, source: Format, target: Format) -> dict[str, Any]:
-    """Returns what is given of the target's options.
+def _options(
+    given: Any, source: Format, target: Format
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what is given of the options for reading, and of those for writing.
 
     Raises:
-        ValueError: if more is given.
+        ValueError: if more is given, or the shapes of the params are none.
     """
-    defaults = {"names": None, "base_model": None, "profile": "peft"}
+    defaults = {"names": None, "params": None, "base_model": None, "profile": "peft"}
     asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
-    vain = [f"--{n.replace('_', '-')}" for n in asked if n not in target.options]
+    placing = {n: v for n, v in asked.items() if n in source.placing}
+    options = {n: v for n, v in asked.items() if n in target.options}
+    vain = [f"--{n.replace('_', '-')}" for n in asked if n not in {*placing, *options}]
     if vain:
         raise ValueError(
             f"{given.source} is of {source.name} and becomes {target.name}, which has "
             f"no place for {', '.join(vain)}; leave that out"
         )
-    return asked
+    if "params" in placing:
+        placing["params"] = read_shapes(placing["params"])
+    return placing, options
 
 
 def _check_apart(source: Path, target: Path, form: Format) -> None:

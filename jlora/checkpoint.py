@@ -68,6 +68,7 @@ from ._checkpoint.restoring import Arrays, targets
 from ._checkpoint.saving import record_of
 from ._checkpoint.steps import ADAPTER, RECORD, absolute, format_of, read_record
 from ._errors import CorruptFileError
+from ._params.given import check_path
 from ._params.paths import PyTree
 
 PathLike = str | os.PathLike[str]
@@ -119,6 +120,7 @@ def save(
         >>> found["w"].a.shape, found["w"].b.shape, found["w"].scaling
         ((5, 2), (2, 7), 8.0)
     """
+    check_path(path, "jlora.checkpoint.save(path, adapter, config=..., base=...)")
     folder = absolute(path)
     args = items(adapter, config=config, base=base)
     step = _next_step(folder, overwrite)
@@ -279,6 +281,7 @@ def _free_step(folder: str) -> int:
 
 def _place(path: PathLike, step: int | None) -> Any:
     """Returns the folder of one step, which is known to be finished."""
+    check_path(path, "jlora.checkpoint.restore(path, base=...)")
     folder = absolute(path)
     found = {m.step: m.path for m in _NAMES.find_all(folder)}
     if not found:

@@ -17,7 +17,10 @@ from ._adapter.merge import merge
 from ._errors import AdapterError
 from ._jax.keys import key_of
 from ._lora.lora import lora
+from ._lora.modules import check_variables, no_module
+from ._lora.state_dicts import register_if_imported
 from ._lora.transform import Backward, Lora, Materialize
+from ._params.given import check_key
 from ._params.paths import PyTree
 from ._plan.plan import Plan
 
@@ -25,6 +28,7 @@ Variables = Mapping[str, Any]
 
 COLLECTION = "lora"
 RANK_NAME = "lora_rank"
+register_if_imported()  # `flax.serialization` of adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +110,10 @@ class LoraModule:
         """
         params, state = _split(variables)
         adapter = self.adapter(variables)
-        call = _frozen(kwargs)
-        out = self.lora.apply(params, adapter, state, *args, **call)
+        out = self.lora.apply(params, adapter, state, *args, **_frozen(kwargs))
         if not in_filter(kwargs.get("mutable", False), "params"):
             return out
-        value, changed = out
-        return value, _updated(changed, params)
+        return out[0], _updated(out[1], params)
 
     def plan(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Plan:
         """Returns what will be trained, from an abstract trace of `apply`.
@@ -162,6 +164,7 @@ class LoraModule:
         Raises:
             AdapterError: if there is no collection "lora".
         """
+        check_variables(variables)
         if COLLECTION not in variables:
             raise AdapterError(
                 f"`variables` has no collection {COLLECTION!r}, only "
@@ -230,9 +233,7 @@ def wrap(
         LoraFactors(a=(5, 2), b=(2, 7), axes=..., scaling=8.0)
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"`jlora.linen.wrap` takes a Linen module, got {type(module).__name__}"
-        )
+        raise no_module(module, "linen")
     fn = _apply_of(module)
     return LoraModule(
         module, lora(fn, config, materialize=materialize, backward=backward)
@@ -271,6 +272,7 @@ def _apply_of(module: nn.Module) -> Callable[..., Any]:
 
 def _split(variables: Variables) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the params, and the collections that are neither they nor the adapter."""
+    check_variables(variables)
     params = {k: v for k, v in variables.items() if k == "params"}
     apart = ("params", COLLECTION)
     return params, {k: v for k, v in variables.items() if k not in apart}
@@ -301,7 +303,10 @@ def _call(
 
 def _adapter_key(rngs: Any) -> jax.Array:
     if not isinstance(rngs, Mapping):
+        check_key(rngs, "rngs")
         return key_of(rngs, COLLECTION)
+    for name in rngs.keys() & {COLLECTION, "params"}:
+        check_key(rngs[name], f"rngs[{name!r}]")
     if COLLECTION in rngs:
         return rngs[COLLECTION]
     if "params" in rngs:

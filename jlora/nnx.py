@@ -1,6 +1,6 @@
 """The door to Flax NNX: from a model to params, adapter and the rest, and back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +12,14 @@ from ._adapter.factors import Adapter
 from ._adapter.merge import merge
 from ._errors import UnsupportedFeatureError
 from ._lora.lora import lora as transform
+from ._lora.modules import no_module
+from ._lora.state_dicts import register_if_imported
 from ._lora.transform import Backward, Lora, Materialize
+from ._params.given import described
 from ._params.paths import FlatParams
 
 Method = str | Callable[..., Any]
+register_if_imported()  # `flax.serialization` of adapters
 
 
 class Wrapped(NamedTuple):
@@ -137,10 +141,12 @@ def lora(
         >>> logits.shape
         (2, 11)
     """
-    graphdef, _, _ = split(model)
+    graphdef, *own = split(model)
+    expected = [set(FlatParams.of(state).paths) for state in own]
     run = _method_of(model, method)
 
     def fn(params: Any, rest: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        _check_states(params, rest, *expected)
         model = nnx.merge(graphdef, params, rest)
         out = run(model, *args, **kwargs)
         nnx.pop(model, nnx.Intermediate)
@@ -163,7 +169,7 @@ def split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
             types; all are named.
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"`model` must be an NNX module, got {type(model).__name__}")
+        raise no_module(model, "nnx")
     _check_variables(model)
     own = nnx.clone(model)
     nnx.pop(own, nnx.Intermediate)
@@ -222,6 +228,44 @@ def merge_into(
         _check_like(name, given, own)
     merged = merge(params, adapter, dequantize=dequantize)
     return nnx.merge(graphdef, merged, rest, copy=True)
+
+
+def _check_states(
+    params: Any, rest: Any, own_params: set[str], own_rest: set[str]
+) -> None:
+    """Raises unless two states have the variables of the model."""
+    given = _paths(params)
+    if given != own_params:
+        whole = given is not None and given >= own_params
+        hint = "; these are all variables of a model" if whole else ""
+        raise TypeError(
+            f"`params` must be the `nnx.Param`s of the model, as `jlora.nnx.wrap` "
+            f"returns them, or `nnx.split(model, nnx.Param, ...)`: "
+            f"{_difference(params, given, own_params)}{hint}"
+        )
+    given = _paths(rest)
+    if given != own_rest:
+        raise TypeError(
+            "`rest`, the variables that are no `nnx.Param`, is the argument after the "
+            "adapter, as in `lora.apply(params, adapter, rest, x)` and "
+            "`lora.init(key, params, rest, x)`; `jlora.nnx.wrap` returns it, and each "
+            f"call. Is it forgotten? {_difference(rest, given, own_rest)}"
+        )
+
+
+def _paths(state: Any) -> set[str] | None:
+    """Returns the paths of a state, of NNX or as a dict; None of anything else."""
+    if not isinstance(state, Mapping):
+        return None
+    return set(FlatParams.of(state).paths)
+
+
+def _difference(state: Any, given: set[str] | None, own: set[str]) -> str:
+    if given is None:
+        return f"got {described(state)}"
+    told = [f"it lacks {sorted(own - given)[:3]}"] if own - given else []
+    told += [f"it has {sorted(given - own)[:3]} besides"] if given - own else []
+    return " and ".join(told)
 
 
 def _check_like(name: str, given: Any, own: Any) -> None:

@@ -29,6 +29,7 @@ from ._adapter.config import LoraConfig
 from ._adapter.factors import Adapter
 from ._errors import AdapterError
 from ._files.safetensors import MAX_BYTES as MAX_BYTES
+from ._params.given import check_path, described
 from ._params.paths import PyTree
 from ._params.quantized import dequantized
 from ._peft.arrays import on_device, on_host
@@ -38,6 +39,7 @@ from ._peft.files import read_files as read_files
 from ._peft.read import configured_adapter, without
 from ._peft.save import save as save
 from ._torch.families import names as names
+from ._torch.fitting import hint_of_names
 from ._torch.leaves import check_all_used, leaf_from_torch, leaves_to_torch
 from ._torch.named_params import Base
 from ._torch.names import Names, bind_all
@@ -86,11 +88,18 @@ def load(
         NonFiniteError: if it holds NaNs or infinities.
         AdapterError: with everything that does not fit the params.
     """
+    check_path(path, "jlora.peft.load(path, params, names)")
     files = read_files(
         path, ignore=ignore, allow_nonfinite=allow_nonfinite, max_bytes=max_bytes
     )
     base = Base.of(params_or_plan, names)
-    configs, entries = configured_adapter(without(files, leave_out), base)
+    try:
+        configs, entries = configured_adapter(without(files, leave_out), base)
+    except AdapterError as error:
+        hint = hint_of_names(files.modules, params_or_plan, names)
+        if type(error) is not AdapterError or not hint:
+            raise
+        raise AdapterError(f"{error}\n{hint}") from None
     return configs, jax.tree.map(on_device, entries)
 
 
@@ -126,6 +135,15 @@ def params_from_torch(
         array([[0., 2., 4.],
                [1., 3., 5.]], dtype=float32)
     """
+    nested = isinstance(state_dict, dict) and any(
+        isinstance(value, Mapping) for value in state_dict.values()
+    )
+    if nested or not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "`state_dict` is a mapping from torch's names to arrays, got "
+            f"{described(state_dict)}. The order is "
+            "`jlora.peft.params_from_torch(state_dict, params, names)`"
+        )
     base = Base.of(params_or_plan, names)
     bind_all(list(base.leaves), names)
     wanted = {n: path for path in base.leaves for _, n in base.names_of(path)}

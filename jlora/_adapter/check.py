@@ -10,8 +10,10 @@ import jax
 from .._errors import AdapterError
 from .._jax.versions import manual_axes, vary
 from .._params.axes import Shape
+from .._params.given import described, listed
 from .._params.paths import FlatParams, is_array, nearest
 from .entries import given_shapes, wanted_shapes
+from .instead import check_order, likely
 from .variants import variant_of_entry
 
 
@@ -22,20 +24,23 @@ def check_adapter(params: FlatParams, adapter: Mapping[str, Any]) -> None:
         TypeError: if the adapter is no mapping.
         AdapterError: with every entry that does not fit.
     """
-    if not isinstance(adapter, Mapping):
-        raise TypeError(
-            "an adapter is a dict from path to `LoraFactors` or array, got "
-            f"{type(adapter).__name__}"
-        )
     leaves = params.by_path()
+    check_order(params.tree, adapter)
     problems = [_problem(path, entry, leaves) for path, entry in adapter.items()]
     found = [problem for problem in problems if problem]
     if found:
-        raise AdapterError("the adapter does not fit the params:\n" + "\n".join(found))
+        raise AdapterError(
+            "the adapter does not fit the params:\n"
+            + listed(found)
+            + likely(adapter, leaves)
+        )
 
 
 def _problem(path: str, entry: Any, leaves: Mapping[str, Any]) -> str | None:
     if path not in leaves:
+        if list(leaves) == [""]:
+            what = described(leaves[""])
+            return f"{path!r} is no path of the params, which are {what}"
         near = ", ".join(map(repr, nearest(path, list(leaves))))
         return f"{path!r} is no path of the params. Nearest: {near}"
     if not is_array(leaves[path]):

@@ -10,8 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from .initializers import INITIALIZERS
+from .other_names import FROM_DATA, knows_other_names
 
 
+@knows_other_names
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Which kernels are adapted, with which rank and scaling.
@@ -119,7 +121,11 @@ class LoraConfig:
         for field in ("rslora", "dora", "full"):
             _check_bool(field, getattr(self, field))
         if self.bias not in BIASES:
-            raise ValueError(f"`LoraConfig.bias` is one of {BIASES}, got {self.bias!r}")
+            hint = "; PEFT's 'lora_only' is 'adapted' here"
+            hint = hint if self.bias == "lora_only" else ""
+            raise ValueError(
+                f"`LoraConfig.bias` is one of {BIASES}, got {self.bias!r}{hint}"
+            )
         object.__setattr__(self, "rows", _rows(self.rows))
         object.__setattr__(self, "slices", _slices(self.slices))
         object.__setattr__(self, "batch", _axes(self.batch))
@@ -188,6 +194,7 @@ def _patterns(field: str, value: Any) -> str | tuple[str, ...] | None:
         except re.error as error:
             raise ValueError(
                 f"`LoraConfig.{field}` {pattern!r} is no regular expression: {error}"
+                + ("; any text is `.*`" if pattern.startswith("*") else "")
             ) from error
     return value if isinstance(value, str) else several
 
@@ -272,7 +279,11 @@ def _check_rank(rank: Any) -> None:
 def _check_init(init: Any, rank: int) -> None:
     if init not in INITIALIZERS:
         known = ", ".join(map(repr, INITIALIZERS))
-        raise ValueError(f"`LoraConfig.init` must be one of {known}; got {init!r}")
+        from_data = isinstance(init, str) and init.lower() in FROM_DATA
+        hint = f". Call `jlora.{init.lower()}` with a new adapter" if from_data else ""
+        raise ValueError(
+            f"`LoraConfig.init` must be one of {known}; got {init!r}{hint}"
+        )
     if init == "orthogonal" and rank % 2:
         raise ValueError(
             "`LoraConfig(init='orthogonal')` shares an orthogonal matrix between both "

@@ -12,6 +12,7 @@ from .._params.axes import Shape
 from .._params.layout import AnyMesh, Layout, Rules, fitting, following, unboxed
 from .._params.paths import PyTree, is_box
 from .entries import arrays_of, axes_of, entry_with
+from .instead import check_order
 from .variants import variant_of_entry
 
 
@@ -70,6 +71,8 @@ def shardings(
         >>> init = jax.jit(lora.init, out_shardings=placed)
         >>> adapter = init(jax.random.key(0), params, x)
     """
+    order = "The order is `jlora.shardings(params, adapter)`"
+    check_order(params, adapter, order)
     layout = Layout.of(params, mesh=mesh, rules=rules)
     problems: list[str] = []
     placed = {}

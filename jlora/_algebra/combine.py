@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from .._adapter.factors import LoraFactors
 from .._jax.keys import key_of
+from .._params.given import check_key
 from .matrices import (
     Array,
     by_path,
@@ -136,6 +137,8 @@ def _check_options(method: str, density: Any, key: Any, majority: str) -> None:
     sparsify, elects = _METHODS.get(method, (_all, False))
     _check_given("density", density, method, needed=sparsify is not _all)
     _check_given("key", key, method, needed=sparsify is _random)
+    if key is not None:
+        check_key(key, "key")
     if density is not None and not 0 < density <= 1:
         raise ValueError(
             "`jlora.combine(density=...)` is the share of values to keep, above 0 and "

@@ -15,6 +15,7 @@ from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._jax.dtypes import widest
 from .._jax.sharding import explicit_sharding
+from .._params.given import described
 from .._params.paths import is_array
 
 Array = Any  # of JAX, or of NumPy: on the host, in float64
@@ -39,9 +40,11 @@ def check_factors(
     """
     for adapter in adapters:
         if not isinstance(adapter, Mapping):
+            listed = isinstance(adapter, list | tuple)
+            several = f": give each by itself, `{caller}(*adapters)`" if listed else ""
             raise TypeError(
                 f"`{caller}` takes adapters, dicts from path to `LoraFactors`; got "
-                f"{type(adapter).__name__}"
+                f"{described(adapter)}{several}"
             )
     entries = [item for adapter in adapters for item in adapter.items()]
     told = [_refusal(path, entry, whole) for path, entry in entries]

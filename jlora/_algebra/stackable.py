@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
+from .._params.given import described
 from .._params.paths import is_array, nearest
 
 
@@ -17,8 +18,8 @@ def count_of(stacked: Mapping[str, Any]) -> int:
     """Returns how many adapters are stacked; raises if it is no stacked adapter."""
     if not isinstance(stacked, Mapping):
         raise TypeError(
-            "a stacked adapter is a dict, as `jlora.stack` returns it, got "
-            f"{type(stacked).__name__}"
+            "a stacked adapter is a dict, as `jlora.stack(adapters)` returns it, got "
+            f"{described(stacked)}"
         )
     refuse_unknown({path: [entry] for path, entry in stacked.items()})
     found = {path: _leading(entry) for path, entry in stacked.items()}
@@ -56,12 +57,23 @@ def checked_index(index: Any, count: int) -> Any:
 
 def as_adapters(adapters: Any) -> list[Mapping[str, Any]]:
     """Returns a list of adapters, which must be one."""
-    several = [] if isinstance(adapters, Mapping) else list(adapters)
-    if not several or not all(isinstance(one, Mapping) for one in several):
-        kinds = [type(one).__name__ for one in several] or type(adapters).__name__
+    takes = "`jlora.stack` takes a list of adapters, each a dict by path"
+    if isinstance(adapters, Mapping):
         raise TypeError(
-            f"`jlora.stack` takes a list of adapters, each a dict by path, got {kinds}"
+            f"{takes}, got {described(adapters)}: give `[one, other]`, or "
+            "`list(adapters.values())` of adapters by name"
         )
+    if not isinstance(adapters, Iterable):
+        raise TypeError(f"{takes}, got {described(adapters)}")
+    several = list(adapters)
+    if not several:
+        raise TypeError(
+            f"{takes}, got an empty one: at least one adapter says what is stacked"
+        )
+    wrong = {i: one for i, one in enumerate(several) if not isinstance(one, Mapping)}
+    if wrong:
+        told = ", ".join(f"at {i} {described(one)}" for i, one in wrong.items())
+        raise TypeError(f"{takes}, got {told}")
     return several
 
 

@@ -18,6 +18,7 @@ from .._adapter.factors import Adapter, LoraFactors, exportable
 from .._errors import AdapterError
 from .._jax.keys import key_of
 from .._params.axes import KernelAxes
+from .._params.given import check_key
 from .matrices import batch_placed, check_factors, matrices, with_matrices
 from .norms import gram
 from .spectrum import product_svd
@@ -85,6 +86,7 @@ def init(key: jax.Array, adapter: Mapping[str, Any]) -> SvdAdapter:
     """
     check_factors("jlora.adalora.init", adapter, whole=True)
     _check_ranks(adapter)
+    check_key(key, "key", ". The order is `jlora.adalora.init(key, adapter)`")
     return {
         path: _random(key_of(key, path), entry) if _factored(entry) else entry
         for path, entry in adapter.items()

@@ -26,6 +26,8 @@ class Format:
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
             "base_model", "profile".
+        placing: those that `read` takes, to place what is there in a model: "names" and
+            "params", the shapes of its leaves by path.
         told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
             of an adapter without its params, which can be shown and is not converted
             then, or None.
@@ -37,4 +39,5 @@ class Format:
     write: Callable[..., None]
     suffix: str | None = None
     options: tuple[str, ...] = ()
+    placing: tuple[str, ...] = ()
     told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from .._adapter.config import LoraConfig
@@ -24,6 +25,7 @@ from .._torch.alone import (
 )
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
+from .._torch.named_params import Base
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
 
@@ -35,13 +37,36 @@ def holds(path: Path) -> bool:
     return any(path.glob("adapter_model.*"))
 
 
-def read(path: Path, *, ignore: Sequence[str] = ()) -> tuple[Configs, dict[str, Any]]:
+def read(
+    path: Path,
+    *,
+    ignore: Sequence[str] = (),
+    names: str | None = None,
+    params: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Configs, dict[str, Any]]:
     """Returns the configs and the adapter of a folder, on the host.
 
+    Args:
+        path: the folder.
+        ignore: fields of its config to do without.
+        names: the family whose names the modules have, for a model with `params`.
+        params: the shapes of the leaves of the model by path; without them the paths
+            are torch's names.
+
     Raises:
-        AdapterError: if the files contradict themselves.
+        AdapterError: if the files contradict themselves, or do not fit the params.
+        ValueError: if there are names without params.
     """
     files = read_files(path, ignore=ignore)
+    rules = None if names is None else family_names(names)
+    if params is not None:
+        return configured_adapter(files, Base.of(_tree(params), rules))
+    if names is not None:
+        raise ValueError(
+            f"--names {names} says what modules are called in torch, and not which "
+            "leaves a model has: give their shapes too, --params shapes.json, or call "
+            f'`jlora.peft.load(folder, params, jlora.peft.names("{names}"))`'
+        )
     sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
     own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
@@ -107,8 +132,21 @@ FORMAT = Format(
     read,
     write,
     options=("names", "base_model", "profile"),
+    placing=("names", "params"),
     told_in_part=told_in_part,
 )
+
+
+def _tree(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns params as nested dicts, from their shapes by path."""
+    tree: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = jax.ShapeDtypeStruct(shape, np.float32)
+    return tree
 
 
 def _check_layouts(adapter: Mapping[str, Any]) -> None:

@@ -14,10 +14,12 @@ from jax.core import Tracer
 
 from .._adapter.check import check_adapter
 from .._adapter.factors import Adapter, LoraFactors, delta
+from .._adapter.instead import check_order
 from .._algebra.matrices import replicated, with_matrices
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._jax.dtypes import summed_in
 from .._jax.sharding import explicit_sharding
+from .._params.input_stats import InputStats
 from .._params.layout import factor_shardings
 from .._params.paths import FlatParams, PyTree, is_array, is_quantized
 from .._params.quantized import qtype_of
@@ -84,17 +86,28 @@ def check_entries(name: str, params: PyTree, adapter: Mapping[str, Any]) -> None
             is larger than its kernel, or a kernel is quantised.
         UnsupportedFeatureError: for entries that are no two factors alone.
     """
+    check_order(params, adapter, f"The order is `jlora.{name}(params, adapter, ...)`")
     flat = FlatParams.of(params)
+    check_plain(name, adapter)
     check_adapter(flat, adapter)
     leaves = flat.by_path()
-    check_plain(name, adapter)
     problems = [_problem(p, e, leaves[p]) for p, e in adapter.items()]
     if found := [problem for problem in problems if problem]:
         raise AdapterError(f"`jlora.{name}`:\n" + "\n".join(found))
 
 
 def check_plain(name: str, adapter: Mapping[str, Any]) -> None:
-    """Raises with every entry that is neither two factors nor a leaf trained whole."""
+    """Raises with every entry that is neither two factors nor a leaf trained whole.
+
+    Raises:
+        TypeError: if these are statistics of inputs, the argument behind the adapter.
+        UnsupportedFeatureError: for other entries.
+    """
+    if any(isinstance(entry, InputStats) for entry in adapter.values()):
+        raise TypeError(
+            f"`jlora.{name}` takes the adapter before the statistics of `lora.inputs`, "
+            "which are given in its place"
+        )
     others = [p for p, e in adapter.items() if not (is_array(e) or _is_plain(e))]
     if others:
         raise UnsupportedFeatureError(

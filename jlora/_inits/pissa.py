@@ -8,6 +8,7 @@ import jax
 from .._adapter.factors import Adapter, LoraFactors
 from .._jax.keys import key_of
 from .._jax.linalg import balanced, randomized_svd, svd
+from .._params.given import check_key
 from .._params.paths import PyTree
 from .from_kernel import Matrices, check_count, check_entries, matrix_of_a, move
 
@@ -73,6 +74,8 @@ def pissa(
         raise ValueError(
             '`jlora.pissa(method="fast")` draws a projection: give a `key`'
         )
+    if key is not None:
+        check_key(key, "key")
     check_count("n_iter", n_iter, 0)
     check_entries("pissa", params, adapter)
     if key is None or method == "exact":

@@ -14,6 +14,7 @@ from .._params.axes import expand
 from .._params.lazy import Lazy, check_frozen, dense
 from .._params.quantized import Quantized
 from .._product.dropout import key_words
+from .._program.interpret import outputs_of
 from .._program.trace import Traced
 from .._rules.adapted import Adapted
 
@@ -63,3 +64,22 @@ def lazily(traced: Traced) -> list[Any]:
             check_frozen(path, inputs[place])
             inputs[place] = Lazy.of(inputs[place])
     return inputs
+
+
+def evaluated(program: Any, inputs: list[Any], backward: str) -> list[Any]:
+    """Returns the outputs of a program.
+
+    Raises:
+        TypeError: under `jax.jvp` of a product whose derivative is one of reverse mode.
+            JAX raises it here where nothing is compiled, and elsewhere without a name.
+    """
+    try:
+        return outputs_of(program, inputs, derive=backward)
+    except TypeError as error:
+        if backward != "custom" or "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f"{error} The products of jlora have a backward pass of their own: for "
+            "forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`) give `jlora.lora("
+            '..., backward="autodiff")`; `jax.grad` and `jax.hessian` do without it'
+        ) from error

@@ -6,6 +6,7 @@ from typing import Any
 from .._adapter.config import LoraConfig
 from .._adapter.variants import variant_of_config
 from .._product.choice import Contraction
+from .arguments import check_configs, check_function
 from .transform import Backward, Lora, Materialize
 
 
@@ -29,7 +30,8 @@ def lora(
         materialize: "error" raises where an adapted kernel reaches an operation without
             a low-rank rule; "allow" forms `W + s·a·b` there, and only there.
         backward: "custom" uses the hand-derived backward pass; "autodiff" leaves the
-            product to JAX, for forward-mode users (`jax.jvp`, `jax.hessian`).
+            product to JAX, for forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`);
+            `jax.hessian` does without it.
         contraction: "fast" and "factored" never form `W + s·a·b`. "fast" takes the
             form that suits what the program is lowered for, and on Hopper GPUs a kernel
             of ours, in 16-bit dtypes, where it fills the GPU; the kernel rests on an
@@ -63,11 +65,8 @@ def lora(
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
         <https://arxiv.org/abs/2106.09685>, 2021.
     """
-    several: Any = config if isinstance(config, list | tuple) else (config,)
-    if not callable(fn):
-        raise TypeError(f"`jlora.lora` takes a function, got {type(fn).__name__}")
-    if not several or not all(isinstance(c, LoraConfig) for c in several):
-        raise TypeError(f"`config` must be one or more `LoraConfig`, got {config!r}")
+    check_function(fn)
+    several = check_configs(config)
     for one in several:
         variant_of_config(one)  # raises if there is none of that name
     if isinstance(argnum, bool) or not isinstance(argnum, int) or argnum < 0:
@@ -75,7 +74,7 @@ def lora(
     _one_of("materialize", materialize, ("error", "allow"))
     _one_of("backward", backward, ("custom", "autodiff"))
     _one_of("contraction", contraction, ("fast", "factored", "merged", "auto", "fused"))
-    return Lora(fn, tuple(several), argnum, materialize, backward, contraction)
+    return Lora(fn, several, argnum, materialize, backward, contraction)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

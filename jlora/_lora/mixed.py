@@ -14,9 +14,11 @@ import numpy as np
 from jax.core import Tracer
 
 from .._adapter.factors import Adapter, LoraFactors
+from .._adapter.instead import check_order
 from .._algebra.stackable import count_of
 from .._errors import UnsupportedFeatureError
 from .._jax.dots import as_laid_out
+from .._params.given import check_key
 from .._params.paths import FlatParams, PyTree, is_array
 from .mixed_arguments import Arguments, Outputs, split_key
 from .mixed_mesh import Examples, take_rows
@@ -36,13 +38,22 @@ def run_mixed(
     out_axes: Axes,
 ) -> Any:
     """Returns `apply(params, adapter, *args, **kwargs)` with an adapter per example."""
+    check_order(params, stacked, _ORDER)
     count = count_of(stacked)
     index = _checked(index, count)
     arguments = Arguments.of(in_axes, args, kwargs, index.shape[0])
+    if dropout_key is not None and not hasattr(dropout_key, "ndim"):
+        check_key(dropout_key, "lora_dropout_key")
     keys = None if dropout_key is None else split_key(dropout_key, index.shape[0])
     call = _Call(apply, params, dict(stacked), index, arguments, keys)
     outputs = Outputs(out_axes)
     return outputs.rebuild(_on_any_mesh(call, outputs))
+
+
+_ORDER = (
+    "The order is `lora.apply_mixed(params, stacked, index, *args)`, with the adapters "
+    "stacked by `jlora.stack`"
+)
 
 
 class _Call(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._errors import TargetError
+from .._params.given import described
 from .._params.paths import (
     FlatParams,
     PyTree,
@@ -131,7 +132,13 @@ def _tiles(
     """Returns, for each leaf to quantise, how many values along its axes are a tile."""
     if isinstance(which, Plan):
         return _planned(flat, which, tile)
-    patterns = [which] if isinstance(which, str) else list(which)
+    patterns = [which] if isinstance(which, str) else which
+    several = isinstance(patterns, list | tuple)
+    if not several or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(
+            "`jlora.quantize(params, which)` takes a plan, a pattern or several as "
+            f"`which`, got {described(which)}"
+        )
     leaves = flat.by_path()
     usable = [path for path, leaf in leaves.items() if _is_kernel(leaf)]
     for pattern in patterns:

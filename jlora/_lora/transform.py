@@ -11,23 +11,27 @@ from .._adapter.check import as_varying, check_adapter
 from .._adapter.config import LoraConfig
 from .._adapter.entries import axes_of
 from .._adapter.factors import Adapter
+from .._adapter.instead import check_unboxed
 from .._errors import LeftOutWarning
 from .._jax.keys import key_of
+from .._params.given import check_key
 from .._params.input_stats import InputStats
 from .._params.paths import FlatParams, PyTree
 from .._params.quantized import Quantized
 from .._plan.new_entry import new_entry
-from .._plan.plan import Plan, make_plan
+from .._plan.plan import Plan
 from .._plan.problems import left_out
-from .._plan.program import program_of, with_uses
-from .._plan.select import dropout_rates, select
+from .._plan.program import program_of
+from .._plan.select import dropout_rates
 from .._product.choice import Contraction
 from .._program.inputs import input_stats
-from .._program.interpret import outputs_of
 from .._program.trace import Traced, trace
 from .._rules.view import Log
-from .adapt import adapted, lazily
+from .adapt import adapted, evaluated, lazily
+from .arguments import FORGOTTEN_KEY
+from .call import Call
 from .mixed import refuse_ragged, run_mixed
+from .state_dicts import register_if_imported
 
 Materialize = Literal["error", "allow"]
 
@@ -73,7 +77,9 @@ class Lora:
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
         """
-        return self._plan(FlatParams.of(self._params_of(args)), args, kwargs)
+        call = self._call(args, kwargs)
+        params = FlatParams.of(call.params)
+        return call.plan(params, self.materialize, self.contraction, frozen=True)
 
     def init(self, key: jax.Array, /, *args: Any, **kwargs: Any) -> Adapter:
         """Returns a new adapter from the configs' initialisers, such that ΔW = 0.
@@ -100,8 +106,12 @@ class Lora:
                 operations that have no low-rank rule, and into no other; or leaves of a
                 collection beside "params" that none of Flax's layers keeps.
         """
-        params = FlatParams.of(self._params_of(args))
-        plan, leaves = self._plan(params, args, kwargs), params.by_path()
+        check_key(key, "key", FORGOTTEN_KEY)
+        register_if_imported()
+        call = self._call(args, kwargs)
+        params = FlatParams.of(call.params)
+        plan = call.plan(params, self.materialize, self.contraction)
+        leaves = params.by_path()
         if message := left_out(plan.unusable):
             warnings.warn(message, LeftOutWarning, stacklevel=2)
         return {t.path: new_entry(key, t, leaves[t.path]) for t in plan.targets}
@@ -148,8 +158,11 @@ class Lora:
         check: Callable[[Sequence[Any]], None] = lambda uses: None,
     ) -> Any:
         """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
+        if key is not None:
+            check_key(key, "lora_dropout_key")
         flat = FlatParams.of(params)
         check_adapter(flat, adapter)
+        check_unboxed(adapter)
         flat = as_varying(flat, adapter)
         traced, program, log = self._program(flat, params, adapter, args, kwargs)
         check(log.uses)
@@ -158,7 +171,7 @@ class Lora:
         for path, entry in adapter.items():
             place = traced.positions[path]
             inputs[place] = adapted(inputs[place], entry, *dropout(path))
-        return traced.rebuild(outputs_of(program, inputs, derive=self.backward))
+        return traced.rebuild(evaluated(program, inputs, self.backward))
 
     def apply_mixed(
         self,
@@ -272,9 +285,10 @@ class Lora:
         """
         if lora_sketch is not None and not lora_sketch >= 1:
             raise ValueError(f"`lora_sketch` must be at least 1, got {lora_sketch!r}")
-        params = FlatParams.of(self._params_of(args))
-        traced = trace(self.fn, self.argnum, args, kwargs, params)
-        targets, _ = select(params, self.configs, traced)
+        call = self._call(args, kwargs)
+        params = FlatParams.of(call.params)
+        traced = call.trace(params)
+        targets, _ = call.select(params, traced)
         axes = {t.path: t.axes for t in targets if t.axes is not None}
         # Quantised params are made dense first, so that the program is of dense ones.
         made = [v.dense() if isinstance(v, Quantized) else v for v in traced.inputs]
@@ -282,13 +296,8 @@ class Lora:
         program, _ = program_of(traced, axes, self.materialize, "factored")
         return input_stats(traced, program, axes, lora_sketch)
 
-    def _params_of(self, args: Sequence[Any]) -> PyTree:
-        if self.argnum >= len(args):
-            raise TypeError(
-                f"`jlora.lora(..., argnum={self.argnum})` needs the params as "
-                f"positional argument {self.argnum}, got {len(args)} positional ones"
-            )
-        return args[self.argnum]
+    def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        return Call(self.fn, self.configs, self.argnum, args, kwargs)
 
     def _program(
         self,
@@ -310,15 +319,6 @@ class Lora:
         found = program_of(traced, axes, *how, dora, whole)
         return traced, *found
 
-    def _plan(
-        self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Plan:
-        traced = self._trace(params, args, kwargs)
-        targets, unusable = select(params, self.configs, traced)
-        if traced is not None:
-            targets = with_uses(targets, traced, self.materialize, self.contraction)
-        return make_plan(params, targets, unusable, traced)
-
     def _dropout(
         self, params: FlatParams, traced: Traced, key: jax.Array | None
     ) -> Callable[[str], tuple[jax.Array | None, float]]:
@@ -327,15 +327,3 @@ class Lora:
             return lambda path: (None, 0.0)
         rates = dropout_rates(params, self.configs, traced)
         return lambda path: (key_of(key, path), rates.get(path, 0.0))
-
-    def _trace(
-        self, params: FlatParams, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Traced | None:
-        """Traces the call; with the params alone, only if `fn` takes them alone."""
-        alone = len(args) == 1 and not kwargs
-        try:
-            return trace(self.fn, self.argnum, args, kwargs, params)
-        except TypeError:
-            if not alone:
-                raise
-            return None

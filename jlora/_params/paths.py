@@ -79,6 +79,11 @@ class FlatParams:
         """Returns the leaves by path."""
         return dict(zip(self.paths, self.leaves, strict=True))
 
+    @property
+    def tree(self) -> Any:
+        """The tree itself."""
+        return self.treedef.unflatten(self.leaves)
+
     def replace(self, new: dict[str, Any]) -> Any:
         """Returns the tree with the leaves at the paths of `new` replaced."""
         pairs = zip(self.paths, self.leaves, strict=True)

@@ -11,8 +11,10 @@ from .._adapter.check import check_adapter
 from .._adapter.config import LoraConfig
 from .._adapter.entries import lowered
 from .._adapter.factors import LoraFactors
+from .._adapter.instead import check_order
 from .._files.atomic import write_files
 from .._files.safetensors import check_finite
+from .._params.given import check_path, described
 from .._params.paths import PyTree
 from .._torch.assemble import modules_of
 from .._torch.layout import spread
@@ -90,6 +92,8 @@ def save(
     """
     if profile not in ("peft", "vllm"):
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
+    check_path(path, _ORDER)
+    _check_order(params_or_plan, adapter, config)
     check_writable(adapter)
     given = sorted(adapter.items())
     rows = {p: jax.tree.map(on_host, e) for p, e in given if has_rows(e)}
@@ -125,3 +129,23 @@ def save(
     if jax.process_index() == 0:
         write_files(Path(path), files, overwrite=overwrite)
     wait_for_all("jlora.peft.save")
+
+
+_ORDER = "jlora.peft.save(path, params_or_plan, adapter, config, names)"
+
+
+def _check_order(params_or_plan: Any, adapter: Any, config: Any) -> None:
+    """Raises for arguments at each other's places.
+
+    Raises:
+        TypeError: that says the order.
+        AdapterError: likewise, if the params and the adapter are swapped.
+    """
+    check_order(params_or_plan, adapter, f"The order is `{_ORDER}`")
+    configs = config if isinstance(config, list | tuple) else (config,)
+    wrong = [one for one in configs if not isinstance(one, LoraConfig)]
+    if wrong:
+        raise TypeError(
+            f"`config` is one or more `LoraConfig`, got {described(wrong[0])}. The "
+            f"order is `{_ORDER}`"
+        )

@@ -3,6 +3,8 @@
 import dataclasses
 import html
 import math
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence, Set
 from typing import Any
@@ -11,17 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from .._params.given import described
 from .._params.layout import AnyMesh
 from .._params.paths import FlatParams, PyTree, is_array, is_quantized
 from .._params.quantized import qtype_of
 from .._program.flops import Flops, step_flops
 from .._program.trace import Traced
+from .left import lines_of_formed, lines_of_frozen, lines_of_left
 from .measure import measure, stored_bytes
 from .memory import Memory, human
-from .target import Target, Unusable, counted, entry_of, variant_of
+from .table import HEAD, cells_of, lines_of, rows_of
+from .target import Target, Unusable, counted
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What will be trained, how each kernel is used, and what was left out.
 
@@ -35,8 +40,9 @@ class Plan:
         params: the params as shapes, dtypes and shardings; in no comparison.
         apart: the other collections of Linen's variables (statistics, caches), each
             with the number of its values.
+        frozen: the paths of kernels that are no targets, and could be.
 
-    Printing a plan gives a table; in a notebook it is shown as HTML.
+    Printing a plan gives a table, that of `table`; in a notebook it is shown as HTML.
     """
 
     targets: tuple[Target, ...]
@@ -45,6 +51,7 @@ class Plan:
     flops: Flops | None = None
     params: PyTree = dataclasses.field(default=None, repr=False, compare=False)
     apart: tuple[tuple[str, int], ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -142,34 +149,82 @@ class Plan:
             shardings=shardings,
         )
 
+    def table(self, *, fold: bool = True, width: int | None = 100) -> str:
+        """Returns the plan as a table, and what there is to say of it.
+
+        Args:
+            fold: whether targets that differ in numbers alone, such as those of layers,
+                are one row, and what is left out is told in few lines. False gives a
+                row for each target and a line for each leaf.
+            width: the longest line, in letters, or None for any. Where there is too
+                little room, columns are left out or cut.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, jlora
+            >>> def model(params, x):
+            ...     for layer in params["layers"]:
+            ...         x = jnp.tanh(x @ layer["up"]) @ layer["down"]
+            ...     return x
+            >>> up, down = (jax.ShapeDtypeStruct(s, "f4") for s in ((8, 32), (32, 8)))
+            >>> params = {"layers": [{"up": up, "down": down} for _ in range(12)]}
+            >>> config = jlora.LoraConfig("layers/.*/up", rank=2)
+            >>> plan = jlora.lora(model, config).plan(params, jnp.ones((3, 8)))
+            >>> print(plan.table().splitlines()[2].partition("  ")[0])
+            layers/[0-11]/up × 12
+            >>> print(plan.table().splitlines()[-1].strip())
+            layers/[0-11]/down × 12
+            >>> len(plan.table(fold=False, width=None).splitlines()) > 12
+            True
+        """
+        lines = lines_of(rows_of(self.targets, fold=fold), width)
+        told = [*self._totals(), *self._left(fold)]
+        if width is not None:
+            cut = lambda line: textwrap.wrap(
+                line,
+                width,
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+                drop_whitespace=True,
+            )
+            told = [piece for line in told for piece in cut(line)]
+        return "\n".join([*lines, *told])
+
     def __str__(self) -> str:
-        """Returns the plan as a table."""
-        rows = [_HEAD, *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [_line(row, widths) for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines += [self.summary(), self.cost(), *self._quantized()]
-        if self.unusable:
-            lines.append(f"matched and left out: {len(self.unusable)}")
-            lines += [f"  {u.path} {u.shape}: {u.reason}" for u in self.unusable]
-        return "\n".join(lines)
+        """Returns the plan as a table of at most 100 columns, layers folded."""
+        return self.table()
+
+    def __repr__(self) -> str:
+        """Returns the plan in one line."""
+        count = f"{len(self.targets)} target{'s' * (len(self.targets) != 1)}"
+        return f"Plan({count}, {self.summary()})"
 
     def _repr_html_(self) -> str:
-        """Returns the plan as an HTML table."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEAD)
+        """Returns the plan as an HTML table, layers folded."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
+            for row in cells_of(rows_of(self.targets, fold=True))
         )
-        left = "".join(
-            f"<li>{html.escape(f'{u.path} {u.shape}: {u.reason}')}</li>"
-            for u in self.unusable
-        )
-        title = f"<p>matched and left out</p><ul>{left}</ul>" if left else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        below = "<br>".join(map(html.escape, [self.cost(), *self._quantized()]))
-        totals = f"<b>{html.escape(self.summary())}</b><br>{below}"
-        return f"{table}<p>{totals}</p>{title}"
+        first, *others = map(html.escape, self._totals())
+        totals = "<br>".join([f"<b>{first}</b>", *others])
+        return f"{table}<p>{totals}</p>{self._html_of_left()}"
+
+    def _html_of_left(self) -> str:
+        items = ""
+        for line in map(html.escape, self._left(fold=True)):
+            tag = "li" if line.startswith(" ") else "p"
+            items += f"<{tag}>{line.strip()}</{tag}>"
+        return re.sub("((?:<li>.*?</li>)+)", r"<ul>\1</ul>", items)
+
+    def _totals(self) -> list[str]:
+        return [self.summary(), self.cost(), *self._quantized()]
+
+    def _left(self, fold: bool) -> list[str]:
+        formed = lines_of_formed(self.targets, fold=fold)
+        told = lines_of_left(self.targets, self.unusable, fold=fold)
+        return [*formed, *told, *lines_of_frozen(self.frozen, fold=fold)]
 
     def _quantized(self) -> list[str]:
         """Returns the line about quantised kernels, if there are any."""
@@ -186,30 +241,13 @@ class Plan:
         rest = f"; not adapted: {', '.join(frozen[:5])}{more}" if frozen else ""
         return [f"quantised: {told}, {human(held)} instead of {human(dense)}{rest}"]
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        trainable = max(self.trainable, 1)
-        return [_row(target, trainable) for target in self.targets]
-
-
-_HEAD = (
-    "path",
-    "shape",
-    "axes",
-    "uses",
-    "product",
-    "rank",
-    "scaling",
-    "trainable",
-    "share",
-)
-_LEFT = 5  # the columns that are aligned to the left
-
 
 def make_plan(
     params: FlatParams,
     targets: Sequence[Target],
     unusable: Sequence[Unusable],
     traced: Traced | None,
+    frozen: Sequence[str] = (),
 ) -> Plan:
     """Returns the plan of a resolved config."""
     counts = counted(params, targets)
@@ -225,7 +263,8 @@ def make_plan(
     own = {path for path, own in zip(params.paths, counts, strict=True) if own}
     flops = None if traced is None else _flops(targets, traced, own)
     held = tuple(sorted(apart.items()))
-    return Plan(tuple(targets), tuple(unusable), total, flops, abstract, held)
+    known = tuple(targets), tuple(unusable), total, flops, abstract, held
+    return Plan(*known, tuple(frozen))
 
 
 def _flops(targets: Sequence[Target], traced: Traced, own: Set[str]) -> Flops:
@@ -244,77 +283,26 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
 
 
-def _row(target: Target, trainable: int) -> tuple[str, ...]:
-    return (
-        target.path,
-        _shape(target),
-        _axes(target),
-        _uses(target),
-        _products(target),
-        _rank(target),
-        "" if target.scaling is None else f"{target.scaling:g}",
-        f"{target.trainable:,}",
-        f"{100 * target.trainable / trainable:.1f} %",
+def print_trainable(plan: Plan) -> None:
+    """Prints how much of a model is trained, in one line and in the words of PEFT.
+
+    Args:
+        plan: what `lora.plan` returned. Printed itself, it is a table.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jnp.ones((1, 64))
+        >>> lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig("w", rank=4))
+        >>> jlora.print_trainable(lora.plan({"w": w}, x))
+        trainable params: 512 || all params: 4,096 || trainable%: 12.5000
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"`jlora.print_trainable` takes a plan, got {described(plan)}: give "
+            "`lora.plan(params, x)`"
+        )
+    share = 100 * plan.trainable / max(plan.total, 1)
+    print(
+        f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
+        f"trainable%: {share:.4f}"
     )
-
-
-def _rank(target: Target) -> str:
-    """Tells the rank, or what is trained instead, and what else the factors have."""
-    config = target.config
-    note = variant_of(target).note(entry_of(target, target.abstract_arrays))
-    if target.rank is None:
-        return note
-    told = [note] if note else []
-    told += [f" dropout {config.dropout:g}"] if config.dropout else []
-    asked = f" of {config.rank}" if target.rank != config.rank else ""
-    return f"{target.rank}{asked}" + ",".join(told)
-
-
-def _shape(target: Target) -> str:
-    shape = "×".join(map(str, target.shape)) or "scalar"
-    return shape if target.qtype is None else f"{shape} {target.qtype}"
-
-
-def _axes(target: Target) -> str:
-    if target.axes is None:
-        return "whole"
-    roles = (
-        ("batch", target.axes.batch),
-        ("in", target.axes.in_),
-        ("out", target.axes.out),
-    )
-    told = " ".join(
-        f"{name} {','.join(map(str, axes))}" for name, axes in roles if axes
-    )
-    given = {i % target.axes.ndim for i in target.config.batch_axes}
-    own = ",".join(map(str, sorted(given)))
-    return f"{told} (batch={own} by config)" if given else told
-
-
-def _uses(target: Target) -> str:
-    if target.axes is None:
-        return "trained whole"
-    counted = Counter(target.uses)
-    if not counted:
-        return "not traced"
-    told = []
-    for use, times in counted.items():
-        how = use.kind if use.factored else f"{use.kind}: materialized"
-        told.append(f"{how} ({use.source})" + (f" ×{times}" if times > 1 else ""))
-    return ", ".join(told)
-
-
-def _products(target: Target) -> str:
-    """Names the form of each product, and how many share its operand."""
-    told = []
-    for use in target.uses:
-        if use.form is not None:
-            told.append(use.form + (f" ×{use.siblings}" if use.siblings > 1 else ""))
-    return ", ".join(dict.fromkeys(told))
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = []
-    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-        padded.append(cell.ljust(width) if i < _LEFT else cell.rjust(width))
-    return "  ".join(padded).rstrip()

@@ -1,5 +1,6 @@
 """What does not fit between configs and leaves, told in one error."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from .._adapter.config import LoraConfig
@@ -145,10 +146,29 @@ def _useless(
 
 def _dead(said: str, pattern: str, paths: Sequence[str]) -> str:
     near = ", ".join(map(repr, nearest(pattern, paths)))
-    return (
-        f"{said} matches none of the {len(paths)} leaves of params. Nearest: {near}. A "
-        "pattern must match a run of whole path segments"
-    )
+    told = f"{said} matches none of the {len(paths)} leaves of params. "
+    if meant := _meant(pattern, paths):
+        return told + meant
+    return f"{told}Nearest: {near}. A pattern must match a run of whole path segments"
+
+
+def _meant(pattern: str, paths: Sequence[str]) -> str:
+    """Returns how to write what is a path rather than a pattern; empty if it is none.
+
+    A path may have letters that mean something in a regex, or may be written as JAX
+    does, `['a']['b'][0]`, or with a slash before it or behind it.
+    """
+    if matching(re.escape(pattern), paths):
+        return (
+            "It is a path with letters that mean something in a pattern: write "
+            f"r'{re.escape(pattern)}', as `re.escape` does"
+        )
+    plain = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r"/\1", pattern)
+    for path in (plain, plain.replace(".", "/")):
+        path = path.strip("/")
+        if path != pattern and matching(re.escape(path), paths):
+            return f"The segments of a path are joined by slashes: write {path!r}"
+    return ""
 
 
 def _why(path: str, found: Unusable | None) -> str:

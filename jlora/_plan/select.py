@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .._adapter.config import LoraConfig
-from .._params.paths import FlatParams
+from .._params.paths import FlatParams, is_floating
 from .._program.trace import Traced
 from .choose import choose, with_biases
 from .kernels import discovered, named
@@ -38,6 +38,34 @@ def select(
     targets = sorted(with_biases(targets, configs, params), key=place)
     trained = {target.path for target in targets}
     return targets, [one for one in unusable if one.path not in trained]
+
+
+def left_frozen(
+    params: FlatParams,
+    targets: Sequence[Target],
+    unusable: Sequence[Unusable],
+    traced: Traced | None,
+) -> list[str]:
+    """Returns the paths of kernels that no config adapts, and any could.
+
+    Args:
+        params: the flattened params.
+        targets: what is trained.
+        unusable: leaves that are told of already.
+        traced: the traced program, or None to rely on names and shapes alone.
+    """
+    leaves = params.by_path()
+    told = {one.path for one in (*targets, *unusable)}
+    others = {
+        path
+        for path, leaf in leaves.items()
+        if path not in told
+        and params.collection(path) is None
+        and is_floating(leaf)
+        and len(leaf.shape) > 1
+    }
+    kernels = discovered(traced, leaves, others) if traced else named(leaves, others)
+    return [path for path in params.paths if path in others and kernels[path].axes]
 
 
 def dropout_rates(

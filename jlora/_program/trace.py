@@ -1,7 +1,9 @@
 """Traces any apply function to a jaxpr over every array of every argument."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +45,23 @@ def _as_seen(leaf: Any) -> Any:
     )
 
 
+def _named_like(
+    fn: Callable[..., Any], count: int, keywords: Collection[str]
+) -> Callable[[Any], Any]:
+    """Returns a decorator that gives a function the name and signature of `fn`."""
+    plain = lambda wrapper: wrapper
+    try:
+        signature = inspect.signature(fn)
+        signature.bind_partial(*[None] * count, **dict.fromkeys(keywords))
+    except (TypeError, ValueError):  # a builtin, or what will not take the arguments
+        return plain
+    # JAX does not tell a keyword from a parameter of its name that is positional only.
+    own = signature.parameters.values()
+    if any(p.kind is p.POSITIONAL_ONLY and p.name in keywords for p in own):
+        return plain
+    return functools.wraps(fn, updated=())
+
+
 def trace(
     fn: Callable[..., Any],
     argnum: int,
@@ -57,9 +76,11 @@ def trace(
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     results: dict[str, Any] = {}
 
-    def on_arrays(*arrays: Any) -> list[Any]:
+    # Under the names that the arguments have, for JAX's errors of a traced flag.
+    @_named_like(fn, len(args), kwargs)
+    def on_arrays(*arrays: Any, **keywords: Any) -> list[Any]:
         filled = list(leaves)
-        for i, array in zip(where, arrays, strict=True):
+        for i, array in zip(where, jax.tree.leaves((arrays, keywords)), strict=True):
             filled[i] = array
         call_args, call_kwargs = treedef.unflatten(filled)
         out, results["treedef"] = jax.tree.flatten(fn(*call_args, **call_kwargs))
@@ -68,7 +89,11 @@ def trace(
         return [leaf for leaf in out if is_array(leaf)]
 
     inputs = [leaves[i] for i in where]
-    jaxpr = jax.make_jaxpr(on_arrays)(*map(_as_seen, inputs))
+    seen: list[Any] = [None] * len(leaves)
+    for i, array in zip(where, inputs, strict=True):
+        seen[i] = _as_seen(array)
+    call_args, call_kwargs = treedef.unflatten(seen)
+    jaxpr = jax.make_jaxpr(on_arrays)(*call_args, **call_kwargs)
 
     def rebuild(outputs: Sequence[Any]) -> Any:
         arrays = iter(outputs)

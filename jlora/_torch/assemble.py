@@ -9,6 +9,7 @@ import numpy as np
 
 from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
+from .._params.given import listed
 from .._params.paths import nearest
 from .fused import alike, join, promoted, split
 from .layout import (
@@ -125,8 +126,9 @@ class Assembly:
                 with self.noting():
                     adapter[path] = _leaf(path, self._pieces[path], self.base)
         if self.problems:
-            message = "\n".join(self.problems[:50])
-            raise AdapterError(f"{where} does not fit the params:\n{message}")
+            raise AdapterError(
+                f"{where} does not fit the params:\n{listed(self.problems)}"
+            )
         return adapter
 
 

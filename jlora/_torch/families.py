@@ -164,6 +164,7 @@ _SAME = {
     "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gemma": "llama",
     "gemma3": "gemma2",
 }  # fmt: skip
+FAMILIES = (*_FAMILIES, *_SAME)
 
 
 def names(

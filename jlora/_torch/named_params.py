@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._adapter.instead import has_entries
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._params.axes import KernelAxes
 from .._params.paths import FlatParams, is_array
@@ -64,6 +65,11 @@ class Base:
         is_plan = hasattr(params_or_plan, "targets") and hasattr(
             params_or_plan, "params"
         )
+        if has_entries(params_or_plan):
+            raise TypeError(
+                "jlora.peft takes the params, as arrays or shapes, or a plan of them; "
+                "got an adapter. Its file is placed by the paths of the params"
+            )
         plan = params_or_plan if is_plan else None
         flat = FlatParams.of(plan.params if plan else params_or_plan)
         leaves = {p: leaf for p, leaf in flat.by_path().items() if is_array(leaf)}

@@ -215,6 +215,11 @@ def bind(paths: Iterable[str], names: Names) -> dict[str, Binding]:
     """
     if names is None:
         return {path: _mechanical(path) for path in paths}
+    if isinstance(names, str):
+        raise TypeError(
+            f"`names` takes rules, got {names!r}; those of a family of models are "
+            f"`jlora.peft.names({names!r})`"
+        )
     rules = [rule_of(rule) for rule in names]
     compiled = [(rule, re.compile(rule.path)) for rule in rules]
     found = ((path, _bound(path, compiled)) for path in paths)

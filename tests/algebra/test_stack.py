@@ -240,7 +240,7 @@ def test_all_offenders_are_named() -> None:
     ("given", "error", "words"),
     [
         ([], TypeError, "a list of adapters"),
-        ({"w": factors("dense", 2)}, TypeError, "a list of adapters.*got dict"),
+        ({"w": factors("dense", 2)}, TypeError, "a list of adapters.*got a dict"),
         ([{}, {}], AdapterError, "empty"),
         ([{"w": "text"}], jlora.UnsupportedFeatureError, "'w' holds a str"),
     ],

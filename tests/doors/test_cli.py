@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paths import DATA
+from paths import DATA, ROOT
 from safetensors.numpy import load_file, save_file
 
 import jlora.checkpoint
@@ -251,9 +252,7 @@ def test_peft_is_not_written_into_a_checkpoint(
         jlora.checkpoint.save(folder, dense(2), config=CONFIG, overwrite=True)
 
 
-@pytest.mark.parametrize(
-    "words", [["--names", "llama"], ["--base-model", "x"], ["--profile", "vllm"]]
-)
+@pytest.mark.parametrize("words", [["--base-model", "x"], ["--profile", "vllm"]])
 def test_options_that_a_checkpoint_has_no_place_for_are_refused(
     words: list[str], tmp_path: Path, capsys: Any
 ) -> None:
@@ -381,3 +380,109 @@ def test_what_is_printed_may_find_no_reader_or_few_letters(
     )
     os.close(write)
     assert (said.returncode, said.stderr) == (DIFFERENT, b"")
+
+
+def llama_of_peft(folder: Path, layers: int = 3) -> None:
+    """Writes an adapter of the query projections of a Llama."""
+    generator = np.random.default_rng(0)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {
+        name.format(i, side): generator.normal(size=shape).astype(np.float32)
+        for i in range(layers)
+        for side, shape in (("A", (2, 12)), ("B", (20, 2)))
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+MODELS = {
+    "numbered": {
+        f"params/layers_{i}/self_attn/q_proj/kernel": (12, 20) for i in range(3)
+    },
+    "scanned": {"params/layers/attention/query/kernel": (3, 12, 20)},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_files_of_peft_are_converted_for_a_model(model: str, tmp_path: Path) -> None:
+    """To the paths and shapes that the model has, as `jlora.peft.load` places them."""
+    shapes, folder = MODELS[model], tmp_path / "peft"
+    llama_of_peft(folder)
+    file = tmp_path / "shapes.json"
+    file.write_text(json.dumps(shapes), encoding="utf-8")
+    words = ["convert", str(folder), str(tmp_path / "out"), "--names", "llama"]
+    assert main([*words, "--params", str(file)]) == SAME
+    params: Any = {}
+    for path, shape in shapes.items():
+        node = params
+        for name in path.split("/")[:-1]:
+            node = node.setdefault(name, {})
+        node["kernel"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    _, wanted = jlora.peft.load(folder, params, jlora.peft.names("llama"))
+    found = jlora.checkpoint.restore(tmp_path / "out")
+    assert set(found) == set(shapes)
+    assert same(found, dict(sorted(wanted.items())))
+    back = ["convert", str(tmp_path / "out"), str(tmp_path / "back")]
+    assert main([*back, "--names", "llama"]) == SAME
+    weights = "adapter_model.safetensors"
+    again, first = load_file(tmp_path / "back" / weights), load_file(folder / weights)
+    assert again.keys() == first.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(again[name], tensor)
+
+
+SHAPES_OF_NONE = {
+    "text": "no shapes",
+    "a list": "[]",
+    "a size": '{"w": 3}',
+    "a leaf above": '{"w": [3], "w/b": [3]}',
+}
+
+
+@pytest.mark.parametrize("text", SHAPES_OF_NONE.values(), ids=SHAPES_OF_NONE)
+def test_what_are_no_shapes(text: str, tmp_path: Path, capsys: Any) -> None:
+    llama_of_peft(tmp_path / "peft")
+    file = tmp_path / "shapes.json"
+    file.write_text(text, encoding="utf-8")
+    words = ["convert", str(tmp_path / "peft"), str(tmp_path / "out")]
+    assert main([*words, "--names", "llama", "--params", str(file)]) == FAILED
+    assert "shapes.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_without_shapes_say_what_is_needed(tmp_path: Path, capsys: Any) -> None:
+    llama_of_peft(tmp_path / "peft")
+    words = ["convert", str(tmp_path / "peft"), str(tmp_path / "out")]
+    assert main([*words, "--names", "llama"]) == FAILED
+    error = capsys.readouterr().err
+    assert "--params" in error and "jlora.peft.load(folder, params" in error
+
+
+def test_the_version(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.startswith(f"jlora {jlora.__version__}, jax ")
+
+
+@pytest.mark.parametrize(
+    ("called", "name"), [("/bin/jlora", "jlora"), ("/x/__main__.py", "python -m jlora")]
+)
+def test_errors_name_the_command(
+    called: str, name: str, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    assert main(["inspect", "nowhere"]) == FAILED
+    assert capsys.readouterr().err.startswith(f"{name} inspect: ")
+
+
+def test_the_command_is_the_function_of_the_module() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"] == {"jlora": "jlora.__main__:main"}

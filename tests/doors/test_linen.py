@@ -461,7 +461,7 @@ def test_a_collection_of_the_same_name_is_an_error() -> None:
 
 
 def test_what_is_no_module_is_an_error() -> None:
-    with pytest.raises(TypeError, match="takes a Linen module, got function"):
+    with pytest.raises(TypeError, match="takes a Linen module first, got a function"):
         jlora.linen.wrap(lambda x: x, config())
 
 

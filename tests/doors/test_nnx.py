@@ -467,7 +467,7 @@ def test_state_that_a_call_adds_is_an_error() -> None:
 
 def test_what_is_no_model_or_no_method_is_an_error() -> None:
     model, x = nnx.Linear(WIDTH, 4, rngs=nnx.Rngs(0)), values(2, WIDTH)
-    with pytest.raises(TypeError, match="must be an NNX module, got function"):
+    with pytest.raises(TypeError, match="takes an NNX module first, got a function"):
         jlora.nnx.wrap(lambda x: x, config(), x)
     with pytest.raises(TypeError, match="Linear has no method 'encode'"):
         jlora.nnx.wrap(model, config(), x, method="encode")
