@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .._adapter.config import LoraConfig
-from .._adapter.factors import LoraFactors
+from .._adapter.variants import variant_of_entry
 from .._params.paths import matching
 from .named_params import Base
 
@@ -42,10 +42,12 @@ def configs_of(
 
 
 def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
-    if isinstance(entry, LoraFactors):
-        dora = entry.magnitude is not None
-        return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch
-    return (str(entry.dtype),)
+    variant = variant_of_entry(entry)
+    if not variant.has_roles:
+        return (str(entry.dtype),)
+    dora = getattr(entry, "magnitude", None) is not None
+    settings = tuple(variant.settings_of(entry).items())
+    return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch, settings
 
 
 def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]:
@@ -67,7 +69,7 @@ def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]
 
 
 def _may_be_capped(entry: Any) -> bool:
-    if not isinstance(entry, LoraFactors):
+    if variant_of_entry(entry).rank is None:
         return False
     return entry.rank == min(entry.axes.fans(entry.kernel_shape))
 
@@ -81,13 +83,14 @@ def _config(
 ) -> LoraConfig:
     if len(kind) == 1:
         return LoraConfig(target, full=True, dtype=kind[0])
-    rank, scaling, dtype, dora, batch = kind
+    rank, scaling, dtype, dora, batch, settings = kind
     own_kind: dict[str, Any] = {
         "rank": rank,
         "dtype": dtype,
         "dora": dora,
         "dropout": float(dropout),
         "batch": batch,
+        **dict(settings),
     }
     for by_root in (rslora, not rslora):
         for alpha in (*alphas, scaling * (rank**0.5 if by_root else rank)):
