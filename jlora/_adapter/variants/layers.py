@@ -88,8 +88,9 @@ def of_layers(factors: LoraFactors, layers: Sequence[int]) -> Any:
     others = [i for i in range(count) if i not in own]
     if not own or not others or any(np.any(v[others]) for v in (factors.a, factors.b)):
         return factors
-    picked: Any = [np.asarray(v)[own] for v in (factors.a, factors.b)]
-    return LayerFactors(*picked, axes, factors.scaling, tuple(own), count)
+    a: Any = np.asarray(factors.a)[own]
+    b: Any = np.asarray(factors.b)[own]
+    return LayerFactors(a, b, axes, factors.scaling, tuple(own), count)
 
 
 def _runs(layers: Layers) -> Iterator[tuple[int, int]]:
