@@ -65,6 +65,9 @@ class LoraConfig:
             outputs. Negative ones count from the end. It holds for every leaf that this
             config adapts; at least one axis that the program contracts, and one that it
             does not, must be left. An axis that the program tells is fine.
+        layers: the indices of the layers that are adapted, of kernels that are stacks
+            of layers, as under a scan: the others have no factors. The layers are the
+            first batch axis of a kernel.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
         variant: the name of a variant of LoRA that has been added to
@@ -106,6 +109,7 @@ class LoraConfig:
     rows: Sequence[int] | None = None
     slices: Sequence[tuple[int, int]] | None = None
     batch: int | Sequence[int] | None = None
+    layers: Sequence[int] | None = None
     variant: str = "lora"
 
     def __post_init__(self) -> None:
@@ -126,7 +130,9 @@ class LoraConfig:
             raise ValueError(
                 f"`LoraConfig.bias` is one of {BIASES}, got {self.bias!r}{hint}"
             )
-        object.__setattr__(self, "rows", _rows(self.rows))
+        object.__setattr__(self, "rows", _numbers("rows", self.rows))
+        layers = _numbers("layers", self.layers)
+        object.__setattr__(self, "layers", layers and tuple(sorted(layers)))
         object.__setattr__(self, "slices", _slices(self.slices))
         object.__setattr__(self, "batch", _axes(self.batch))
         if not isinstance(self.variant, str):
@@ -156,8 +162,10 @@ class LoraConfig:
         4
         """
         plain = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
-        if self.variant == "lora":  # so that a jlora that knows no other can read it
-            del plain["variant"]
+        # So that a jlora that knows neither can read it.
+        for name, default in (("variant", "lora"), ("layers", None)):
+            if plain[name] == default:
+                del plain[name]
         return plain
 
     @classmethod
@@ -202,16 +210,17 @@ def _patterns(field: str, value: Any) -> str | tuple[str, ...] | None:
 BIASES = ("none", "adapted", "all")
 
 
-def _rows(value: Any) -> tuple[int, ...] | None:
+def _numbers(field: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    rows = tuple(value) if isinstance(value, list | tuple | range) else ()
-    fine = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in rows)
-    if not rows or not fine or len(set(rows)) < len(rows):
+    found = tuple(value) if isinstance(value, list | tuple | range) else ()
+    fine = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in found)
+    if not found or not fine or len(set(found)) < len(found):
         raise ValueError(
-            f"`LoraConfig.rows` takes row numbers, each once, got {value!r}"
+            f"`LoraConfig.{field}` takes numbers of {field} from 0, each once, got "
+            f"{value!r}"
         )
-    return rows
+    return found
 
 
 def _slices(value: Any) -> tuple[tuple[int, int], ...] | None:
@@ -252,6 +261,7 @@ def _check_one_kind(config: "LoraConfig") -> None:
         "full": config.full,
         "rows": config.rows is not None,
         "slices": config.slices is not None,
+        "layers": config.layers is not None,
         "dora": config.dora,
         "variant": config.variant != "lora",
     }
@@ -263,6 +273,11 @@ def _check_one_kind(config: "LoraConfig") -> None:
         ("bias", config.bias != "none"),
         ("batch", config.batch is not None),
     ):
+        if is_given and field == "bias" and config.layers is not None:
+            raise ValueError(
+                "`LoraConfig.bias` trains the biases of all layers, and `layers` names "
+                "some; leave one of both out"
+            )
         if is_given and whole:
             raise ValueError(
                 f"`LoraConfig.{field}` goes with a config that adapts kernels"

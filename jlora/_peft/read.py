@@ -8,6 +8,7 @@ import numpy as np
 
 from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
+from .._adapter.variants.layers import of_layers
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._params.paths import nearest
 from .._torch.assemble import Assembly
@@ -86,7 +87,10 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     Raises:
         AdapterError: with everything that does not fit the params or the config.
     """
-    factors = read_factors(files, base)
+    factors: dict[str, Any] = {**read_factors(files, base)}
+    if files.config.layers_to_transform is not None:
+        own = files.config.layers_to_transform
+        factors = {path: of_layers(entry, own) for path, entry in factors.items()}
     whole = read_whole(files.whole, files.modules, files.config, base, files.where)
     biases = read_lora_biases(
         files.modules, files.whole, files.config, base, files.where

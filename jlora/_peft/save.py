@@ -32,6 +32,7 @@ from .write import (
     check_some,
     check_writable,
     config_of,
+    layers_of,
     tensors_of,
     with_attention_outputs,
 )
@@ -115,7 +116,10 @@ def save(
     trained, which = write_rows(rows, base)
     whole, fields = whole | trained, fields | which
     several = (config,) if isinstance(config, LoraConfig) else tuple(config)
+    fields |= layers_of(adapter, modules)
     said = dataclasses.replace(config_of(modules, several, base), **fields)
+    if isinstance(said.target_modules, str):  # beside a regex PEFT refuses layers
+        said = dataclasses.replace(said, layers_to_transform=None)
     tensors = {**tensors_of(modules), **{PREFIX + n: t for n, t in whole.items()}}
     plain = [m.steps for m in modules if not m.is_parameter]
     turned = any("fan_in_fan_out" in steps for steps in plain)

@@ -12,6 +12,7 @@ from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
 from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
 from .._errors import AdapterError, UnsupportedFeatureError
+from .._files.patterns import layer_of
 from .._torch.modules import TorchModule, by_name
 from .._torch.named_params import Base
 from .._torch.names import Binding
@@ -150,6 +151,29 @@ def config_of(
         rank_pattern=exact_keys({n: r for n, r in ranks.items() if r != rank}),
         alpha_pattern=exact_keys({n: a for n, a in alphas.items() if a != alpha}),
     )
+
+
+def layers_of(
+    adapter: Mapping[str, Any], modules: Sequence[TorchModule]
+) -> dict[str, Any]:
+    """Returns PEFT's field for the layers, where all factors are of the same ones.
+
+    What selects the modules names them one by one, and so it selects no others. PEFT
+    finds the number of a layer in the name of each module, or takes none of them.
+    """
+    kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
+    found = {
+        kind.settings_of(adapter[path]).get("layers")
+        for path, kind in kinds.items()
+        if kind.has_roles
+    }
+    layers = found.pop() if len(found) == 1 else None
+    numbers = {layer_of(module.name, {}) for module in modules}
+    if layers is None or not numbers <= set(layers):
+        return {}
+    if any(module.is_parameter for module in modules):
+        return {}
+    return {"layers_to_transform": tuple(layers)}
 
 
 def _target_modules(modules: Sequence[TorchModule], base: Base) -> Patterns:

@@ -138,9 +138,13 @@ def _useless(
 ) -> str:
     told = [_why(path, reasons.get(path)) for path in hits[:5]]
     more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
+    stacks = [
+        path for path in hits if "`layers` names" in _why(path, reasons.get(path))
+    ]
+    whole = ". A leaf that is no kernel can be trained whole with `full=True`"
     return (
         f"{said} matches no usable kernel of the {total} leaves: {'; '.join(told)}"
-        f"{more}. A leaf that is no kernel can be trained whole with `full=True`"
+        f"{more}{'' if stacks else whole}"
     )
 
 
@@ -163,12 +167,28 @@ def _meant(pattern: str, paths: Sequence[str]) -> str:
             "It is a path with letters that mean something in a pattern: write "
             f"r'{re.escape(pattern)}', as `re.escape` does"
         )
+    for place, segment in enumerate(segments := pattern.split("/")):
+        rest = "/".join([*segments[:place], *segments[place + 1 :]])
+        if re.search(r"\d", segment) and rest and _fits(rest, paths):
+            return (
+                f"Without {segment!r} it matches {matching(rest, paths)[0]!r}: where "
+                "layers are an axis of a stack, as under a scan, `LoraConfig(layers="
+                "[...])` names them"
+            )
     plain = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r"/\1", pattern)
     for path in (plain, plain.replace(".", "/")):
         path = path.strip("/")
         if path != pattern and matching(re.escape(path), paths):
             return f"The segments of a path are joined by slashes: write {path!r}"
     return ""
+
+
+def _fits(pattern: str, paths: Sequence[str]) -> bool:
+    """Whether what is left of a pattern is one, and matches a path."""
+    try:
+        return bool(matching(pattern, paths))
+    except re.error:
+        return False
 
 
 def _why(path: str, found: Unusable | None) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .._adapter.config import LoraConfig
-from .._adapter.factors import LoraFactors
 from .._adapter.variants import variant_of_entry
 from .._params.paths import matching
 from .named_params import Base
@@ -43,12 +42,12 @@ def configs_of(
 
 
 def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
-    if isinstance(entry, LoraFactors):
-        dora = entry.magnitude is not None
-        return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch
     variant = variant_of_entry(entry)
-    dtypes = {str(array.dtype) for array in variant.arrays(entry).values()}
     settings = tuple(sorted(variant.settings_of(entry).items()))
+    if variant.has_roles and hasattr(entry, "rank"):
+        dora = getattr(entry, "magnitude", None) is not None
+        return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch, settings
+    dtypes = {str(array.dtype) for array in variant.arrays(entry).values()}
     return (max(dtypes), settings if variant.has_roles else None)
 
 
@@ -71,7 +70,7 @@ def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]
 
 
 def _may_be_capped(entry: Any) -> bool:
-    if not isinstance(entry, LoraFactors):
+    if variant_of_entry(entry).rank is None:
         return False
     return entry.rank == min(entry.axes.fans(entry.kernel_shape))
 
@@ -87,13 +86,14 @@ def _config(
         dtype, settings = kind
         own: dict[str, Any] = {"full": True} if settings is None else dict(settings)
         return LoraConfig(target, dtype=dtype, **own)
-    rank, scaling, dtype, dora, batch = kind
+    rank, scaling, dtype, dora, batch, settings = kind
     own_kind: dict[str, Any] = {
         "rank": rank,
         "dtype": dtype,
         "dora": dora,
         "dropout": float(dropout),
         "batch": batch,
+        **dict(settings),
     }
     for by_root in (rslora, not rslora):
         for alpha in (*alphas, scaling * (rank**0.5 if by_root else rank)):

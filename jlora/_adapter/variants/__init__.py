@@ -11,6 +11,7 @@ from typing import Any
 from ..config import LoraConfig
 from ..factors import exportable
 from .factors import FACTORS
+from .layers import LAYERS
 from .rows import ROWS
 from .sliced import SLICED
 from .variant import Variant
@@ -21,6 +22,7 @@ from .whole import WHOLE_LEAF
 VARIANTS: tuple[Variant, ...] = (
     ROWS,
     SLICED,
+    LAYERS,
     FACTORS,
     WHOLE_LEAF,
 )
