@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export as jax_export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import assert_close
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 
 import jlora
 import jlora.checkpoint
+import jlora.optim
 import jlora.peft
 from jlora import LoraConfig, TargetError
 
@@ -257,3 +259,16 @@ def test_a_config_without_layers_is_written_as_before() -> None:
     assert "layers" not in LoraConfig("up").to_dict()
     config = LoraConfig("up", layers=range(2))
     assert LoraConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_function_of_it_can_be_exported(getkey: Any) -> None:
+    lora, params, adapter, x = make(getkey, [1, 3])
+    exported = jax_export.export(jax.jit(lora.apply))(params, adapter, x)
+    again = jax_export.deserialize(exported.serialize())
+    assert_close(again.call(params, adapter, x), lora.apply(params, adapter, x), 1e-6)
+
+
+def test_arrays_count_as_those_of_factors(getkey: Any) -> None:
+    _, _, adapter, _ = make(getkey, [1, 3])
+    labels = jlora.optim.factor_labels(adapter)
+    assert {(entry.a, entry.b) for entry in labels.values()} == {("a", "b")}
