@@ -207,6 +207,10 @@ def _convert(given: Any) -> int:
     target = _format_to(given.target, source)
     placing, options = _options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
+    # Of a model whose shapes are given all is known.
+    told = None if placing else source.told_in_part(given.source, ignore=given.ignore)
+    if told:
+        raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
     target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)

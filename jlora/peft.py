@@ -36,7 +36,7 @@ from ._peft.arrays import on_device, on_host
 from ._peft.files import CONFIG as CONFIG
 from ._peft.files import WEIGHTS as WEIGHTS
 from ._peft.files import read_files as read_files
-from ._peft.read import configured_adapter
+from ._peft.read import configured_adapter, without
 from ._peft.save import save as save
 from ._torch.families import names as names
 from ._torch.fitting import hint_of_names
@@ -52,6 +52,7 @@ def load(
     names: Names = None,
     *,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     allow_nonfinite: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> tuple[LoraConfig | tuple[LoraConfig, ...], Adapter]:
@@ -64,7 +65,12 @@ def load(
             the params alone will do for kernels under Flax's names.
         names: rules between paths and torch's modules, see `Rule` and `names`; None
             for the mechanical map (`params/a/b/kernel` is `a.b`).
-        ignore: fields of the config that are done without, such as "lora_dropout".
+        ignore: fields of the config that are done without, such as "lora_dropout". What
+            the keys of the file tell as well they tell then: which modules are adapted
+            (for "target_modules", "exclude_modules" and the layers, such as patterns
+            that are not matched for files), ranks, biases, magnitudes, what is whole.
+        leave_out: modules that are not read, such as "vision_tower": all in whose names
+            these whole parts follow each other.
         allow_nonfinite: whether NaNs and infinities are taken.
         max_bytes: the largest file that is read.
 
@@ -88,7 +94,7 @@ def load(
     )
     base = Base.of(params_or_plan, names)
     try:
-        configs, entries = configured_adapter(files, base)
+        configs, entries = configured_adapter(without(files, leave_out), base)
     except AdapterError as error:
         hint = hint_of_names(files.modules, params_or_plan, names)
         if type(error) is not AdapterError or not hint:

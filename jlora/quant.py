@@ -2,6 +2,17 @@
 
 `jlora.quantize` opens it. `jlora.lora` takes quantised params as they are; nothing else
 of jlora needs Qwix.
+
+Orbax saves quantised params, but for those in nf4: its codes are uint4, which Orbax
+does not write. `pack` makes bytes of them, two codes each, and `unpack` codes again,
+onto whatever mesh they are restored to:
+
+    saver.save(folder, jlora.quant.pack(params))
+    shapes = jax.eval_shape(lambda: params)     # with the shardings that are wanted now
+    found = saver.restore(folder, jlora.quant.pack(shapes))
+    params = jlora.quant.unpack(found, shapes)
+
+An adapter is saved beside its base by `jlora.checkpoint`, of any base.
 """
 
 import dataclasses
@@ -13,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from ._jax.sharding import explicit_sharding
 from ._params.layout import AnyMesh, Layout, Rules, fitting
@@ -65,6 +76,130 @@ def shardings(
             place = layout.sharding(path, len(leaf.shape))
             placed[path] = _each(leaf, lambda v, p=place: fitting(p, v.shape))
     return flat.replace(placed)
+
+
+def pack(params: PyTree) -> PyTree:
+    """Returns params whose codes of four bits are bytes, two codes in each.
+
+    The pairs are neighbours along the last axis that has an even size; without one a
+    byte has one code. What is no quantised leaf of uint4 stays as it is.
+
+    Args:
+        params: the params, or their shapes: those of the packed ones then, with
+            shardings that follow those of the codes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, jlora.quant
+        >>> params = jlora.quantize({"w": jnp.ones((6, 8))}, "w", "nf4")
+        >>> jlora.quant.pack(params)["w"].qvalue.dtype.name
+        'uint8'
+        >>> jlora.quant.pack(params)["w"].qvalue.shape
+        (6, 4)
+    """
+    flat = FlatParams.of(params)
+    return flat.replace({path: _packed(leaf) for path, leaf in flat.by_path().items()})
+
+
+def unpack(packed: PyTree, params: PyTree) -> PyTree:
+    """Returns the params that `pack` made bytes of.
+
+    Args:
+        packed: what `pack` returned, restored onto any mesh.
+        params: the quantised params or their shapes, such as
+            `jax.eval_shape(lambda p: jlora.quantize(p, plan), params)`.
+
+    Returns:
+        Params in the structure of `params`, to the bit those that were packed. Codes
+        are laid out as those of `params` are, if their shardings are known.
+
+    Raises:
+        ValueError: if `packed` is not what `pack` returns of such params.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, jlora.quant
+        >>> params = jlora.quantize({"w": jnp.ones((6, 8))}, "w", "nf4")
+        >>> again = jlora.quant.unpack(jlora.quant.pack(params), params)
+        >>> bool((again["w"].qvalue == params["w"].qvalue).all())
+        True
+    """
+    flat, found = FlatParams.of(params), FlatParams.of(packed)
+    if flat.paths != found.paths:
+        differ = sorted({*flat.paths} ^ {*found.paths}) or ["their order"]
+        raise ValueError(f"`unpack`: the trees are not alike: {differ[:5]}")
+    leaves = found.by_path()
+    pairs = {path: (leaves[path], like) for path, like in flat.by_path().items()}
+    return flat.replace({path: _unpacked(path, *pair) for path, pair in pairs.items()})
+
+
+def _is_in_pairs(leaf: Any) -> bool:
+    return is_quantized(leaf) and leaf.qvalue.dtype == jnp.uint4
+
+
+def _paired_axis(shape: tuple[int, ...]) -> int | None:
+    """Returns the axis along which two codes become a byte."""
+    even = [axis for axis, size in enumerate(shape) if size and size % 2 == 0]
+    return even[-1] if even else None
+
+
+def _packed(leaf: Any) -> Any:
+    if not _is_in_pairs(leaf):
+        return leaf
+    return dataclasses.replace(leaf, qvalue=_moved(_bytes_of, leaf.qvalue))
+
+
+def _unpacked(path: str, leaf: Any, like: Any) -> Any:
+    if not _is_in_pairs(like):
+        return leaf
+    wanted = jax.eval_shape(_bytes_of, _struct(like.qvalue))
+    given = getattr(leaf, "qvalue", leaf)
+    has = getattr(given, "shape", None), getattr(given, "dtype", None)
+    if has != (wanted.shape, wanted.dtype):
+        raise ValueError(
+            f"`unpack`: {path!r} has codes {has}, and packed ones of such a leaf are "
+            f"{wanted.shape} {wanted.dtype}; give what `jlora.quant.pack` returned"
+        )
+    run = functools.partial(_codes_of, shape=tuple(like.qvalue.shape))
+    codes, place = _moved(run, given), getattr(like.qvalue, "sharding", None)
+    if isinstance(place, NamedSharding) and isinstance(codes, jax.Array):
+        if not isinstance(codes, Tracer) and isinstance(place.mesh, Mesh):
+            codes = jax.device_put(codes, place)
+    return dataclasses.replace(leaf, qvalue=codes)
+
+
+def _bytes_of(codes: jax.Array) -> jax.Array:
+    axis, wide = _paired_axis(codes.shape), codes.astype(jnp.uint8)
+    if axis is None:
+        return wide
+    split = (*codes.shape[:axis], codes.shape[axis] // 2, 2, *codes.shape[axis + 1 :])
+    low, high = jnp.moveaxis(wide.reshape(split), axis + 1, 0)
+    return low | (high << 4)
+
+
+def _codes_of(packed: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    axis = _paired_axis(shape)
+    if axis is None:
+        return packed.astype(jnp.uint4)
+    both = jnp.stack([packed & 15, packed >> 4], axis + 1)
+    return both.reshape(shape).astype(jnp.uint4)
+
+
+def _moved(run: Any, array: Any) -> Any:
+    """Returns an array in another packing, laid out along the same mesh axes."""
+    place = getattr(array, "sharding", None)
+    to = jax.eval_shape(run, _struct(array))
+    if isinstance(array, jax.ShapeDtypeStruct):
+        place = fitting(place, to.shape) if isinstance(place, NamedSharding) else None
+        return jax.ShapeDtypeStruct(to.shape, to.dtype, sharding=place)
+    if explicit := explicit_sharding(array):
+        run = jax.sharding.auto_axes(run, out_sharding=fitting(explicit, to.shape))
+        return run(array) if isinstance(array, Tracer) else jax.jit(run)(array)
+    if isinstance(array, Tracer) or place is None or len(place.device_set) == 1:
+        return run(array)
+    return jax.jit(run, out_shardings=fitting(place, to.shape))(array)
+
+
+def _struct(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def quantize_leaf(

@@ -13,10 +13,11 @@ from typing import Any
 
 from ._errors import AdapterError
 from ._files.model_files import Weights as Weights
-from ._files.model_files import model_files, weights_header
+from ._files.model_files import model_config, model_files, weights_header
 from ._peft.files import read_files
 from ._peft.merge import check_places, copy_rest, write_merged
-from ._peft.read import adapter_of
+from ._peft.read import without
+from ._peft.torch_base import changes_of
 from ._peft.torch_base import torch_base as torch_base
 
 
@@ -55,6 +56,8 @@ def merge_folder(
     out: Any,
     *,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
+    extend_tables: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
     """Writes a Hugging Face model with a PEFT adapter merged into its weights.
@@ -65,11 +68,25 @@ def merge_folder(
     `open_weights` does not take and their indices: they would not be merged. `out`
     appears when it is complete.
 
+    Tensors have the names that they have on disk, and adapters those of the modules of
+    transformers, before or since its version 5, of the whole model or of its language
+    model alone: `model_type` says which modules were renamed and which experts are
+    packed.
+
+    Where table and head of a language model are one tensor and the adapter changes one
+    of them, or both apart, two are written, and `config.json` says so by
+    `tie_word_embeddings`, as transformers does. Of tables that the adapter has tied
+    (`ensure_weight_tying`) one is.
+
     Args:
         base: the folder of the model.
         adapter: the folder of the adapter.
         out: the folder to write, which must not exist.
         ignore: fields of the adapter's config to do without, as for `jlora.peft.load`.
+        leave_out: modules of the adapter that are not merged, as for `jlora.peft.load`.
+        extend_tables: whether tables take the rows that were added to the vocabulary
+            before the adapter was trained, which its file has then; `config.json` has
+            the new number of them.
         progress: called with the number of tensors written, of all, and the file.
 
     Raises:
@@ -84,13 +101,14 @@ def merge_folder(
     source, target = Path(base), Path(out)
     check_places(source, target)
     weights = open_weights(source)
-    files = read_files(adapter, ignore=ignore)
-    entries = adapter_of(files, torch_base(weights, files))
+    files = without(read_files(adapter, ignore=ignore), leave_out)
+    config = model_config(source)
+    changes = changes_of(weights, files, config, extend_tables=extend_tables)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         copy_rest(source, beside, weights.files)
-        write_merged(weights, entries, beside, progress)
+        write_merged(changes, beside, progress)
         beside.chmod(0o755)
         beside.rename(target)
     finally:

@@ -28,6 +28,9 @@ class Format:
             "base_model", "profile".
         placing: those that `read` takes, to place what is there in a model: "names" and
             "params", the shapes of its leaves by path.
+        told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
+            of an adapter without its params, which can be shown and is not converted
+            then, or None.
     """
 
     name: str
@@ -37,3 +40,4 @@ class Format:
     suffix: str | None = None
     options: tuple[str, ...] = ()
     placing: tuple[str, ...] = ()
+    told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import CorruptFileError
+from .._errors import CorruptFileError, UnsupportedFeatureError
+from .safetensors import Raw
 from .untrusted import (
     HEADER_LIMIT,
     check_header,
@@ -23,10 +24,16 @@ _DTYPES = {
     "I32": np.int32, "U32": np.uint32, "I64": np.int64, "U64": np.uint64,
     "F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64,
     "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
+    "F8_E8M0": jnp.float8_e8m0fnu, "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz, "C64": np.complex64,
 }  # fmt: skip
+# Several values share a byte; such tensors are copied, not read.
+_SHARED = {"F4": jnp.float4_e2m1fn, "F6_E2M3": np.uint8, "F6_E3M2": np.uint8}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+CONFIG_LIMIT = 16 << 20  # bytes
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -44,8 +51,17 @@ class Weights(Mapping[str, np.ndarray]):
         self.files = {file: tuple(header) for file, header in files.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Returns a tensor; its values are read as they are used."""
+        """Returns a tensor; its values are read as they are used.
+
+        Raises:
+            UnsupportedFeatureError: if several of its values share a byte.
+        """
         file, entry = self._entries[name]
+        if entry["dtype"] in _SHARED:
+            raise UnsupportedFeatureError(
+                f"{file}: {name!r} is of {entry['dtype']}, of which jlora does not "
+                "read the values"
+            )
         begin, end = entry["data_offsets"]
         dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
         if begin == end:
@@ -63,7 +79,22 @@ class Weights(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> jax.ShapeDtypeStruct:
         """Returns the shape and the dtype of a tensor, from the header alone."""
         _, entry = self._entries[name]
-        return jax.ShapeDtypeStruct(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        dtype = {**_DTYPES, **_SHARED}[entry["dtype"]]
+        return jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype)
+
+    def is_shared(self, name: str) -> bool:
+        """Returns whether several values of a tensor share a byte."""
+        return self._entries[name][1]["dtype"] in _SHARED
+
+    def raw(self, name: str) -> Raw:
+        """Returns a tensor as the bytes that it is."""
+        file, entry = self._entries[name]
+        begin, end = entry["data_offsets"]
+        data = np.zeros(0, np.uint8)
+        if end > begin:
+            place = entry["start"] + begin
+            data = np.memmap(file, np.uint8, "r", place, (end - begin,))
+        return Raw(entry["dtype"], tuple(entry["shape"]), data)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -88,6 +119,23 @@ def model_files(folder: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.exists()]:
         raise FileNotFoundError(f"{index} names files that are missing: {missing[:5]}")
     return files
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Returns what the `config.json` of a model says; nothing if there is none.
+
+    Raises:
+        CorruptFileError: if it holds no object.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        return {}
+    # One of an image model names thousands of labels, and transformers writes NaN.
+    data = read_file(file, CONFIG_LIMIT)
+    values = parse_json(data, str(file), limit=CONFIG_LIMIT, strict=False)
+    if not isinstance(values, dict):
+        raise CorruptFileError(f"{file} holds no object")
+    return values
 
 
 def _is_plain(name: Any) -> bool:

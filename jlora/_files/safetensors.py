@@ -1,6 +1,8 @@
 """Safetensors files: read with every claim checked, written the same at each run."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,58 @@ def file_bytes(
     return len(head).to_bytes(8, "little") + head + data[end:]
 
 
-def write_weights(tensors: Mapping[str, Any], file: Path) -> None:
-    """Writes the weights of a torch model, however large."""
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """A tensor that is copied, not read.
+
+    Attributes:
+        dtype: what safetensors calls its dtype.
+        shape: its shape.
+        data: its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+def write_weights(
+    tensors: Mapping[str, Any], file: Path, raw: Mapping[str, Raw] | None = None
+) -> None:
+    """Writes the weights of a torch model, however large.
+
+    Args:
+        tensors: arrays by name.
+        file: the file.
+        raw: tensors of dtypes that NumPy has not.
+    """
     # The library writes what memory holds, whatever the strides say.
     dense = {n: np.ascontiguousarray(t).reshape(t.shape) for n, t in tensors.items()}
     save_file(dense, file, metadata={"format": "pt"})
+    if raw:
+        _append(file, raw)
+
+
+def _append(file: Path, raw: Mapping[str, Raw]) -> None:
+    """Writes a file again with more tensors behind those that it has."""
+    beside = file.with_name(f".{file.name}")
+    with open(file, "rb") as old, open(beside, "wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        end = file.stat().st_size - old.tell()
+        for name, tensor in sorted(raw.items()):
+            start, end = end, end + tensor.data.size
+            header[name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        head += b" " * (-len(head) % 8)
+        new.write(len(head).to_bytes(8, "little") + head)
+        shutil.copyfileobj(old, new, 1 << 24)
+        for _, tensor in sorted(raw.items()):
+            new.write(tensor.data.data)
+    beside.replace(file)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:

@@ -20,10 +20,12 @@ HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
 # Formats that run code when they are opened, or that jlora has no reader for.
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".msgpack")
 
-# bytes of a value, by the name that safetensors gives a dtype
-WIDTHS = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2,
-    "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
+# bits of a value, by the name that safetensors gives a dtype
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8,
+    "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16,
+    "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64,
+    "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
 # A snapshot in the cache of the Hugging Face Hub is a folder of such links.
@@ -79,8 +81,16 @@ def check_regular(path: Path) -> Path:
     return path
 
 
-def parse_json(data: bytes, where: str, *, limit: int = JSON_LIMIT) -> Any:
+def parse_json(
+    data: bytes, where: str, *, limit: int = JSON_LIMIT, strict: bool = True
+) -> Any:
     """Returns the value of a JSON text.
+
+    Args:
+        data: the text.
+        where: the name of the file, for messages.
+        limit: the most bytes that it may have.
+        strict: whether NaN and infinities, which JSON has not, are refused.
 
     Raises:
         CorruptFileError: if it is no UTF-8 or no JSON, too long or too deep, names a
@@ -94,8 +104,8 @@ def parse_json(data: bytes, where: str, *, limit: int = JSON_LIMIT) -> Any:
         return json.loads(
             text,
             object_pairs_hook=_without_twins,
-            parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_constant=_no_constant if strict else float,
+            parse_float=_finite if strict else float,
         )
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where} is no strict JSON: {error}") from error
@@ -197,8 +207,8 @@ def _entry_problem(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != keys:
         return f"has no entry of exactly {sorted(keys)}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in WIDTHS:
-        return f"has the dtype {str(dtype)[:50]!r}, which is none of {sorted(WIDTHS)}"
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"has the dtype {str(dtype)[:50]!r}, which is none of {sorted(BITS)}"
     if not _sizes(shape) or len(shape) > 8:
         return f"has the shape {str(shape)[:200]}, which is none of at most 8 axes"
     if not _sizes(offsets) or len(offsets) != 2:
@@ -207,7 +217,7 @@ def _entry_problem(entry: Any) -> str | None:
     if math.prod(max(size, 1) for size in shape) > VALUES_LIMIT:
         return f"claims the shape {str(shape)[:200]}, more than {VALUES_LIMIT:,} values"
     values = math.prod(shape)
-    if offsets[1] - offsets[0] != values * WIDTHS[dtype]:
+    if 8 * (offsets[1] - offsets[0]) != values * BITS[dtype]:
         return f"{dtype} {shape} does not fit its offsets {offsets}"
     return None
 

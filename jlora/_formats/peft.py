@@ -11,10 +11,18 @@ import numpy as np
 from .._adapter.config import LoraConfig
 from .._errors import UnsupportedFeatureError
 from .._files.format import Format
+from .._files.patterns import ends_of
 from .._peft.files import CONFIG, WEIGHTS, read_files
 from .._peft.read import AdapterFiles, configured_adapter
 from .._peft.save import save
-from .._torch.alone import ParamsAlone, in_doubt, kernels_alone, path_of
+from .._peft.sides import NO_VERSION
+from .._torch.alone import (
+    ParamsAlone,
+    expert_rules,
+    in_doubt,
+    kernels_alone,
+    path_of,
+)
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
 from .._torch.named_params import Base
@@ -59,8 +67,9 @@ def read(
             "leaves a model has: give their shapes too, --params shapes.json, or call "
             f'`jlora.peft.load(folder, params, jlora.peft.names("{names}"))`'
         )
-    own = dataclasses.replace(files, whole=_trained_whole(files))
-    return configured_adapter(own, params_alone(files).base())
+    sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
+    own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
+    return configured_adapter(own, params_alone(own).base())
 
 
 def write(
@@ -94,11 +103,27 @@ def write(
         kernels_alone(adapter),
         adapter,
         configs,
-        family_names(names) if names is not None else None,
+        family_names(names) if names is not None else expert_rules(adapter),
         profile=profile,
         base_model=base_model,
         overwrite=overwrite,
     )
+
+
+def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
+    """Returns what the files of PEFT do not tell of an adapter without its params."""
+    files, load = read_files(path, ignore=ignore), "`jlora.peft.load`"
+    if files.rows:
+        return (
+            f"of {list(files.rows)[:5]} the files have some rows, and not how many the "
+            f"tables have; load them with their params by {load}"
+        )
+    if square := _of_unknown_sides(files):
+        return (
+            f"at which side of {square[:5]} their factors are the files do not tell: "
+            f"{NO_VERSION}, or load them with their params by {load}"
+        )
+    return None
 
 
 FORMAT = Format(
@@ -108,6 +133,7 @@ FORMAT = Format(
     write,
     options=("names", "base_model", "profile"),
     placing=("names", "params"),
+    told_in_part=told_in_part,
 )
 
 
@@ -159,11 +185,22 @@ def params_alone(files: AdapterFiles) -> ParamsAlone:
         for parameter, module in several:
             name = f"{owner}.{parameter}"
             n = module.rank // files.config.rank(name)
-            shape = (n, *module.kernel_shape)
+            fans = module.kernel_shape
+            shape = (n, *(fans[::-1] if files.exchanged.get(name) else fans))
             params.add(path_of(name, "kernel"), shape, module.a.dtype, name, "experts")
+    for name, values in files.rows.items():
+        shape = (1 + max(_rows_of(name, files), default=0), values.shape[-1])
+        params.add(path_of(name, "embedding"), shape, values.dtype, name, "embedding")
     for key, tensor in _trained_whole(files).items():
         _add_whole(params, key.replace(".base_layer.", "."), tensor)
     return params
+
+
+def _rows_of(name: str, files: AdapterFiles) -> tuple[int, ...]:
+    said = files.config.trainable_token_indices or ()
+    if isinstance(said, Mapping):
+        return next((said[end] for end in ends_of(name) if end in said), ())
+    return said
 
 
 def _add_whole(params: ParamsAlone, name: str, tensor: np.ndarray) -> None:
@@ -209,6 +246,35 @@ def _tied_heads(files: AdapterFiles) -> dict[str, str]:
         if rows.is_table and not other.is_table
         if np.array_equal(other.a, rows.b.T) and np.array_equal(other.b, rows.a.T)
     }
+
+
+def _exchanged(files: AdapterFiles) -> dict[str, bool]:
+    """Returns whether `lora_A` is at the outputs of experts, where a pair tells.
+
+    What goes into the first parameter of a feed-forward layer comes out of the last.
+    """
+    found = {}
+    for owner, several in _parameters(files).items():
+        if len(several) == 2:
+            (_, up), (_, down) = several
+            plain = up.a.shape[0] == down.b.shape[1]
+            turned = up.b.shape[1] == down.a.shape[0]
+            if plain != turned:
+                found |= {f"{owner}.{tail}": turned for tail, _ in several}
+    return found
+
+
+def _of_unknown_sides(files: AdapterFiles) -> list[str]:
+    """Returns the square parameters whose sides no pair and no release tells."""
+    known = files.version is not None and files.version > (0, 19, 0)
+    sides = _exchanged(files)
+    return [
+        name
+        for owner, several in _parameters(files).items()
+        for tail, module in several
+        if (name := f"{owner}.{tail}") not in sides and not known
+        if module.a.shape[0] == module.b.shape[1]
+    ]
 
 
 def _parameters(files: AdapterFiles) -> dict[str, list[tuple[str, TorchModule]]]:

@@ -31,15 +31,18 @@ class Target(NamedTuple):
         platform: one of `PLATFORMS`.
         devices: how many share its arrays; one inside of a `shard_map` over all axes.
         rules: whether a partitioning rule of ours is asked: not where no devices are
-            assigned yet, nor inside of a `shard_map` over some of the axes alone.
+            assigned yet, nor inside of a `shard_map` over some of the axes alone, nor
+            where JAX has other rules than Shardy's, nor in an export.
         exported: whether it is written down by `jax.export`, for any device of its
             platforms and with calls that are kept stable alone.
+        typed: whether types say how arrays lie on Explicit axes.
     """
 
     platform: str
     devices: int = 1
     rules: bool = True
     exported: bool = False
+    typed: bool = False
 
     @classmethod
     def here(cls) -> "Target":
@@ -58,12 +61,21 @@ class Target(NamedTuple):
         module: Any = ctx.module_context
         axes = module.axis_context
         exported = module.lowering_parameters.for_export
+        typed = any(_is_explicit(one) for one in (*ctx.avals_in, *ctx.avals_out))
+        rules = not exported and getattr(jax.config, "jax_use_shardy_partitioner", True)
+        made = cls(platform, 1, rules, exported, typed)
         if not isinstance(axes, mlir.SPMDAxisContext):
-            rules = getattr(axes, "device_assignment", None) is not None
-            return cls(platform, getattr(axes, "num_devices", 1), rules, exported)
+            assigned = getattr(axes, "device_assignment", None) is not None
+            devices = getattr(axes, "num_devices", 1)
+            return made._replace(devices=devices, rules=rules and assigned)
         if set(axes.manual_axes) == set(axes.mesh.axis_names):
-            return cls(platform, 1, False, exported)
-        return cls(platform, axes.mesh.size, not axes.manual_axes, exported)
+            return made._replace(rules=False)
+        rules = rules and not axes.manual_axes
+        return made._replace(devices=axes.mesh.size, rules=rules)
+
+
+def _is_explicit(aval: Any) -> bool:
+    return bool(aval.sharding.mesh.explicit_axes)
 
 
 class Bodies(Protocol):

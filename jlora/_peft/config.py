@@ -5,13 +5,24 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._errors import UnsupportedFeatureError
 from .._files.patterns import Endings, ends_of, file_pattern, heads_of, layer_of
 
 Patterns = str | tuple[str, ...] | None
+# What chooses modules, and what else the keys of a file tell as well.
+_CHOOSING = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+_TOLD_BY_KEYS = (
+    *_CHOOSING, "r", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
+    "modules_to_save", "bias",
+)  # fmt: skip
 NO_MODULES = "dummy-target-modules"  # PEFT's word for `target_modules` that are none
 
 
@@ -39,6 +50,24 @@ class PeftConfig:
     init_lora_weights: bool | str = True
     lora_dropout: float = 0.0
     lora_bias: bool = False
+    trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = (
+        None
+    )
+    # No fields of PEFT's: modules that the caller leaves out, and fields that he does
+    # without.
+    left_out: tuple[str, ...] = dataclasses.field(default=(), metadata={"own": True})
+
+    ignored: frozenset[str] = dataclasses.field(
+        default=frozenset(), metadata={"own": True}
+    )
+
+    def decided_by_keys(self, *names: str) -> bool:
+        """Returns whether some fields are done without, so that the keys decide."""
+        return not self.ignored.isdisjoint(names)
+
+    def is_left_out(self, name: str) -> bool:
+        """Returns whether a module, or what it has, is in one that is left out."""
+        return any(f".{left}." in f".{name}." for left in self.left_out)
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module.
@@ -76,12 +105,18 @@ class PeftConfig:
     def all_linear(self) -> bool:
         """Whether the modules are chosen by their kind, which a name does not tell."""
         targets = self.target_modules
+        if self.decided_by_keys(*_CHOOSING):
+            return True
         return isinstance(targets, str) and targets.lower() == "all-linear"
 
     def selects(self, module: str) -> bool:
         """Returns whether the module is one of those that the file says it adapts."""
         listed, targets = self._listed, self._listed["target_modules"]
+        if self.is_left_out(module):
+            return False
         saved = any(_named(self._saved, around) for around in heads_of(module))
+        if self.decided_by_keys(*_CHOOSING):
+            return not saved
         excluded = saved or _named(listed["exclude_modules"], module)
         if excluded or targets == NO_MODULES:
             return False
@@ -94,7 +129,8 @@ class PeftConfig:
 
     def selects_parameter(self, name: str) -> bool:
         """Returns whether a parameter is one that the file says it adapts."""
-        return _named(self._listed["target_parameters"], name)
+        named = _named(self._listed["target_parameters"], name)
+        return named and not self.is_left_out(name)
 
     def saves(self, module: str) -> bool:
         """Returns whether PEFT trains the module whole, or one that it is part of.
@@ -102,7 +138,7 @@ class PeftConfig:
         Names in `modules_to_save` are ends of names, whether a dot is before them or
         not: "norm" is `final_norm`, too.
         """
-        return any(
+        return not self.is_left_out(module) and any(
             around[len(around) - length :] in self._saved
             for around in heads_of(module)
             for length in self._saved_lengths
@@ -132,6 +168,17 @@ class PeftConfig:
         if self.layers_to_transform is None:
             return True
         return layer_of(module, self._layers_pattern) in self.layers_to_transform
+
+
+def told_by_keys(names: Collection[str]) -> frozenset[str]:
+    """Returns the fields among some that are done without where they are ignored."""
+    return frozenset(names) & frozenset(_TOLD_BY_KEYS)
+
+
+def fields() -> list[str]:
+    """Returns the names of PEFT's fields that jlora acts on."""
+    own = dataclasses.fields(PeftConfig)
+    return [field.name for field in own if not field.metadata]
 
 
 def _lookup(patterns: Patterns) -> str | frozenset[str]:

@@ -1,12 +1,11 @@
 """`adapter_config.json` as a file: every field is honoured or refused by name."""
 
-import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
-from .config import PeftConfig
+from .config import PeftConfig, fields, told_by_keys
 
 RELEASE = "0.21.0"  # the release of PEFT whose files these are
 RANK_LIMIT = 1 << 16
@@ -21,13 +20,13 @@ _INERT = {
 }  # fmt: skip
 
 # Initialisers that change the base: the adapter is relative to what they leave of it.
-_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
+_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 # The defaults of the fields that jlora has no other value for.
 _REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
     "layer_replication": None, "megatron_config": None, "monteclora_config": None,
-    "trainable_token_indices": None, "use_bdlora": None,
+    "use_bdlora": None,
     "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 
@@ -52,14 +51,17 @@ def parse_config(values: Any, where: str, ignore: Collection[str] = ()) -> PeftC
         raise CorruptFileError(f"{where} holds no object")
     if values.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{where} is of type {values.get('peft_type')!r}; jlora reads 'LORA'"
+            f"{where} is of type {str(values.get('peft_type'))[:50]!r}; jlora reads "
+            "'LORA'. Of adapters of other types that change weights PEFT makes one: "
+            "`peft.save_as_lora(path, model, rank)`"
         )
-    known = {field.name for field in dataclasses.fields(PeftConfig)}
-    given = {k: v for k, v in values.items() if k in known}
+    known = set(fields())
+    ignored = told_by_keys(ignore)
+    given = {k: v for k, v in values.items() if k in known - ignored}
     bad = [p for k, v in given.items() if (p := _type_problem(k, v))]
     if bad:
         raise CorruptFileError(f"{where}: " + "; ".join(bad))
-    config = PeftConfig(**{k: _tidy(k, v) for k, v in given.items()})
+    config = PeftConfig(**{k: _tidy(k, v) for k, v in given.items()}, ignored=ignored)
     rest = {k: v for k, v in values.items() if k not in known | _INERT | {"peft_type"}}
     problems = [
         p for p in (*_strangers(rest), *_unsupported(config)) if p[0] not in ignore
@@ -123,7 +125,15 @@ def _type_problem(key: str, value: Any) -> str | None:
         number = _rank if key == "rank_pattern" else _alpha
         fine = isinstance(value, dict) and all(map(number, value.values()))
         return None if fine or value is None else problem
+    if key == "trainable_token_indices":
+        several = list(value.values()) if isinstance(value, dict) else [value]
+        fine = value is None or all(map(_are_rows, several))
+        return None if fine else problem
     return None if _SCALARS[key](value) else problem
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(_is(v, int) and v >= 0 for v in value)
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -154,6 +164,8 @@ _SCALARS = {
 def _tidy(key: str, value: Any) -> Any:
     if key in ("rank_pattern", "alpha_pattern"):
         return value or {}
+    if isinstance(value, dict):  # rows by the name of a table
+        return {name: tuple(rows) for name, rows in value.items()}
     if isinstance(value, list):
         # An empty list of layers is none, as PEFT has it.
         return tuple(value) if value or key not in ("layers_to_transform",) else None
@@ -173,10 +185,7 @@ def config_json(
     task_type: str | None = None,
 ) -> bytes:
     """Returns the bytes of the file, every field of PEFT's in it, in PEFT's order."""
-    own = {
-        field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(PeftConfig)
-    }
+    own = {field: _plain(getattr(config, field)) for field in fields()}
     values = {
         **dict.fromkeys(("auto_mapping", "corda_config", "eva_config", "revision")),
         **_REFUSED,

@@ -14,6 +14,8 @@ from .config_file import parse_config
 from .digest import check_seal, seal_of
 from .keys import sort_keys
 from .read import AdapterFiles
+from .rows import KEY
+from .sides import version_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -47,9 +49,20 @@ def read_files(
     scalings = check_seal(metadata, tensors, config, str(folder))
     if not allow_nonfinite:
         check_finite(tensors, str(weights_file))
-    modules, whole = sort_keys(tensors, str(weights_file))
+    modules, others = sort_keys(tensors, str(weights_file))
+    rows = {n.removesuffix(KEY): t for n, t in others.items() if n.endswith(KEY)}
+    whole = {name: t for name, t in others.items() if not name.endswith(KEY)}
     turned = values.get("fan_in_fan_out") is True
-    return AdapterFiles(config, modules, whole, str(weights_file), turned, scalings)
+    return AdapterFiles(
+        config,
+        modules,
+        whole,
+        str(weights_file),
+        turned,
+        rows,
+        scalings,
+        version_of(values.get("peft_version")),
+    )
 
 
 def _folder(path: Path) -> Path:

@@ -19,9 +19,17 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias"
     r"|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<end>\.weight)?"
 )
+_KINDS = (
+    "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    "|trainable_tokens_delta"
+)
+_OF_ADAPTER = re.compile(
+    rf".+\.(?:{_KINDS})\.(?!(?:weight|bias)$)(?P<adapter>[\w-]+)(?:\.weight|\.bias)?"
+)
+# What PEFT wraps around a module that it saves whole.
+_TRAINED, _FROZEN = ".modules_to_save.", ".original_module."
 # Tensors of variants that jlora does not read yet, by what is in their names.
 _VARIANTS = {
-    "token_adapter.trainable_tokens_delta": "rows of `trainable_token_indices`",
     "lora_E": "AdaLoRA's singular values",
     "lora_diag": "KaSA's diagonal",
     "lora_velora_embed": "VeLoRA's projections",
@@ -55,7 +63,28 @@ def sort_keys(
     ]
     if problems:
         raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
-    return {name: _module(name, kinds) for name, kinds in factors.items()}, whole
+    modules = {name: _module(name, kinds) for name, kinds in factors.items()}
+    return modules, _said_once(whole, where)
+
+
+def _said_once(whole: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """Returns what is trained whole, each under one name.
+
+    With `bias="all"` PEFT writes a bias of a saved module under three: its own and the
+    trained one within the wrapper, which are the same, and the frozen one.
+
+    Raises:
+        AdapterError: if the two that are trained differ.
+    """
+    found: dict[str, np.ndarray] = {}
+    for key, tensor in whole.items():
+        if _FROZEN in f".{key}":
+            continue
+        name = f".{key}".replace(_TRAINED, ".").removeprefix(".")
+        if name in found and not np.array_equal(found[name], tensor):
+            raise AdapterError(f"{where} has two values of {name!r}, one in {key!r}")
+        found[name] = tensor
+    return found
 
 
 def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
@@ -75,7 +104,34 @@ def _names(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
     if variants:
         told = "; ".join(f"{what} ({key!r})" for what, key in variants.items())
         raise UnsupportedFeatureError(f"{where} holds what jlora has not: {told}")
-    return [key.removeprefix(PREFIX) for key in tensors]
+    return _without_adapter([key.removeprefix(PREFIX) for key in tensors], where)
+
+
+def _without_adapter(keys: list[str], where: str) -> list[str]:
+    """Returns the keys without the name of the adapter, as PEFT writes its files.
+
+    A model's own state dict has it: `q.lora_A.default.weight`.
+
+    Raises:
+        AdapterError: if there are several adapters, or some factors have none.
+    """
+    found = [_OF_ADAPTER.fullmatch(key) for key in keys]
+    names = sorted({match["adapter"] for match in found if match})
+    if not names:
+        return keys
+    bare = [
+        key
+        for key, match in zip(keys, found, strict=True)
+        if match is None and _FACTOR.fullmatch(key)
+    ]
+    if len(names) > 1 or bare:
+        raise AdapterError(
+            f"{where} has the adapters {names[:5]} in its keys"
+            + (f", and without one {bare[:3]}" if bare else "")
+            + "; save one of them by PEFT's `save_pretrained`"
+        )
+    end = re.compile(rf"\.({_KINDS}|modules_to_save)\.{re.escape(names[0])}(?=\.|$)")
+    return [end.sub(r".\1", key) for key in keys]
 
 
 def warn_of_doubling(module: str) -> None:

@@ -36,13 +36,14 @@ def read_lora_biases(
         UnsupportedFeatureError: if there is no bias to add to, or no value of it.
     """
     biases = {m: t.bias for m, t in modules.items() if t.bias is not None}
+    by_keys = config.decided_by_keys("lora_bias")
     wrong = [m for m in modules if (m in biases) != config.lora_bias]
-    if wrong:
+    if wrong and not by_keys:
         raise AdapterError(
             f"{where}: the config says that `lora_bias` is {config.lora_bias}, which "
             f"is not so of {wrong[:5]}"
         )
-    if not config.lora_bias:
+    if not (config.lora_bias or (by_keys and biases)):
         return {}
     names = {module: f"{module}.bias" for module in biases}
     paths = list(
@@ -55,7 +56,7 @@ def read_lora_biases(
         name.replace(".base_layer.", "."): tensor for name, tensor in whole.items()
     }
     for module, name in names.items():
-        scaling = config.scaling(module, config.rank(module))
+        scaling = config.scaling(module, modules[module].rank)
         added, old = biases[module], tensors[name]
         wide = np.promote_types(added.dtype, np.float32)
         total = old.reshape(-1).astype(wide) + scaling * added.astype(wide)

@@ -1,7 +1,7 @@
 """From the tensors of a PEFT adapter to a jlora adapter."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
 from .._adapter.variants.layers import of_layers
 from .._errors import AdapterError, UnsupportedFeatureError
+from .._params.paths import nearest
 from .._torch.assemble import Assembly
 from .._torch.configs import configs_of
 from .._torch.modules import TorchModule
@@ -19,6 +20,9 @@ from .config import PeftConfig
 from .experts import parameters_of, unpacked
 from .keys import check_dora
 from .lora_bias import read_lora_biases
+from .rows import read_rows
+from .sides import NO_VERSION, Version, exchanged, refuse_square
+from .tables import check_head
 from .whole import read_whole
 
 
@@ -31,8 +35,12 @@ class AdapterFiles:
         modules: the factors; their scalings the config has.
         whole: the tensors that are no factors.
         where: the name of the file, for messages.
+        rows: new rows of tables, by module.
         fan_in_fan_out: whether torch's weights are `(in, out)`.
         scalings: those that jlora noted, to the last bit.
+        version: the release of PEFT that wrote them, if they say.
+        exchanged: of parameters of experts, whether `lora_A` is at the outputs, where
+            it is known already.
     """
 
     config: PeftConfig
@@ -40,7 +48,37 @@ class AdapterFiles:
     whole: Mapping[str, np.ndarray]
     where: str
     fan_in_fan_out: bool = False
+    rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scalings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    version: Version | None = None
+    exchanged: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+
+
+def without(files: AdapterFiles, left_out: Collection[str]) -> AdapterFiles:
+    """Returns the files without some modules, such as a vision tower.
+
+    Args:
+        files: what the files hold.
+        left_out: names of modules, or runs of whole parts of names.
+
+    Raises:
+        ValueError: if one is no name.
+        AdapterError: if nothing in the files is in one of them.
+    """
+    if isinstance(left_out, str) or not all(left_out):
+        raise ValueError(f"`leave_out` is a list of names, got {left_out!r}")
+    config = dataclasses.replace(files.config, left_out=tuple(left_out))
+    names = [*files.modules, *files.whole, *files.rows]
+    for one in left_out:
+        alone = dataclasses.replace(config, left_out=(one,))
+        if not any(map(alone.is_left_out, names)):
+            raise AdapterError(
+                f"{files.where} has nothing in {one!r}, which `leave_out` names; the "
+                f"nearest of its names: {nearest(one, names)}"
+            )
+    kept = lambda found: {n: v for n, v in found.items() if not config.is_left_out(n)}
+    parts = {part: kept(getattr(files, part)) for part in ("modules", "whole", "rows")}
+    return dataclasses.replace(files, config=config, **parts)
 
 
 def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
@@ -57,7 +95,11 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
     biases = read_lora_biases(
         files.modules, files.whole, files.config, base, files.where
     )
-    both = {**factors, **whole, **biases}
+    rows = read_rows(files.rows, files.config, base, files.where)
+    check_head(whole, files.whole, files.config, base)
+    if twice := sorted(set(rows) & {*factors, *whole}):
+        raise AdapterError(f"{files.where} has rows of {twice[:5]}, and all of it, too")
+    both = {**factors, **whole, **biases, **rows}
     return {path: both[path] for path in base.leaves if path in both}
 
 
@@ -89,6 +131,8 @@ def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
     assembly = Assembly(base)
     modules = parameters_of(files.modules, files.config, base)
     heads = _tied_heads(modules, files.config, base)
+    sides = {**exchanged(modules, files.version, base), **files.exchanged}
+    files = dataclasses.replace(files, exchanged=sides)
     for module in modules:
         if module.name not in heads:
             with assembly.noting():
@@ -149,6 +193,10 @@ def _as_configured(
     plain = len(base.shape(binding.path)) == binding.n_fields + 2
     if axes is not None:
         each = unpacked(module, base.shape(binding.path)[axes[0]])
+        if module.name not in files.exchanged:
+            refuse_square([module.name], NO_VERSION, files.where)
+        if files.exchanged[module.name]:
+            each = [dataclasses.replace(m, a=m.b.T, b=m.a.T) for m in each]
     elif plain and {"experts", "fan_in_fan_out"} <= set(binding.steps):
         # A parameter of two axes has no idea which is the input.
         each = [dataclasses.replace(module, a=module.b.T, b=module.a.T)]
@@ -166,20 +214,22 @@ def _checked(module: TorchModule, binding: Binding, files: AdapterFiles) -> Torc
         )
     module.check_ranks()
     expected = config.rank(module.owner)
-    if rank != expected:
+    if rank != expected and not config.decided_by_keys("r", "rank_pattern"):
         raise AdapterError(
             f"{name!r} has factors of rank {rank}, and the config says {expected}"
         )
     scaling = files.scalings.get(module.owner)
     if scaling is None:
         scaling = config.scaling(module.owner, rank)
-    if (module.magnitude is not None) != config.use_dora:
-        has = "no magnitude" if module.magnitude is None else "a magnitude"
+    told = config.use_dora or config.decided_by_keys("use_dora")
+    plain = module.magnitude is None
+    if (plain and config.use_dora) or not (plain or told):
+        has = "no magnitude" if plain else "a magnitude"
         raise AdapterError(
             f"{name!r} has {has}, and the config says that `use_dora` is "
             f"{config.use_dora}"
         )
-    if config.use_dora:
+    if module.magnitude is not None:
         check_dora(binding.steps, name)
     return dataclasses.replace(module, scaling=scaling)
 

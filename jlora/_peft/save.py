@@ -25,6 +25,7 @@ from .arrays import named_arrays, on_host, wait_for_all
 from .config_file import config_json
 from .files import CONFIG, WEIGHTS, weights_bytes
 from .keys import PREFIX
+from .rows import has_rows, write_rows
 from .vllm import for_vllm
 from .whole import write_whole
 from .write import (
@@ -47,6 +48,7 @@ def save(
     profile: str = "peft",
     base_model: str | None = None,
     task_type: str | None = None,
+    model_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter as a PEFT folder.
@@ -78,6 +80,8 @@ def save(
             one alpha for all modules, experts apart, and nothing that they would drop.
         base_model: the name of the base on the Hub, or its folder.
         task_type: PEFT's, such as "CAUSAL_LM".
+        model_type: the kind of the base, as its `config.json` has it, for "vllm": the
+            experts of "gpt_oss" and "qwen3_5_moe" stay packed.
         overwrite: whether an adapter that is there may be replaced.
 
     Raises:
@@ -93,19 +97,24 @@ def save(
     _check_order(params_or_plan, adapter, config)
     check_writable(adapter)
     given = sorted(adapter.items())
+    rows = {p: jax.tree.map(on_host, e) for p, e in given if has_rows(e)}
+    given = [(path, entry) for path, entry in given if path not in rows]
     entries = {p: jax.tree.map(on_host, lowered(e, None)) for p, e in given}
     factors = {p: e for p, e in entries.items() if isinstance(e, LoraFactors)}
     arrays = {p: e for p, e in entries.items() if not isinstance(e, LoraFactors)}
-    base = Base.of(params_or_plan, names, {p: f.axes for p, f in factors.items()})
+    axes = {path: entry.axes for path, entry in {**factors, **rows}.items()}
+    base = Base.of(params_or_plan, names, axes)
     check_adapter(base.params, adapter)
-    bind_all(list(entries), names)
-    check_finite(named_arrays(entries), "the adapter")
+    bind_all([*entries, *rows], names)
+    check_finite(named_arrays({**entries, **rows}), "the adapter")
     factors = {p: spread(f, base.axes(p)) for p, f in factors.items()}
     modules = with_attention_outputs(modules_of(factors, base))
-    check_some(modules, entries)
+    check_some(modules, {**entries, **rows})
     if profile == "vllm":
-        modules = for_vllm(modules, arrays)
+        modules = for_vllm(modules, [*arrays, *rows], model_type)
     whole, fields = write_whole(arrays, list(by_name(modules)), base)
+    trained, which = write_rows(rows, base)
+    whole, fields = whole | trained, fields | which
     several = (config,) if isinstance(config, LoraConfig) else tuple(config)
     fields |= layers_of(adapter, modules)
     said = dataclasses.replace(config_of(modules, several, base), **fields)

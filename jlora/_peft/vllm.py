@@ -12,8 +12,12 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
+# The kinds of models whose experts vLLM has packed, as PEFT has them.
+_PACKED = frozenset(("gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text"))
+
+
 def for_vllm(
-    modules: Sequence[TorchModule], whole: Collection[str]
+    modules: Sequence[TorchModule], whole: Collection[str], model_type: str | None
 ) -> list[TorchModule]:
     """Returns the modules as vLLM loads them: one rank, one scaling, experts apart.
 
@@ -23,12 +27,16 @@ def for_vllm(
     Args:
         modules: the modules, one at least.
         whole: the paths of what is trained whole.
+        model_type: the kind of the model, which says whether its experts are packed.
 
     Raises:
         UnsupportedFeatureError: if vLLM would drop or misread something.
     """
     _check(modules, whole)
-    apart = [single for module in modules for single in _experts_apart(module)]
+    if model_type in _PACKED:
+        apart = [*modules]
+    else:
+        apart = [single for m in modules for single in _experts_apart(m, model_type)]
     largest = max(module.rank for module in apart)
     ranks = [rank for rank in _VLLM_RANKS if rank >= largest]
     if not ranks:
@@ -59,9 +67,16 @@ def _check(modules: Sequence[TorchModule], whole: Collection[str]) -> None:
         )
 
 
-def _experts_apart(module: TorchModule) -> list[TorchModule]:
+def _experts_apart(module: TorchModule, model_type: str | None) -> list[TorchModule]:
     if not module.is_parameter:
         return [module]
+    if model_type is None and "fan_in_fan_out" in module.steps:
+        # As in GPT-OSS, where gate and up are no halves but alternate.
+        raise UnsupportedFeatureError(
+            f"{module.name!r} is kept as (experts, in, out), and whether vLLM has the "
+            "experts of such a model packed its kind says: give `model_type`, such as "
+            '"gpt_oss"'
+        )
     owner, _, parameter = module.name.rpartition(".")
     if parameter not in _VLLM_EXPERTS:
         raise UnsupportedFeatureError(

@@ -9,8 +9,15 @@ from .._errors import AdapterError
 from .._torch.leaves import leaf_from_torch, leaves_to_torch
 from .._torch.named_params import Base
 from .config import PeftConfig
-
-_BASE_LAYER = ".base_layer."
+from .tables import (
+    BASE_LAYER,
+    copy_problem,
+    frozen_copies,
+    is_table,
+    rows_problem,
+    tied_copies,
+    tied_heads,
+)
 
 
 def read_whole(
@@ -33,56 +40,42 @@ def read_whole(
         AdapterError: with each tensor that the config or the params do not explain, and
             everything that the config promises and the file lacks.
     """
-    plain = {name.replace(_BASE_LAYER, "."): t for name, t in tensors.items()}
+    plain = {name.replace(BASE_LAYER, "."): t for name, t in tensors.items()}
     if len(plain) < len(tensors):
         raise AdapterError(f"{where} holds tensors twice, below `base_layer` and not")
-    tables = _table_copies(tensors, base)
+    copies = frozen_copies(tensors, base)
+    given = {name: tensor for name, tensor in plain.items() if name not in copies}
+    again = tied_copies(given, config, base)
     problems = [
-        p for name in plain if (p := _problem(name, tables, plain, config, base))
+        p for n, own in copies.items() if (p := copy_problem(base, n, own, plain[n]))
     ]
+    trained = {name: tensor for name, tensor in given.items() if name not in again}
+    problems += [p for name in trained if (p := _problem(name, plain, config, base))]
     problems += _missing(plain, set(adapted), config, base)
     if problems:
         raise AdapterError(f"{where}:\n" + "\n".join(problems[:50]))
-    given = set(plain) - set(tables)
     whole = [
         path
         for path in base.bindings
-        if any(name in given for _, name in base.names_of(path))
+        if any(name in trained for _, name in base.names_of(path))
     ]
+    for path in whole:
+        base.check_table(path)
     return {path: leaf_from_torch(base, path, plain.__getitem__) for path in whole}
 
 
-def _table_copies(tensors: Mapping[str, Any], base: Base) -> dict[str, str]:
-    """Returns the tensors that are copies of a frozen table, with the table's name.
-
-    PEFT writes the table of an adapted embedding along, and again as the tied head.
-    """
-    copies = {
-        name.replace(_BASE_LAYER, "."): name.replace(_BASE_LAYER, ".")
-        for name in tensors
-        if name.endswith(".base_layer.weight")
-    }
-    for binding in base.bindings.values():
-        head = f"{binding.steps.get('tied')}.weight"
-        if head in copies:
-            copies[head] = binding.parameter(binding.slots[0].template)
-    return copies
-
-
 def _problem(
-    name: str,
-    tables: Mapping[str, str],
-    tensors: Mapping[str, np.ndarray],
-    config: PeftConfig,
-    base: Base,
+    name: str, tensors: Mapping[str, np.ndarray], config: PeftConfig, base: Base
 ) -> str | None:
-    if name in tables:
-        return _table_problem(base, name, tables[name], tensors[name])
-    if not (_is_saved(config, name) or _is_bias(config, name)):
+    told = _is_saved(config, name) or _is_bias(config, name)
+    told = told or config.decided_by_keys("modules_to_save")
+    if not told and not is_table(name, tensors[name]):
         return f"{name!r}: the config does not say that it is trained"
     homes = base.homes(name)
     if not homes:
         return f"{name!r}: no leaf of the params has this name in torch"
+    if problem := rows_problem(base, name, name, tensors[name]):
+        return problem
     names = [n for home in homes for _, n in base.names_of(home.path)]
     lacking = sorted(set(names) - set(tensors))
     if lacking:
@@ -95,21 +88,8 @@ def _is_saved(config: PeftConfig, name: str) -> bool:
 
 
 def _is_bias(config: PeftConfig, name: str) -> bool:
-    return config.bias != "none" and name.rpartition(".")[2] == "bias"
-
-
-def _table_problem(base: Base, name: str, table: str, tensor: np.ndarray) -> str | None:
-    """A table that PEFT writes along must be the one that the params have."""
-    homes = base.homes(table)
-    value = base.value(homes[0].path) if homes else None
-    if value is None:
-        return (
-            f"{name!r}: the file holds a weight of the base, which cannot be compared "
-            "with the params; give them as arrays"
-        )
-    if np.array_equal(value.reshape(-1), tensor.reshape(-1)):
-        return None
-    return f"{name!r}: the file's own weight is not that of {homes[0].path!r}"
+    said = config.bias != "none" or config.decided_by_keys("bias")
+    return said and name.rpartition(".")[2] == "bias"
 
 
 def _missing(
@@ -120,6 +100,7 @@ def _missing(
         for _, name in base.names_of(binding_path):
             beside = config.bias == "all" or name.rpartition(".")[0] in adapted
             bias = binding.leaf == "bias" and config.bias != "none" and beside
+            bias = bias and not config.is_left_out(name)
             if (bias or _is_saved(config, name)) and name not in given:
                 field = "bias" if bias else "modules_to_save"
                 problems.append(f"{name!r} is missing, which `{field}` promises")
@@ -146,13 +127,20 @@ def write_whole(
     """
     if not entries:
         return {}, {}
+    for path in entries:
+        base.check_table(path)
     biases = {p for p in entries if base.bindings[p].leaf == "bias"}
     names = lambda path: [name for _, name in base.names_of(path)]
     saved = _modules_of([p for p in entries if p not in biases], base)
     said = PeftConfig(modules_to_save=saved)
     _check_apart(said, adapted)
     beside = {p for p in biases if all(_is_saved(said, n) for n in names(p))}
-    kind = _bias_kind(biases - beside, set(adapted), base)
+    saved_along = {
+        path
+        for path, binding in base.bindings.items()
+        if binding.leaf == "bias" and all(_is_saved(said, n) for n in names(path))
+    }
+    kind = _bias_kind(biases - beside, set(adapted), base, saved_along)
     # PEFT saves all that is in a module, and modules whose names end with its name.
     paths = [p for p in base.bindings if any(_is_saved(said, n) for n in names(p))]
     values = {p: entries.get(p, base.value(p)) for p in {*paths, *biases}}
@@ -172,6 +160,10 @@ def write_whole(
         for n, t in tensors.items()
     }
     fields: dict[str, Any] = {"bias": kind}
+    heads = tied_heads(entries, base)
+    if heads:
+        fields["ensure_weight_tying"] = True
+    named |= {head: named[table] for head, table in heads.items()}
     return named, fields | ({"modules_to_save": saved} if saved else {})
 
 
@@ -199,11 +191,14 @@ def _check_apart(said: PeftConfig, adapted: Sequence[str]) -> None:
         )
 
 
-def _bias_kind(trained: set[str], adapted: set[str], base: Base) -> str:
-    """Returns PEFT's `bias` for the biases that are trained."""
+def _bias_kind(
+    trained: set[str], adapted: set[str], base: Base, saved: set[str]
+) -> str:
+    """Returns PEFT's `bias` for the biases that are trained, but for those it saves."""
     if not trained:
         return "none"
     every = {p for p, binding in base.bindings.items() if binding.leaf == "bias"}
+    every -= saved
     beside = {
         path
         for path in every

@@ -19,10 +19,11 @@ from .._torch.names import Binding
 from .config import NO_MODULES, Patterns, PeftConfig, exact_keys, exact_names
 from .experts import nesting, packed
 from .keys import MAGNITUDE, PREFIX, check_dora, warn_of_doubling
+from .sides import as_written
 
 
 def check_writable(adapter: Mapping[str, Any]) -> None:
-    """Refuses what is no factors without its kernel, such as rows trained alone.
+    """Refuses what is no factors without its kernel, and nothing that PEFT has.
 
     Raises:
         UnsupportedFeatureError: with their paths.
@@ -30,11 +31,10 @@ def check_writable(adapter: Mapping[str, Any]) -> None:
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     for variant in VARIANTS:
         paths = [path for path, kind in kinds.items() if kind is variant]
-        if variant.reads_kernel and paths:
-            peft = f" (`{variant.peft}`)" if variant.peft else ""
+        if variant.reads_kernel and not variant.peft and paths:
             raise UnsupportedFeatureError(
                 f"{variant.plural or variant.name}, {paths[:5]}, have no place in the "
-                f"files that jlora writes for PEFT{peft}; merge them instead"
+                "files that jlora writes for PEFT; merge them instead"
             )
 
 
@@ -98,6 +98,7 @@ def tensors_of(modules: Sequence[TorchModule]) -> dict[str, np.ndarray]:
     nested = nesting(modules)
     found: dict[str, np.ndarray] = {}
     for name, experts in by_name(modules).items():
+        experts = [as_written(one) for one in experts]
         first, rank = experts[0], _rank(experts)
         a, b = packed([one.padded_to(rank) for one in experts])
         plain = first.is_parameter and first.expert is None

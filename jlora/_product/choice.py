@@ -30,14 +30,21 @@ class ByPlatform(NamedTuple):
     Attributes:
         fused: whether the fused kernel may be used: never, where it fills the GPU, or
             wherever its tiles divide the products.
+        summed: whether it may be one sum on a mesh: rounded as the program asks for.
         tokens, features, outputs: the sizes of the largest product of the group.
             (`jax.vmap` makes more tokens of them: nothing depends on those before.)
     """
 
     fused: Literal["never", "filled", "always"]
+    summed: bool
     tokens: int
     features: int
     outputs: int
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether a form with a partitioning rule may be chosen."""
+        return self.summed or self.fused != "never"
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -81,21 +88,20 @@ def choose(
     fused = contraction != "factored" and _has_kernel(dims, x)
     fused = fused and all(divides(features, k) for k in outputs)
     fused = fused and (always or min(features, largest) >= _LEAST_FUSED)
-    if not fused and min(features, largest) < _LEAST_EXTENDED:
-        return "separate"
-    where = "always" if always else "filled"
-    return ByPlatform(where if fused else "never", tokens, features, largest)
+    where = ("always" if always else "filled") if fused else "never"
+    summed = _asks_for_nothing(dims, x)
+    return ByPlatform(where, summed, tokens, features, largest)
 
 
 def form_on(by: ByPlatform, target: Target) -> Form:
     """Returns the form that a group takes on what it is lowered for."""
-    if target.platform not in ("cuda", "rocm"):
-        return "separate"
-    if by.fused != "never" and _is_fused(by, target) and runs_on(target):
+    gpu = target.platform in ("cuda", "rocm")
+    if gpu and by.fused != "never" and _is_fused(by, target) and runs_on(target):
         return "fused" if target.devices == 1 else "partitioned"
-    # A sharded axis cannot be appended to, and nothing says which axes are sharded.
-    whole = target.devices == 1
-    return "extended" if whole and _extended_pays(*by.sizes) else "separate"
+    if target.devices == 1:
+        return "extended" if gpu and _extended_pays(*by.sizes) else "separate"
+    # On Explicit axes types say where all lies.
+    return "ruled" if by.summed and target.rules and not target.typed else "separate"
 
 
 def form_here(form: Form | ByPlatform) -> Form:
@@ -144,3 +150,13 @@ def _has_kernel(dims: GroupDims, x: Any) -> bool:
     half = x.dtype in (jnp.bfloat16, jnp.float16)
     asked = [dict(k.params)["preferred_element_type"] for k in dims.kernels]
     return half and all(dtype in (None, x.dtype) for dtype in asked)
+
+
+def _asks_for_nothing(dims: GroupDims, x: Any) -> bool:
+    """Whether results have the dtype of `x`, and one precision serves all kernels."""
+    asked = [dict(k.params) for k in dims.kernels]
+    first = asked[0]["precision"]
+    return all(
+        one["preferred_element_type"] in (None, x.dtype) and one["precision"] == first
+        for one in asked
+    )

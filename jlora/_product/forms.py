@@ -4,8 +4,9 @@
 * extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes
   the delta in. It copies `x` and `W`, which pays on GPUs when tokens outnumber
   features, and it needs arrays that are whole: a sharded axis cannot be appended to.
-* fused, partitioned: the same sum without copies, by a kernel for Hopper GPUs (see
-  `_product.fused`); the second one on a mesh of several.
+* fused: the same sum without copies, by a kernel for Hopper GPUs, see `_product.fused`.
+* partitioned, ruled: on a mesh, fused and separate, as operations with a partitioning
+  rule (see `_product.partitioned`).
 * merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
   forms, so that the gradient of a kernel is not formed.
 """
@@ -22,7 +23,7 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
-from .fused import Terms, in_parts, sum_partitioned, sum_whole
+from .fused import How, Terms, in_parts, sum_by_xla, sum_whole
 from .group import (
     Form,
     GroupDims,
@@ -34,9 +35,10 @@ from .group import (
     concatenate,
     per_kernel,
 )
+from .partitioned import Sum, apart, sum_partitioned
 
-# How the fused form sums: see `_product.fused`.
-Sum = Callable[[Terms, bool], jax.Array]
+# Forms in which the sharding of a factor says nothing of activations.
+_APART = ("partitioned", "ruled")
 
 
 class Backward(NamedTuple):
@@ -52,9 +54,10 @@ def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
     return concatenate([a.astype(dtype) for a in operands.a])
 
 
-def shrink(dims: GroupDims, operands: Operands) -> jax.Array:
+def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.Array:
     """Returns `h = x·a` of all kernels, with the rank last."""
     a = side_by_side(dims, operands)
+    a = apart(a) if form in _APART else a
     x = workable(operands.x, a.dtype)
     n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
@@ -90,6 +93,23 @@ def backward(
     return Backward(g, as_type_of(dx, operands.x))
 
 
+def gradients(
+    form: Form,
+    dims: GroupDims,
+    operands: Operands,
+    h: jax.Array,
+    g: jax.Array,
+    cotangents: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Returns `da = xᵀ·g` of all kernels, concatenated, and each `db = hᵀ·dy`."""
+    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+    found = [layout.grad_a(operands.x, g, operands.a[0].dtype)]
+    rows = _each(dims, operands, cotangents)
+    hs = scaled(dims, h, operands.ranks)
+    found += [one[1].grad_b(h, one[4], one[3]) for one, h in zip(rows, hs, strict=True)]
+    return [apart(value) for value in found] if form in _APART else found
+
+
 def _each(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> list[tuple[KernelDims, Layout, jax.Array, jax.Array, jax.Array]]:
@@ -99,12 +119,16 @@ def _each(
 
 
 def shrink_cotangents(
-    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+    dims: GroupDims,
+    operands: Operands,
+    cotangents: Sequence[jax.Array],
+    form: Form = "separate",
 ) -> jax.Array:
     """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank."""
     dtype = compute_dtype(dims, operands.x, operands.kernels)
     parts = []
     for one, layout, _, b, dy in _each(dims, operands, cotangents):
+        b = apart(b) if form in _APART else b
         g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
         parts.append(one.scaling * g)
     return concatenate(parts)
@@ -204,34 +228,33 @@ def _extended_backward(
     return concatenate(scaled(dims, g, operands.ranks)), dx
 
 
-# --- fused ---
+# --- fused, partitioned, ruled ---
 
 
-def _fused(
-    dims: GroupDims, operands: Operands, h: jax.Array, add: Sum = sum_whole
+def _summed(
+    dims: GroupDims, operands: Operands, h: jax.Array, add: Sum
 ) -> list[jax.Array]:
     x, pieces = operands.x, scaled(dims, h, operands.ranks)
     cast = lambda value: value.astype(x.dtype)
+    how = How(False, dims.kernels[0].precision)
     rows = zip(operands.kernels, operands.b, pieces, strict=True)
-    return [add(Terms((x,), (w,), cast(h), cast(b)), False) for w, b, h in rows]
+    return [add(Terms((x,), (w,), cast(h), cast(b)), how) for w, b, h in rows]
 
 
-def _fused_backward(
+def _summed_backward(
     dims: GroupDims,
     operands: Operands,
     cotangents: Sequence[jax.Array],
-    add: Sum = sum_whole,
+    add: Sum,
+    form: Form,
 ) -> tuple[jax.Array, jax.Array]:
     """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies, siblings in one sum."""
-    g = shrink_cotangents(dims, operands, cotangents)
+    g = shrink_cotangents(dims, operands, cotangents, form)
     cast = lambda value: value.astype(operands.x.dtype)
     a = concatenate([cast(a) for a in operands.a])
     every = Terms(tuple(cotangents), operands.kernels, cast(g), a)
-    return g, _sum([add(part, True) for part in in_parts(every, operands.ranks)])
-
-
-_partitioned = functools.partial(_fused, add=sum_partitioned)
-_partitioned_backward = functools.partial(_fused_backward, add=sum_partitioned)
+    how = How(True, dims.kernels[0].precision)
+    return g, _sum([add(part, how) for part in in_parts(every, operands.ranks)])
 
 
 # --- merged ---
@@ -272,11 +295,19 @@ class _Form(NamedTuple):
     forward: Callable[[GroupDims, Operands, jax.Array], list[jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array]]
 
+    @classmethod
+    def summing(cls, form: Form, add: Sum) -> "_Form":
+        """Returns a form that is one sum forward, and one backward."""
+        backward = functools.partial(_summed_backward, add=add, form=form)
+        return cls(functools.partial(_summed, add=add), backward)
 
+
+_on_mesh = functools.partial(functools.partial, sum_partitioned)
 _FORMS: dict[Form, _Form] = {
     "separate": _Form(_separate, _separate_backward),
     "extended": _Form(_extended, _extended_backward),
-    "fused": _Form(_fused, _fused_backward),
-    "partitioned": _Form(_partitioned, _partitioned_backward),
+    "fused": _Form.summing("fused", sum_whole),
+    "partitioned": _Form.summing("partitioned", _on_mesh(whole=sum_whole)),
+    "ruled": _Form.summing("ruled", _on_mesh(whole=sum_by_xla)),
     "merged": _Form(_merged, _merged_backward),
 }

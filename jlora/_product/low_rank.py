@@ -34,7 +34,7 @@ from .forms import (
     Backward,
     backward,
     forward,
-    scaled,
+    gradients,
     shrink,
     shrink_cotangents,
 )
@@ -186,7 +186,29 @@ Static = tuple[GroupDims, Form | ByPlatform]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static: Static, operands: Operands) -> list[jax.Array]:
-    return _forward_pass(static, operands, shrink(static[0], operands))
+    return _forward_pass(static, operands, _shrink(static, operands))
+
+
+def _shrink(static: Static, operands: Operands) -> jax.Array:
+    dims, form = static
+    if isinstance(form, ByPlatform):
+        return run_lowered(Pass(_shrunk, dims), form, operands)[0]
+    return shrink(dims, operands)
+
+
+def _shrunk(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    return [shrink(dims, operands, form)]
+
+
+def _gradients(
+    static: Static, operands: Operands, h: jax.Array, g: jax.Array, dys: list[jax.Array]
+) -> list[jax.Array]:
+    """Returns `da` of all kernels, concatenated, and each `db`."""
+    dims, form = static
+    if isinstance(form, ByPlatform):
+        one = Pass(gradients, dims, sums=True)
+        return run_lowered(one, form, operands, h, g, dys)
+    return gradients("separate", dims, operands, h, g, dys)
 
 
 def _forward_pass(static: Static, operands: Operands, h: jax.Array) -> list[jax.Array]:
@@ -235,7 +257,7 @@ def _forward(static: Static, operands: Operands) -> tuple[list[jax.Array], _Resi
     arrays, _ = primals(operands)
     (wants_x,) = primals(operands.x)[1]
     marks = tuple(primals(kernel)[1] for kernel in operands.kernels)
-    h = shrink(dims, arrays)
+    h = _shrink(static, arrays)
     columns = math.prod(arrays.x.shape[i] for i in dims.contract)
     if h.shape[-1] * _KEPT_UNDER_REMAT <= columns:
         h = checkpoint_name(h, _NAME)
@@ -257,23 +279,19 @@ def _backward(
     dys = [instantiate(dy) for dy in cotangents]
     if is_lazy(operands.kernels):
         operands, dys = kept_apart(operands, dys)
-    h = shrink(dims, operands) if kept is None else kept
+    h = _shrink(static, operands) if kept is None else kept
 
     if wants_x is None:
         g, dx = shrink_cotangents(dims, operands, dys), None
     else:
         g, dx = _backward_pass(static, operands, dys)
-    db, dw = [], []
-    hs = scaled(dims, h, ranks)
+    da, *db = _gradients(static, operands, h, g, dys)
+    dw = []
     for i, (one, dy) in enumerate(zip(dims.kernels, dys, strict=True)):
-        w, b = operands.kernels[i], operands.b[i]
-        layout = Layout.of(dims, one, x, w)
-        db.append(layout.grad_b(hs[i], dy, b))
-        dw.append(_grad_kernel(layout, x, dy, w, wants_kernel[i]))
-    layout = Layout.of(dims, dims.kernels[0], x, operands.kernels[0])
-    da = per_kernel(layout.grad_a(x, g, operands.a[0].dtype), ranks)
-    da = tuple(map(as_type_of, da, operands.a))
-    return (Operands(dx, tuple(dw), da, tuple(db)),)
+        layout = Layout.of(dims, one, x, operands.kernels[i])
+        dw.append(_grad_kernel(layout, x, dy, operands.kernels[i], wants_kernel[i]))
+    each = tuple(map(as_type_of, per_kernel(da, ranks), operands.a))
+    return (Operands(dx, tuple(dw), each, tuple(db)),)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -19,15 +19,18 @@ class Pass:
         run: takes the form, the group, its operands, and what comes with them; all of
             that but the factors has the rows of `x`.
         dims: the group.
+        sums: whether rows are summed over, so that mapped examples are not rows.
     """
 
     run: Callable[..., list[jax.Array]]
     dims: GroupDims
+    sums: bool = False
 
     def shifted(self) -> "Pass":
         """The same for an `x` with one more axis of rows, first."""
         contract = tuple(i + 1 for i in self.dims.contract)
-        return Pass(self.run, dataclasses.replace(self.dims, contract=contract))
+        dims = dataclasses.replace(self.dims, contract=contract)
+        return dataclasses.replace(self, dims=dims)
 
 
 def run_lowered(
@@ -49,7 +52,7 @@ class _Bodies:
 
     @property
     def has_rules(self) -> bool:
-        return self.by.fused != "never"
+        return self.by.has_rules
 
     def portable(self, *leaves: jax.Array) -> list[jax.Array]:
         return self._in_form("separate", *leaves)
@@ -66,6 +69,8 @@ class _Bodies:
         Then the base product stays one for all, by way of the portable body: the other
         forms put factors into a kernel.
         """
+        if self.one.sums:
+            return None
         mapped = [i is not None for i in axes]
         operands, *_ = jax.tree.unflatten(self.tree, mapped)
         fixed = (operands.kernels, operands.a, operands.b)

@@ -20,7 +20,7 @@ from .configs import configs_of
 from .layout import spread
 from .modules import TorchModule
 from .named_params import Base
-from .names import Rule
+from .names import Rule, bind
 
 Configs: TypeAlias = LoraConfig | tuple[LoraConfig, ...]
 
@@ -121,6 +121,30 @@ def _in_doubt(path: str, entry: Any) -> bool:
         return len(axes.in_) > 1
     known = ("kernel", "embedding", "scale", "bias", "mean", "var")
     return entry.ndim > 1 and path.rpartition("/")[2] not in known
+
+
+def expert_rules(adapter: Mapping[str, Any]) -> list[Rule] | None:
+    """Returns rules for an adapter of packed experts; None if it has none.
+
+    A kernel `(experts, in, out)` right below `experts` is a parameter of that module;
+    any other leaf is what the mechanical map has. PEFT wraps the parameters in the
+    order in which torch's module defines them: the output of a layer is the last.
+    """
+    packed = [path for path, entry in adapter.items() if _is_packed(path, entry)]
+    if not packed:
+        return None
+    packed.sort(key=lambda path: ("down_proj" in path, path))
+    others = [path for path in adapter if path not in packed]
+    rules = []
+    for path, binding in bind([*packed, *others], None).items():
+        steps = "experts" if path in packed else "+".join(binding.steps) or None
+        rules.append(Rule(re.escape(path), binding.slots[0].template, steps))
+    return rules
+
+
+def _is_packed(path: str, entry: Any) -> bool:
+    axes, below = axes_of(entry), re.search(r"(?:^|/)experts/[^/]+/kernel$", path)
+    return bool(below) and axes is not None and len(axes.batch) == 1
 
 
 def modules_alone(adapter: Mapping[str, Any]) -> list[TorchModule]:

@@ -301,9 +301,11 @@ def _joined(
             join([places[h][e] if h in places else None for h in homes], widths)
             for e in range(max(map(len, places.values())))
         ]
+    inputs = sizes(entry.kernel_shape, entry.axes.in_)
+    if "same" in binding.steps and "experts" not in binding.steps:
+        return [dataclasses.replace(one, window=inputs[1:]) for one in found]
     if "conv" not in binding.steps:
         return found
-    inputs = sizes(entry.kernel_shape, entry.axes.in_)
     return [
         dataclasses.replace(one, a=window_last(one.a, inputs), window=inputs[:-1])
         for one in found

@@ -43,11 +43,12 @@ def configs_of(
 
 def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
     variant = variant_of_entry(entry)
-    if not variant.has_roles:
-        return (str(entry.dtype),)
-    dora = getattr(entry, "magnitude", None) is not None
-    settings = tuple(variant.settings_of(entry).items())
-    return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch, settings
+    settings = tuple(sorted(variant.settings_of(entry).items()))
+    if variant.rank is not None:
+        dora = getattr(entry, "magnitude", None) is not None
+        return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch, settings
+    dtypes = {str(array.dtype) for array in variant.arrays(entry).values()}
+    return (max(dtypes), settings if variant.has_roles else None)
 
 
 def _asked(entries: Mapping[str, Any], base: Base) -> dict[str, tuple[Any, ...]]:
@@ -81,8 +82,10 @@ def _config(
     rslora: bool,
     dropout: float,
 ) -> LoraConfig:
-    if len(kind) == 1:
-        return LoraConfig(target, full=True, dtype=kind[0])
+    if len(kind) == 2:
+        dtype, settings = kind
+        own: dict[str, Any] = {"full": True} if settings is None else dict(settings)
+        return LoraConfig(target, dtype=dtype, **own)
     rank, scaling, dtype, dora, batch, settings = kind
     own_kind: dict[str, Any] = {
         "rank": rank,

@@ -5,9 +5,10 @@ segments of its path. Rows of a layer stand below a numbered or a scanned stack.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from .names import Rule
+from .names import Rule, rule_of
 
 Rows = tuple[tuple[str | tuple[str, ...], str], ...]
 
@@ -167,7 +168,11 @@ FAMILIES = (*_FAMILIES, *_SAME)
 
 
 def names(
-    family: str, *, rope: str = "halves", head_dim: int | None = None
+    family: str | Sequence[Rule | tuple[Any, ...]],
+    *,
+    rope: str = "halves",
+    head_dim: int | None = None,
+    prefix: str | None = None,
 ) -> list[Rule]:
     """Returns the rules for the modules of a Hugging Face model.
 
@@ -182,12 +187,18 @@ def names(
 
     Args:
         family: "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
-            "gpt2", "bert", "vit", or "vit4" for ViT before transformers 5.
+            "gpt2", "bert", "vit", or "vit4" for ViT before transformers 5. Or rules of
+            your own, to give them a prefix.
         rope: which features the JAX model rotates together: "halves" (i and i + half,
             as in Hugging Face), or "interleaved" (2i and 2i + 1), for which queries and
             keys are reordered.
         head_dim: the size of a head for "interleaved", where kernels have no axis of
             heads.
+        prefix: where torch has the model within one that wraps it: what stands in place
+            of "model" ("transformer", "bert", "vit"), such as "model.language_model"
+            for the language model of Gemma 3 with images, and "language_model.model"
+            before transformers 4.52. Of rules of your own, what stands before all of
+            their modules.
 
     Raises:
         ValueError: if the family is unknown.
@@ -197,6 +208,10 @@ def names(
         >>> [rule.module for rule in rules if "query" in rule.path][:1]
         ['model.layers.{layer}.self_attn.q_proj']
     """
+    before = (prefix or "").removesuffix(".")
+    if not isinstance(family, str):
+        move = lambda name: f"{before}.{name}" if before else name
+        return [_moved(rule_of(rule), move) for rule in family]
     found = _FAMILIES.get(_SAME.get(family, family))
     if found is None:
         known = sorted({*_FAMILIES, *_SAME})
@@ -206,7 +221,29 @@ def names(
     turned = None
     if rope == "interleaved":
         turned = f"rope({head_dim})" if head_dim else "rope"
-    return [*_layer_rules(found, turned), *found.more, *_rest_rules(found)]
+    rules = [*_layer_rules(found, turned), *found.more, *_rest_rules(found)]
+    root = found.stack.partition(".")[0]
+    return [_moved(rule, _mover(root, before)) for rule in rules] if before else rules
+
+
+def _mover(root: str, prefix: str) -> Callable[[str], str]:
+    """Returns what moves a module into another: the head goes beside the model."""
+    beside = prefix.removesuffix(root) if f".{prefix}".endswith(f".{root}") else ""
+
+    def move(name: str) -> str:
+        inside = name.removeprefix(f"{root}.")
+        return f"{beside}{name}" if inside == name else f"{prefix}.{inside}"
+
+    return move
+
+
+def _moved(rule: Rule, move: Callable[[str], str]) -> Rule:
+    several = (rule.module,) if isinstance(rule.module, str) else rule.module
+    moved = tuple(map(move, several))
+    transform = rule.transform
+    if head := rule.steps().get("tied"):
+        transform = str(transform).replace(f"tied({head})", f"tied({move(head)})")
+    return Rule(rule.path, moved[0] if len(moved) == 1 else moved, transform)
 
 
 def _layer_rules(family: _Family, turned: str | None) -> Iterator[Rule]:

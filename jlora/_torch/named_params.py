@@ -16,7 +16,7 @@ from .._params.axes import KernelAxes
 from .._params.paths import FlatParams, is_array
 from .._params.quantized import dequantized
 from .layout import guess_axes, with_experts
-from .names import TABLES, Binding, Names, bind
+from .names import TABLES, Binding, Names, bind, rule_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Base:
         known: the roles of the axes that a plan or an adapter tells.
         uses: the kinds of use of each kernel, where a plan tells.
         bindings: what the rules say of each path.
+        missing_head: a head that the rules name, and none of the leaves is.
     """
 
     params: FlatParams
@@ -45,6 +46,7 @@ class Base:
     known: Mapping[str, KernelAxes]
     uses: Mapping[str, tuple[str, ...]]
     bindings: Mapping[str, Binding]
+    missing_head: str | None = None
 
     @classmethod
     def of(
@@ -80,11 +82,16 @@ class Base:
         known = {t.path: t.axes for t in targets if t.axes is not None}
         uses = {t.path: tuple(use.kind for use in t.uses) for t in targets}
         bindings = bind(leaves, names)
+        if names is None:
+            bindings = {
+                path: _with_window(binding, known.get(path), uses.get(path, ()))
+                for path, binding in bindings.items()
+            }
         known = {
             path: with_experts(own, bindings[path]) if path in bindings else own
             for path, own in (known | dict(axes or {})).items()
         }
-        return cls(flat, leaves, known, uses, bindings)
+        return cls(flat, leaves, known, uses, bindings, _missing_head(names, bindings))
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of a leaf."""
@@ -134,16 +141,22 @@ class Base:
                     f"({kind.removeprefix('conv, ')}): it drops dilations, mixes "
                     "groups, and has no transposed ones; merge the adapter instead"
                 )
-            if kind == "conv" and "conv" not in steps:
+            if kind == "conv" and not {"conv", "same"} & set(steps):
                 raise AdapterError(
                     f"{path!r} is the kernel of a convolution; give its rule the "
                     'transform "conv"'
                 )
-        if "lookup" in self.uses.get(path, ()):
-            self._check_table(path)
+        self.check_table(path)
 
-    def _check_table(self, path: str) -> None:
-        steps, uses = self.bindings[path].steps, self.uses[path]
+    def check_table(self, path: str) -> None:
+        """Refuses a table whose rule does not say that it is one, or a head as well.
+
+        Raises:
+            AdapterError: if its rule lacks a transform.
+        """
+        steps, uses = self.bindings[path].steps, self.uses.get(path, ())
+        if "lookup" not in uses:
+            return
         if "embedding" not in steps:
             raise AdapterError(
                 f"{path!r} is a table that is looked up; give its rule the transform "
@@ -219,6 +232,33 @@ class Base:
             for number, slot in enumerate(binding.slots):
                 home = Home(path, number, tuple(index))
                 yield home, binding.parameter(slot.module(index))
+
+
+_HEADS = ("lm_head", "embed_out")
+
+
+def _missing_head(names: Names, bindings: Mapping[str, Binding]) -> str | None:
+    """Returns torch's name of a head that the rules know and the params have not."""
+    there = {slot.template for b in bindings.values() for slot in b.slots}
+    tied = {str(b.steps["tied"]) for b in bindings.values() if "tied" in b.steps}
+    for rule in map(rule_of, names or ()):
+        name = rule.module if isinstance(rule.module, str) else ""
+        if name.rpartition(".")[2] in _HEADS and name not in there | tied:
+            return name
+    return None
+
+
+def _with_window(
+    binding: Binding, axes: KernelAxes | None, uses: tuple[str, ...]
+) -> Binding:
+    """Returns the binding of a convolution's kernel with the transform that says so.
+
+    A plan knows that it is one, and that its outputs come last, as in Flax.
+    """
+    flax = axes is not None and axes.out == (axes.ndim - 1,) and not axes.batch
+    if not flax or "conv" not in uses or binding.steps:
+        return binding
+    return dataclasses.replace(binding, steps={"conv": None})
 
 
 def check_parts(base: Base, homes: list[Home], module: str) -> None:

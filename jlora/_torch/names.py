@@ -17,6 +17,7 @@ TRANSFORMS = (
     "parameter",
     "rope",
     "same",
+    "swapped",
     "tied",
 )
 
@@ -72,6 +73,9 @@ class Rule:
               axis, if there are several.
             - "same": the leaf has torch's own layout, `(out, in, *window)`. Leaves that
               are called `weight` have it in the mechanical map.
+            - "swapped", beside "experts+fan_in_fan_out": torch's `(experts, in, out)`
+              is a parameter of a module that does not say so, as in Llama 4; PEFT takes
+              its inputs for outputs then.
             - "tied(lm_head)": the table is the weight of that module, too, and PEFT
               keeps its factors under both names (`ensure_weight_tying`).
 
@@ -216,7 +220,7 @@ def bind(paths: Iterable[str], names: Names) -> dict[str, Binding]:
             f"`names` takes rules, got {names!r}; those of a family of models are "
             f"`jlora.peft.names({names!r})`"
         )
-    rules = [_rule(rule) for rule in names]
+    rules = [rule_of(rule) for rule in names]
     compiled = [(rule, re.compile(rule.path)) for rule in rules]
     found = ((path, _bound(path, compiled)) for path in paths)
     return {path: binding for path, binding in found if binding is not None}
@@ -231,7 +235,7 @@ def bind_all(paths: Sequence[str], names: Names) -> dict[str, Binding]:
     found = bind(paths, names)
     missing = [path for path in paths if path not in found]
     if missing:
-        patterns = [_rule(rule).path for rule in names or ()]
+        patterns = [rule_of(rule).path for rule in names or ()]
         near = nearest(missing[0], patterns)
         raise AdapterError(
             f"no rule of `names` matches {missing[:10]} ({len(missing)} in all); the "
@@ -240,7 +244,12 @@ def bind_all(paths: Sequence[str], names: Names) -> dict[str, Binding]:
     return found
 
 
-def _rule(rule: Any) -> Rule:
+def rule_of(rule: Any) -> Rule:
+    """Returns a rule, which may be a tuple of its fields.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if isinstance(rule, Rule):
         return rule
     if isinstance(rule, tuple | list) and 2 <= len(rule) <= 3:

@@ -245,7 +245,9 @@ def test_results_are_laid_out_as_their_types_say(kinds: str, typed: bool) -> Non
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, NamedSharding(mesh, P("i")))
         whole = jax.device_put(y, NamedSharding(mesh, P()))
-        found = jax.jit(lambda x, y: run(x, y, Elsewhere(is_typed=typed)))(placed, whole)
+        found = jax.jit(lambda x, y: run(x, y, Elsewhere(is_typed=typed)))(
+            placed, whole
+        )
     assert found.sharding.is_equivalent_to(NamedSharding(mesh, P("i")), 2)
     assert_close(found, np.asarray(x) @ np.asarray(y), 1e-6)
 

@@ -27,7 +27,7 @@ from peft_tables import (
     SELECTIONS,
 )
 from peft_twin import Pair, affine, combined
-from peft_twins import CONV_NAMES, MLP, TWINS
+from peft_twins import CONV_NAMES, TWINS
 
 import jlora
 import jlora.peft
@@ -258,18 +258,6 @@ def test_the_port_gives_the_ranks_of_peft(row: Any) -> None:
 
 
 # --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("case", "field"),
-    [
-        ("trainable_tokens", "trainable_token_indices"),
-    ],
-)
-def test_fields_are_refused_by_name(case: str, field: str) -> None:
-    shapes = {path: np.zeros((1, 1), np.float32) for path in MLP}
-    with pytest.raises(jlora.UnsupportedFeatureError, match=field):
-        jlora.peft.load(FOLDER / case, shapes)
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,10 @@ def test_it_is_taken_where_it_fills_the_gpu(
         (Target("rocm"), "extended"),
         (Target("cuda"), "fused"),
         (Target("cuda", exported=True), "extended"),
-        (Target("cuda", devices=2), "separate"),
+        (Target("cuda", devices=2), "ruled"),
         (Target("cuda", devices=2, rules=False), "separate"),
+        (Target("cuda", devices=2, typed=True), "separate"),
+        (Target("tpu", devices=2), "ruled"),
     ],
     ids=str,
 )
@@ -176,7 +178,7 @@ def test_on_a_mesh_each_device_must_be_filled(hopper: None) -> None:
     twice, two = shapes(n=2 * N), Target("cuda", devices=2)
     assert form_of(product, *twice, two) == "partitioned"
     assert form_of(product, *twice, two._replace(rules=False)) == "separate"
-    assert form_of(product, *twice, two._replace(devices=4)) == "separate"
+    assert form_of(product, *twice, two._replace(devices=4)) == "ruled"
 
 
 @pytest.mark.parametrize(

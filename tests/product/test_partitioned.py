@@ -1,7 +1,7 @@
-"""The fused form on meshes of several devices: one operation with a partitioning rule.
+"""The forms for meshes of several devices: one operation with a partitioning rule.
 
-The kernel runs on GPUs alone; a device's part is summed by XLA here. The reference is
-the materialized kernel on one device.
+The kernel of the fused one runs on GPUs alone; a device's part is summed by XLA here.
+The reference is the materialized kernel on one device.
 """
 
 from collections.abc import Callable
@@ -47,6 +47,9 @@ each_layout = pytest.mark.parametrize(
 )
 
 
+each_form = pytest.mark.parametrize("form", ["fused", "ruled"])
+
+
 def model(out: Any = None) -> Callable[[Any, jax.Array], jax.Array]:
     """Two products of one input, laid out as is said where it must be said."""
     dot = lambda x, w: jnp.dot(x, w, out_sharding=out)
@@ -78,32 +81,34 @@ def compiled(layout: str, kind: AxisType) -> tuple[Any, Any]:
         return step.lower(*args).compile(), args
 
 
+@each_form
 @each_layout
 def test_values_and_gradients(
-    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
+    layout: str, kind: AxisType, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, params, adapter, x = case()
     merged = lambda a, x: jnp.sum(model()(jlora.merge(params, a), x) ** 2)
     expected = jax.value_and_grad(merged, (0, 1))(adapter, x)
-    choose(monkeypatch, "fused")
+    choose(monkeypatch, form)
     step, args = compiled(layout, kind)
     assert_close(*jax.tree.map(np.asarray, (step(*args), expected)), 1e-4)
 
 
+@each_form
 @each_layout
 def test_what_each_device_sums(
-    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
+    layout: str, kind: AxisType, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and outputs stay divided as they are, whatever else is gathered."""
-    choose(monkeypatch, "fused")
+    choose(monkeypatch, form)
     seen = []
-    whole = fused.sum_whole
+    matrices = fused._matrices
 
-    def spied(terms: fused.Terms, turned: bool) -> jax.Array:
+    def spied(terms: fused.Terms, turned: bool) -> Any:
         seen.append((tuple(terms.h.shape), terms.b.shape[:-1]))
-        return whole(terms, turned)
+        return matrices(terms, turned)
 
-    monkeypatch.setattr(fused, "sum_whole", spied)
+    monkeypatch.setattr(fused, "_matrices", spied)
     compiled(layout, kind)
     rows = {"rows": (1, 12), "sequence": (4, 3), "sequence, fsdp": (4, 3)}
     divided = rows.get(layout, (4, 12))
@@ -112,12 +117,13 @@ def test_what_each_device_sums(
     assert own and ((*divided, R), (outputs,)) in seen
 
 
+@each_form
 @each_kind
 @pytest.mark.parametrize("layout", ["rows", "sequence"])
 def test_nothing_but_gradients_of_factors_is_moved(
-    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
+    layout: str, kind: AxisType, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose(monkeypatch, "fused")
+    choose(monkeypatch, form)
     step, _ = compiled(layout, kind)
     moved = collectives(step)
     assert all(size <= 2 * R * OUT for _, size in moved), moved

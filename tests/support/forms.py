@@ -14,11 +14,13 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Makes `form` the one of all products that could take it, of any size.
 
     The fused one is summed by XLA in place of its kernel, which `test_mosaic.py` tests;
-    on several devices it is the partitioned one.
+    on several devices it is the partitioned one. The ruled one is for these alone.
     """
 
     def on(by: choice.ByPlatform, target: Target) -> str:
         if form == "fused" and by.fused == "never":
+            return "separate"
+        if form == "ruled" and target.devices == 1:
             return "separate"
         return "partitioned" if form == "fused" and target.devices > 1 else form
 

@@ -120,7 +120,7 @@ class Variant:
             it, where there is more to say than that shapes differ.
         note: what a table says of an entry beside its rank, or in place of it.
         plural: what its entries are called in messages about files.
-        peft: PEFT's own name for it, which jlora does not write.
+        peft: PEFT's own name for it, in whose files it has tensors of its own.
     """
 
     name: str
