@@ -44,7 +44,7 @@ def configs_of(
 def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
     variant = variant_of_entry(entry)
     settings = tuple(sorted(variant.settings_of(entry).items()))
-    if variant.has_roles and hasattr(entry, "rank"):
+    if variant.rank is not None:
         dora = getattr(entry, "magnitude", None) is not None
         return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch, settings
     dtypes = {str(array.dtype) for array in variant.arrays(entry).values()}
