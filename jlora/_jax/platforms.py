@@ -32,10 +32,12 @@ class Target(NamedTuple):
         devices: how many share its arrays; one inside of a `shard_map` over all axes.
         rules: whether a partitioning rule of ours is asked: not where no devices are
             assigned yet, nor inside of a `shard_map` over some of the axes alone, nor
-            where JAX has other rules than Shardy's, nor in an export.
+            where JAX has other rules than Shardy's, nor in an export, nor on TPUs,
+            whose compiler takes none (libtpu 0.0.50).
         exported: whether it is written down by `jax.export`, for any device of its
             platforms and with calls that are kept stable alone.
         typed: whether types say how arrays lie on Explicit axes.
+        kind: what JAX calls the kind of device, where one is assigned.
     """
 
     platform: str
@@ -43,6 +45,7 @@ class Target(NamedTuple):
     rules: bool = True
     exported: bool = False
     typed: bool = False
+    kind: str = ""
 
     @classmethod
     def here(cls) -> "Target":
@@ -62,12 +65,14 @@ class Target(NamedTuple):
         axes = module.axis_context
         exported = module.lowering_parameters.for_export
         typed = any(_is_explicit(one) for one in (*ctx.avals_in, *ctx.avals_out))
-        rules = not exported and getattr(jax.config, "jax_use_shardy_partitioner", True)
-        made = cls(platform, 1, rules, exported, typed)
+        shardy = getattr(jax.config, "jax_use_shardy_partitioner", True)
+        rules = shardy and not exported and platform != "tpu"
+        placed: Any = getattr(axes, "device_assignment", None) or ()
+        kind = placed[0].device_kind if len(placed) else ""
+        made = cls(platform, 1, rules, exported, typed, kind)
         if not isinstance(axes, mlir.SPMDAxisContext):
-            assigned = getattr(axes, "device_assignment", None) is not None
             devices = getattr(axes, "num_devices", 1)
-            return made._replace(devices=devices, rules=rules and assigned)
+            return made._replace(devices=devices, rules=rules and len(placed) > 0)
         if set(axes.manual_axes) == set(axes.mesh.axis_names):
             return made._replace(rules=False)
         rules = rules and not axes.manual_axes

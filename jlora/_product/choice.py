@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from .._jax.platforms import Target
 from .._jax.symbolic import are_known, exceeds
+from .fused import joining_pays
 from .group import Form, GroupDims, compute_dtype
 from .hopper_kernel import blocks, divides, fits, processors
 from .hopper_probe import runs_on
@@ -22,6 +23,8 @@ Contraction = Literal["fast", "factored", "merged", "auto", "fused"]
 _LEAST_EXTENDED = 1024
 # With less than this the kernel fills no GPU at any usual number of tokens.
 _LEAST_FUSED = 512
+# TPUs on which a copied kernel costs less than a fusion that joins two arrays.
+_COPIED = ("TPU v6 lite",)
 
 
 class ByPlatform(NamedTuple):
@@ -95,6 +98,8 @@ def choose(
 
 def form_on(by: ByPlatform, target: Target) -> Form:
     """Returns the form that a group takes on what it is lowered for."""
+    if target.platform == "tpu":
+        return _form_on_tpu(by, target)
     gpu = target.platform in ("cuda", "rocm")
     if gpu and by.fused != "never" and _is_fused(by, target) and runs_on(target):
         return "fused" if target.devices == 1 else "partitioned"
@@ -102,6 +107,17 @@ def form_on(by: ByPlatform, target: Target) -> Form:
         return "extended" if gpu and _extended_pays(*by.sizes) else "separate"
     # On Explicit axes types say where all lies.
     return "ruled" if by.summed and target.rules and not target.typed else "separate"
+
+
+def _form_on_tpu(by: ByPlatform, target: Target) -> Form:
+    """Returns the form on TPUs, by the estimates of their compiler alone.
+
+    In a program for several nothing may be joined: it is not known what is sharded.
+    """
+    wide = min(by.features, by.outputs) >= _LEAST_EXTENDED
+    if target.devices > 1 or not (by.summed and wide and joining_pays(by.tokens)):
+        return "separate"
+    return "copied" if target.kind in _COPIED else "joined"
 
 
 def form_here(form: Form | ByPlatform) -> Form:

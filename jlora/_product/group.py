@@ -23,7 +23,16 @@ from .._jax.sharding import place_of_axes
 from .._params.axes import free_axes
 
 Axes = tuple[int, ...]
-Form = Literal["separate", "extended", "fused", "partitioned", "ruled", "merged"]
+Form = Literal[
+    "separate",
+    "extended",
+    "joined",
+    "copied",
+    "fused",
+    "partitioned",
+    "ruled",
+    "merged",
+]
 
 
 @dataclasses.dataclass(frozen=True)

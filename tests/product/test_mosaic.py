@@ -163,7 +163,7 @@ def test_it_is_taken_where_it_fills_the_gpu(
         (Target("cuda", devices=2), "ruled"),
         (Target("cuda", devices=2, rules=False), "separate"),
         (Target("cuda", devices=2, typed=True), "separate"),
-        (Target("tpu", devices=2), "ruled"),
+        (Target("tpu", devices=2), "separate"),
     ],
     ids=str,
 )

@@ -20,6 +20,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     def on(by: choice.ByPlatform, target: Target) -> str:
         if form == "fused" and by.fused == "never":
             return "separate"
+        if form in ("joined", "copied") and not by.summed:
+            return "separate"
         if form == "ruled" and target.devices == 1:
             return "separate"
         return "partitioned" if form == "fused" and target.devices > 1 else form
