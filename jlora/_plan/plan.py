@@ -219,7 +219,10 @@ class Plan:
         return re.sub("((?:<li>.*?</li>)+)", r"<ul>\1</ul>", items)
 
     def _totals(self) -> list[str]:
-        return [self.summary(), self.cost(), *self._quantized()]
+        uses = (use for target in self.targets for use in target.uses)
+        why = {why: None for use in uses if (why := use.without_kernel)}
+        missed = [f"without the kernel for Hopper GPUs: {one}" for one in why]
+        return [self.summary(), self.cost(), *self._quantized(), *missed]
 
     def _left(self, fold: bool) -> list[str]:
         formed = lines_of_formed(self.targets, fold=fold)

@@ -15,7 +15,7 @@ from .._jax.symbolic import are_known, exceeds
 from .fused import joining_pays
 from .group import Form, GroupDims, compute_dtype
 from .hopper_kernel import blocks, divides, fits, processors
-from .hopper_probe import runs_on
+from .hopper_probe import fault, runs_on
 
 Contraction = Literal["fast", "factored", "merged", "auto", "fused"]
 
@@ -123,6 +123,15 @@ def _form_on_tpu(by: ByPlatform, target: Target) -> Form:
 def form_here(form: Form | ByPlatform) -> Form:
     """Returns the form on one device of the default platform, as plans show it."""
     return form_on(form, Target.here()) if isinstance(form, ByPlatform) else form
+
+
+def without_kernel(form: Form | ByPlatform) -> str | None:
+    """Returns why a GPU does without the kernel that is wanted here, if it does."""
+    target = Target.here()
+    if not isinstance(form, ByPlatform) or target.platform != "cuda":
+        return None
+    wanted = form.fused != "never" and _is_fused(form, target)
+    return fault() if wanted else None
 
 
 def _is_fused(by: ByPlatform, target: Target) -> bool:

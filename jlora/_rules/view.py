@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from .._params.axes import KernelAxes
-from .._product.choice import ByPlatform, form_here
+from .._product.choice import ByPlatform, form_here, without_kernel
 from .._product.group import Form
 
 Action = Literal[
@@ -237,6 +237,11 @@ class Use:
     def form(self) -> Form | None:
         """The form of a product on one device of the default platform."""
         return None if self.chosen is None else form_here(self.chosen)
+
+    @property
+    def without_kernel(self) -> str | None:
+        """Why the kernel for Hopper GPUs is not used here, where it would be."""
+        return None if self.chosen is None else without_kernel(self.chosen)
 
 
 @dataclasses.dataclass(frozen=True)

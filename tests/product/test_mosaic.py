@@ -117,7 +117,8 @@ def shapes(dtype: Any = BF16, n: int = N, k: int = K) -> tuple[Any, Any]:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is such a one, and products are large enough; plans are for it."""
-    monkeypatch.setattr(hopper_probe, "fault", lambda: None)
+    for module in (hopper_probe, choice):
+        monkeypatch.setattr(module, "fault", lambda: None)
     monkeypatch.setattr(choice, "processors", lambda: 4)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
@@ -212,6 +213,28 @@ def test_examples_that_are_mapped_are_rows(hopper: None) -> None:
     step = jax.jit(jax.vmap(lora.apply, (None, None, 0)))
     program = step.trace(params, adapter, many).lower(lowering_platforms=("cuda",))
     assert program.as_text().count("@mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("here", [Target("cuda"), Target("cpu")], ids=str)
+def test_the_plan_says_why_it_is_not(
+    here: Target, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where it would be taken, and once for all products."""
+    told = "the GPU has compute capability 8.0, and it is for 9.0"
+    monkeypatch.setattr(Target, "here", lambda: here)
+
+    def lines(case: Any, **settings: Any) -> list[str]:
+        config = jlora.LoraConfig(rank=4)
+        plan = jlora.lora(product, config, **settings).plan(*case)
+        return [line for line in str(plan).splitlines() if "Hopper" in line]
+
+    assert not lines(shapes())
+    for module in (hopper_probe, choice):
+        monkeypatch.setattr(module, "fault", lambda: told)
+    line = f"without the kernel for Hopper GPUs: {told}"
+    assert lines(shapes()) == ([line] if here.platform == "cuda" else [])
+    assert not lines(shapes(), contraction="factored")
+    assert not lines(shapes(k=K + 64))
 
 
 # --- the probe ---
