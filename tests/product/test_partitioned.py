@@ -94,13 +94,12 @@ def test_values_and_gradients(
     assert_close(*jax.tree.map(np.asarray, (step(*args), expected)), 1e-4)
 
 
-@each_form
 @each_layout
 def test_what_each_device_sums(
-    layout: str, kind: AxisType, form: str, monkeypatch: pytest.MonkeyPatch
+    layout: str, kind: AxisType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and outputs stay divided as they are, whatever else is gathered."""
-    choose(monkeypatch, form)
+    choose(monkeypatch, "fused")
     seen = []
     matrices = fused._matrices
 
