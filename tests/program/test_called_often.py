@@ -85,8 +85,9 @@ def test_a_block_of_many_layers_is_one_jaxpr(wrap: Callable[..., Any]) -> None:
     plain = inner_jaxprs(jax.make_jaxpr(fn)(params, X))
     ours = inner_jaxprs(jax.make_jaxpr(lora.apply)(params, adapter, X))
     # The first layer and the others, whose input depends on the adapter, are told
-    # apart, and the product of each is wrapped; none of the twelve is there by itself.
-    assert ours <= 4 * plain
+    # apart, and the product of each is wrapped, with two parts that are chosen as it is
+    # lowered; none of the twelve is there by itself.
+    assert ours <= 8 * plain < 12
     merged = jlora.merge(params, adapter)
     assert_close(lora.apply(params, adapter, X), fn(merged, X), 1e-5)
     plan = lora.plan(params, X)
