@@ -16,6 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .._jax.sharding import names_of_entry
+from .._jax.tiles import read_tiles
 from .fused import How, Terms
 
 Sum = Callable[[Terms, How], jax.Array]
@@ -33,7 +34,7 @@ def apart(value: jax.Array) -> jax.Array:
         return mesh, lambda value: value, result.sharding, (result.sharding,)
 
     rule = f"{names('i')} -> {names('j')}"
-    run.def_partition(partition=partition, sharding_rule=rule)
+    run.def_partition(partition, sharding_rule=rule, decode_shardings=False)
     return run(value)
 
 
@@ -44,8 +45,12 @@ def sum_partitioned(terms: Terms, how: How, whole: Sum) -> jax.Array:
     run = custom_partitioning(lambda *leaves: whole(tree.unflatten(leaves), how))
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
-        specs = [_padded(operand) for operand in operands]
-        outs = _padded(result)[terms.rows :]
+        arrays = [*operands, result]
+        shardings = [array.sharding for array in arrays]
+        mesh, specs = read_tiles(mesh, shardings, [len(v.shape) for v in arrays])
+        # What the axes of no mesh can say is gathered.
+        specs = specs or [(None,) * len(v.shape) for v in arrays]
+        outs = specs[-1][terms.rows :]
         where = _placed(specs[:count], specs[count : 2 * count], outs, terms, how)
         own = lambda *leaves: _of_a_shard(tree.unflatten(leaves), where, how, whole)
         place = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))
@@ -57,6 +62,7 @@ def sum_partitioned(terms: Terms, how: How, whole: Sum) -> jax.Array:
         sharding_rule=rule,
         reduction_factors=inner,
         need_replication_factors=("r",),
+        decode_shardings=False,
     )
     return run(*jax.tree.leaves(terms))
 
@@ -88,11 +94,6 @@ class _Placed(NamedTuple):
     operands: tuple[Any, ...]
     result: Any
     partial: tuple[str, ...]  # mesh axes over which the sum is partial
-
-
-def _padded(operand: Any) -> tuple[Any, ...]:
-    spec = tuple(operand.sharding.spec)
-    return spec + (None,) * (len(operand.shape) - len(spec))
 
 
 def _names(entries: Sequence[Any]) -> set[str]:

@@ -126,3 +126,31 @@ def test_nothing_but_gradients_of_factors_is_moved(
     step, _ = compiled(layout, kind)
     moved = collectives(step)
     assert all(size <= 2 * R * OUT for _, size in moved), moved
+
+
+@each_form
+@pytest.mark.parametrize("parts", [2, 4])
+def test_microbatches_lie_along_parts_of_an_axis(
+    parts: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharded rows are cut into parts, of which each lies along a part of the axis."""
+    choose(monkeypatch, form)
+    config, params, adapter, x = case()
+    lora = jlora.lora(model(), config)
+
+    def accumulated(apply: Any, adapter: Any, params: Any, x: jax.Array) -> Any:
+        loss = lambda a, x: jnp.sum(apply(params, a, x) ** 2)
+        add = lambda total, x: (
+            jax.tree.map(jnp.add, total, jax.grad(loss)(adapter, x)),
+            None,
+        )
+        zeros = jax.tree.map(jnp.zeros_like, adapter)
+        return jax.lax.scan(add, zeros, x.reshape(parts, -1, *x.shape[1:]))[0]
+
+    formed = lambda params, adapter, x: model()(jlora.merge(params, adapter), x)
+    expected = accumulated(formed, adapter, params, x)
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    place = lambda *spec: jax.NamedSharding(mesh, P(*spec))
+    args = jax.device_put((adapter, params, x), (place(), place("i"), place("i")))
+    found = jax.jit(lambda *args: accumulated(lora.apply, *args))(*args)
+    assert_close(*jax.tree.map(np.asarray, (found, expected)), 1e-4)
