@@ -15,7 +15,7 @@ from ._lora.lora import lora as transform
 from ._lora.modules import no_module
 from ._lora.state_dicts import register_if_imported
 from ._lora.transform import Backward, Lora, Materialize
-from ._params.given import described
+from ._params.given import described, some
 from ._params.paths import FlatParams
 
 Method = str | Callable[..., Any]
@@ -280,11 +280,10 @@ def _check_like(name: str, given: Any, own: Any) -> None:
     differ = sorted(p for p in found | expected if found.get(p) != expected.get(p))
     if not differ:
         return
-    told = [f"{p!r}: {found.get(p)} for {expected.get(p)}" for p in differ[:5]]
-    more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+    told = [f"{p!r}: {found.get(p)} for {expected.get(p)}" for p in differ]
     raise ValueError(
         f"`jlora.nnx.merge_into`: `{name}` is not that of the model (shape given "
-        f"for shape of the model): {', '.join(told)}{more}. Pass the {name} that "
+        f"for shape of the model): {some(told)}. Pass the {name} that "
         "`jlora.nnx.wrap` and `apply` returned for this model"
     )
 
@@ -301,9 +300,8 @@ def _check_variables(model: nnx.Module) -> None:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             found.append(f"{name!r} ({', '.join(kinds)})")
     if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise UnsupportedFeatureError(
-            f"{', '.join(found[:5])}{more} of {type(model).__name__} are variables of "
+            f"{some(found)} of {type(model).__name__} are variables of "
             "arrays in references or of hijax types, which `jlora.nnx` cannot adapt. "
             "Give it `nnx.with_vars(model, hijax=False, ref=False)`, or make the model "
             "under `nnx.var_defaults(hijax=False, ref=False)`"

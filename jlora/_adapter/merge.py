@@ -11,6 +11,7 @@ from jax.core import Tracer
 from .._errors import UnsupportedFeatureError
 from .._jax.dtypes import summed_in
 from .._params.axes import KernelAxes, expand
+from .._params.given import some
 from .._params.paths import FlatParams, PyTree, is_quantized
 from .._params.quantized import dequantized, qtype_of
 from .check import check_adapter
@@ -69,9 +70,8 @@ def _check_plain(leaves: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:
         f"{p!r} ({qtype_of(leaves[p])})" for p in adapter if is_quantized(leaves[p])
     ]
     if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise UnsupportedFeatureError(
-            f"`jlora.merge`: {', '.join(found[:5])}{more} are quantised, and W + ΔW is "
+            f"`jlora.merge`: {some(found)} are quantised, and W + ΔW is "
             "not of their values. Pass `dequantize=True` for plain arrays, or merge "
             "into the params that were quantised"
         )

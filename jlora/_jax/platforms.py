@@ -51,12 +51,9 @@ class Target(NamedTuple):
     def here(cls) -> "Target":
         """What a `jax.jit` without shardings is lowered for."""
         device = jax.devices()[0]
-        rocm = "rocm" in device.client.platform_version
-        return cls(
-            ("rocm" if rocm else "cuda")
-            if device.platform == "gpu"
-            else device.platform
-        )
+        if device.platform != "gpu":
+            return cls(device.platform)
+        return cls("rocm" if "rocm" in device.client.platform_version else "cuda")
 
     @classmethod
     def of(cls, platform: str, ctx: mlir.LoweringRuleContext) -> "Target":

@@ -35,12 +35,21 @@ def _keys(value: Mapping[Any, Any]) -> str:
     keys = [str(key) for key in value]
     if not keys:
         return "that is empty"
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"with {', '.join(keys[:3])}{more}"
+    return f"with {some(keys, 3)}"
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def some(told: Sequence[str], limit: int = 5, between: str = ", ") -> str:
+    """Returns the first few of what is told, and how many there are besides.
+
+    >>> some(["a", "b", "c"], 2), some(["a", "b"], between="; ")
+    ('a, b and 1 more', 'a; b')
+    """
+    more = f" and {len(told) - limit} more" if len(told) > limit else ""
+    return f"{between.join(told[:limit])}{more}"
 
 
 def listed(problems: Sequence[str], limit: int = 10) -> str:

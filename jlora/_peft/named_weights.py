@@ -172,7 +172,7 @@ def _best(weights: Weights, types: ModelTypes, wanted: Collection[str]) -> Views
     # where the tensors have the new names, and it has the old ones.
     others: Views = {}
     for other, more in found:
-        tensors = _by_owner(other)
+        tensors = by_owner(other)
         for name in more - there:
             others |= {own: other[own] for own in tensors.get(name, [name])}
     for name in wanted:
@@ -185,9 +185,10 @@ def _best(weights: Weights, types: ModelTypes, wanted: Collection[str]) -> Views
     return {**kept, **others}
 
 
-def _by_owner(views: Views) -> dict[str, list[str]]:
+def by_owner(names: Iterable[str]) -> dict[str, list[str]]:
+    """Returns names by what they are names in, in their order."""
     found: dict[str, list[str]] = {}
-    for name in views:
+    for name in names:
         found.setdefault(name.rpartition(".")[0], []).append(name)
     return found
 

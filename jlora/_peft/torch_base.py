@@ -16,7 +16,7 @@ from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .._torch.names import Rule
 from .._torch.tied import FIELD, Tied, has_unknown_table, tied_tables, untied
-from .named_weights import NamedWeights
+from .named_weights import NamedWeights, by_owner
 from .read import AdapterFiles, adapter_of
 from .sides import FIRST, LAST, NO_VERSION, axis_of_a, by_shapes, refuse_square
 from .tables import is_table, repeats
@@ -232,12 +232,9 @@ def _parameter_axes(
     """
     chosen = [name for name in leaves if files.config.selects_parameter(name)]
     chosen.sort(key=lambda name: (name.endswith("down_proj"), name))
-    owners: dict[str, list[str]] = {}
-    for name in chosen:
-        owners.setdefault(name.rpartition(".")[0], []).append(name)
     known = axis_of_a(types.experts_in_first(), files.version)
     found, square = {}, []
-    for owner, names in owners.items():
+    for owner, names in by_owner(chosen).items():
         given = [_given(owner, depth, files) for depth in range(len(names))][::-1]
         shapes = [leaves[name].shape[-2:] for name in names]
         told = by_shapes(shapes, given) or known

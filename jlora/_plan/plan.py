@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from .._params.given import described
+from .._params.given import described, some
 from .._params.layout import AnyMesh
 from .._params.paths import FlatParams, PyTree, is_array, is_quantized
 from .._params.quantized import qtype_of
@@ -240,8 +240,7 @@ class Plan:
         held = sum(stored_bytes(leaf) for leaf in found.values())
         dense = sum(math.prod(v.shape) * v.dtype.itemsize for v in found.values())
         frozen = sorted(set(found) - {target.path for target in self.targets})
-        more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
-        rest = f"; not adapted: {', '.join(frozen[:5])}{more}" if frozen else ""
+        rest = f"; not adapted: {some(frozen)}" if frozen else ""
         return [f"quantised: {told}, {human(held)} instead of {human(dense)}{rest}"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from .._adapter.config import LoraConfig
 from .._errors import TargetError
 from .._params.alternatives import failing
+from .._params.given import some
 from .._params.paths import matching, nearest
 from .target import Target, Unusable
 
@@ -136,15 +137,12 @@ def _failing(
 def _useless(
     said: str, hits: Sequence[str], reasons: Mapping[str, Unusable], total: int
 ) -> str:
-    told = [_why(path, reasons.get(path)) for path in hits[:5]]
-    more = f" and {len(hits) - 5} more" if len(hits) > 5 else ""
-    stacks = [
-        path for path in hits if "`layers` names" in _why(path, reasons.get(path))
-    ]
+    told = [_why(path, reasons.get(path)) for path in hits]
+    stacks = any("`layers` names" in why for why in told)
     whole = ". A leaf that is no kernel can be trained whole with `full=True`"
     return (
-        f"{said} matches no usable kernel of the {total} leaves: {'; '.join(told)}"
-        f"{more}{'' if stacks else whole}"
+        f"{said} matches no usable kernel of the {total} leaves: "
+        f"{some(told, between='; ')}{'' if stacks else whole}"
     )
 
 

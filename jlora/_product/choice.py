@@ -88,12 +88,13 @@ def choose(
         return "separate"
     # A group is what its largest kernel is: it shares `x`, and so its copy.
     largest, always = max(outputs), contraction == "fused"
-    fused = contraction != "factored" and _has_kernel(dims, x)
+    rounds = _rounds_to(dims, x.dtype)
+    fused = contraction != "factored" and rounds and _has_kernel(x.dtype)
     fused = fused and all(divides(features, k) for k in outputs)
     fused = fused and (always or min(features, largest) >= _LEAST_FUSED)
     where = ("always" if always else "filled") if fused else "never"
-    summed = _asks_for_nothing(dims, x)
-    return ByPlatform(where, summed, tokens, features, largest)
+    one_precision = len({k.precision for k in dims.kernels}) == 1
+    return ByPlatform(where, rounds and one_precision, tokens, features, largest)
 
 
 def form_on(by: ByPlatform, target: Target) -> Form:
@@ -170,18 +171,12 @@ def _extensible(dims: GroupDims, x: Any, kernels: Sequence[Any]) -> bool:
     return plain and same and compute_dtype(dims, x, kernels) == x.dtype
 
 
-def _has_kernel(dims: GroupDims, x: Any) -> bool:
-    """Whether `hopper_kernel` computes what the program asks for."""
-    half = x.dtype in (jnp.bfloat16, jnp.float16)
+def _rounds_to(dims: GroupDims, dtype: Any) -> bool:
+    """Whether the program asks for results of a dtype, or for none other."""
     asked = [dict(k.params)["preferred_element_type"] for k in dims.kernels]
-    return half and all(dtype in (None, x.dtype) for dtype in asked)
+    return all(one in (None, dtype) for one in asked)
 
 
-def _asks_for_nothing(dims: GroupDims, x: Any) -> bool:
-    """Whether results have the dtype of `x`, and one precision serves all kernels."""
-    asked = [dict(k.params) for k in dims.kernels]
-    first = asked[0]["precision"]
-    return all(
-        one["preferred_element_type"] in (None, x.dtype) and one["precision"] == first
-        for one in asked
-    )
+def _has_kernel(dtype: Any) -> bool:
+    """Whether `hopper_kernel` computes in a dtype."""
+    return dtype in (jnp.bfloat16, jnp.float16)

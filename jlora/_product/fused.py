@@ -113,15 +113,8 @@ def sum_joined(terms: Terms, how: How, copied: bool = False) -> jax.Array:
     kernel = lax.concatenate([ws[0], b.T if how.turned else b], axis)
     if copied:
         kernel = lax.optimization_barrier(kernel)
-    pairs = (((1,), (axis,)), ((), ()))
     rows = [lax.concatenate([xs[0], h], 1), *xs[1:]]
-    settings = {"precision": how.precision, "preferred_element_type": h.dtype}
-    kernels = [kernel, *ws[1:]]
-    products = [
-        lax.dot_general(x, w, pairs, **settings)
-        for x, w in zip(rows, kernels, strict=True)
-    ]
-    y = functools.reduce(jnp.add, products)
+    y = _sum_of_bases(rows, [kernel, *ws[1:]], how, h.dtype)
     return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])
 
 
@@ -148,10 +141,18 @@ def _sum_of_dots(
     dtype: Any,
 ) -> jax.Array:
     """Sums products that are given in a dtype: the widest takes part in each."""
-    settings = {"precision": how.precision, "preferred_element_type": dtype}
+    base = _sum_of_bases(xs, ws, how, dtype)
+    delta = lax.dot(h, b, precision=how.precision, preferred_element_type=dtype)
+    return (base + delta).astype(h.dtype)
+
+
+def _sum_of_bases(
+    xs: Sequence[jax.Array], ws: Sequence[jax.Array], how: How, dtype: Any
+) -> jax.Array:
+    """Returns `Σ x·w`."""
     pairs = (((1,), (1 if how.turned else 0,)), ((), ()))
+    settings = {"precision": how.precision, "preferred_element_type": dtype}
     products = [
         lax.dot_general(x, w, pairs, **settings) for x, w in zip(xs, ws, strict=True)
     ]
-    total = functools.reduce(jnp.add, products)
-    return (total + lax.dot(h, b, **settings)).astype(h.dtype)
+    return functools.reduce(jnp.add, products)

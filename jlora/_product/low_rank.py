@@ -189,11 +189,31 @@ def _product(static: Static, operands: Operands) -> list[jax.Array]:
     return _forward_pass(static, operands, _shrink(static, operands))
 
 
-def _shrink(static: Static, operands: Operands) -> jax.Array:
+def _in_its_form(
+    run: Callable[..., Any],
+    static: Static,
+    operands: Operands,
+    *rest: Any,
+    sums: bool = False,
+) -> Any:
+    """Runs a pass in its form, or in the one that is chosen when it is lowered.
+
+    See `Pass` for `sums`.
+    """
     dims, form = static
     if isinstance(form, ByPlatform):
-        return run_lowered(Pass(_shrunk, dims), form, operands)[0]
-    return shrink(dims, operands)
+        return run_lowered(Pass(run, dims, sums), form, operands, *rest)
+    return _run(run, form, dims, operands, *rest)
+
+
+def _without_kernels(static: Static) -> Static:
+    """What the skinny products are of: there the merged form is as any other."""
+    dims, form = static
+    return dims, "separate" if form == "merged" else form
+
+
+def _shrink(static: Static, operands: Operands) -> jax.Array:
+    return _in_its_form(_shrunk, _without_kernels(static), operands)[0]
 
 
 def _shrunk(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
@@ -204,18 +224,12 @@ def _gradients(
     static: Static, operands: Operands, h: jax.Array, g: jax.Array, dys: list[jax.Array]
 ) -> list[jax.Array]:
     """Returns `da` of all kernels, concatenated, and each `db`."""
-    dims, form = static
-    if isinstance(form, ByPlatform):
-        one = Pass(gradients, dims, sums=True)
-        return run_lowered(one, form, operands, h, g, dys)
-    return gradients("separate", dims, operands, h, g, dys)
+    rest = operands, h, g, dys
+    return _in_its_form(gradients, _without_kernels(static), *rest, sums=True)
 
 
 def _forward_pass(static: Static, operands: Operands, h: jax.Array) -> list[jax.Array]:
-    dims, form = static
-    if isinstance(form, ByPlatform):
-        return run_lowered(Pass(_opened_forward, dims), form, operands, h)
-    return _run(_opened_forward, form, dims, operands, h)
+    return _in_its_form(_opened_forward, static, operands, h)
 
 
 def _opened_forward(
@@ -228,11 +242,7 @@ def _backward_pass(
     static: Static, operands: Operands, dys: list[jax.Array]
 ) -> Backward:
     """Returns `g` and the gradient of `x`."""
-    dims, form = static
-    if isinstance(form, ByPlatform):
-        one = Pass(_opened_backward, dims)
-        return Backward(*run_lowered(one, form, operands, dys))
-    return Backward(*_run(_opened_backward, form, dims, operands, dys))
+    return Backward(*_in_its_form(_opened_backward, static, operands, dys))
 
 
 def _opened_backward(

@@ -63,22 +63,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, "fused")
 
 
-@pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chooses the joined form wherever it is possible, as on one TPU."""
-    choose(monkeypatch, "joined")
-
-
-@pytest.fixture
-def copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chooses the joined form of copied kernels likewise."""
-    choose(monkeypatch, "copied")
-
-
 def chosen(form: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Makes a form the one that is chosen, and returns what `jlora.lora` needs."""
     if form in SUMS:
-        request.getfixturevalue(form)
+        choose(request.getfixturevalue("monkeypatch"), form)
     return {"contraction": form} if form == "merged" else {}
 
 

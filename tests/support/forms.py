@@ -30,7 +30,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
         monkeypatch.setattr(module, "form_on", on)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
     if form == "fused":
-        monkeypatch.setattr(choice, "_has_kernel", lambda dims, x: True)
+        monkeypatch.setattr(choice, "_has_kernel", lambda dtype: True)
         monkeypatch.setattr(choice, "divides", lambda *sizes: True)
         monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
         monkeypatch.setattr(fused, "fits", lambda *sizes: False)
