@@ -61,6 +61,12 @@ def _are_leaves_of(params: PyTree, adapter: Mapping[str, Any]) -> bool:
         return False
 
 
+_STACKED = (
+    "\nThese seem to be stacked adapters: `jlora.take(stacked, i)` is one of them, and "
+    "`lora.apply_mixed` takes them all"
+)
+
+
 def likely(adapter: Mapping[str, Any], leaves: Mapping[str, Any]) -> str:
     """Returns a line on what seems to be meant where an adapter does not fit.
 
@@ -73,15 +79,12 @@ def likely(adapter: Mapping[str, Any], leaves: Mapping[str, Any]) -> str:
         return f"\nIt holds an adapter: give the one at {inner[0]!r}"
     if not (set(adapter) & set(leaves) or has_entries(adapter)):
         return f"\nThis is no adapter. {ORDER}: is it forgotten?"
+    if adapter.keys() <= leaves.keys():
+        return _STACKED if _are_stacked(adapter) else ""
     if all(path.removeprefix("params/") in leaves for path in adapter):
         return '\nThe paths begin with "params/": give `{"params": params}`'
     if all(f"params/{path}" in leaves for path in adapter):
         return '\nThe adapter is for what is in "params": give `variables["params"]`'
-    if adapter.keys() <= leaves.keys() and _are_stacked(adapter):
-        return (
-            "\nThese seem to be stacked adapters: `jlora.take(stacked, i)` is one of "
-            "them, and `lora.apply_mixed` takes them all"
-        )
     return ""
 
 

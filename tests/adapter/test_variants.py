@@ -217,9 +217,9 @@ def test_rows_on_a_mesh(getkey):
     assert placed["embed"].values == NamedSharding(mesh, P(None, "model"))
 
 
-def test_peft_has_no_rows(tmp_path, getkey):
+def test_peft_needs_the_name_of_a_table_whose_rows_are_trained(tmp_path, getkey):
     lora, params, adapter = table_case(getkey)
-    with pytest.raises(jlora.UnsupportedFeatureError, match="embed"):
+    with pytest.raises(jlora.AdapterError, match='"embedding"'):
         jlora.peft.save(tmp_path / "p", params, adapter, lora.configs)
 
 

@@ -618,3 +618,10 @@ def test_what_is_no_door() -> None:
     ) as error:
         _ = jlora.pefd  # pyright: ignore
     assert (error.value.name, error.value.obj) == ("pefd", jlora)
+
+
+def test_no_hint_where_the_paths_are_right():
+    wide = jax.tree.map(lambda leaf: jnp.ones((*leaf.shape[:-1], 12)), PARAMS)
+    with pytest.raises(AdapterError, match="needs a") as error:
+        jlora.merge(wide, ADAPTER)
+    assert str(error.value).splitlines()[-1].startswith("'params/")
