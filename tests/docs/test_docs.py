@@ -18,7 +18,8 @@ from public import DOORS, PACKAGE, imported_names, public_names
 
 import jlora
 
-PAGES = {f.stem: f.read_text(encoding="utf-8") for f in (ROOT / "docs").glob("*.md")}
+FILES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guide").glob("*.md")]
+PAGES = {f.stem: f.read_text(encoding="utf-8") for f in FILES}
 CODE = [name for name, page in PAGES.items() if "```python\n" in page]
 
 pytestmark = pytest.mark.docs
@@ -178,7 +179,9 @@ PLACE = re.compile(
 )
 ADDED = re.compile(r'(?:title="|^\+\+\+ b/)([\w/.]+)', re.MULTILINE)
 NAMING = [
-    f for where in (".", "docs", "notebooks") for f in (ROOT / where).glob("*.md")
+    f
+    for where in (".", "docs", "docs/guide", "notebooks")
+    for f in (ROOT / where).glob("*.md")
 ]
 NAMING += [*(ROOT / "benchmarks").glob("*.md"), *PACKAGE.rglob("*.py")]
 

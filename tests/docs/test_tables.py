@@ -1,0 +1,61 @@
+"""The tables of the documentation say what the code says: names, fields, doors."""
+
+import dataclasses
+import inspect
+import re
+
+import jax.numpy as jnp
+import pytest
+from paths import ROOT
+from public import DOORS, imported_names
+
+import jlora
+
+pytestmark = pytest.mark.docs
+
+
+def table(page: str, head: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column is called `head`, by first cell.
+
+    Of a cell that is a link the text counts.
+    """
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = text[text.index(f"| {head} |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines]
+    return {re.sub(r"^\[(.*)\]\(.*\)$", r"\1", r[0]).strip("`"): r[1:] for r in rows}
+
+
+NAMES = table("api/index.md", "name")
+
+
+def test_every_public_name_has_a_row() -> None:
+    assert set(NAMES) == {f"jlora.{name}" for name in imported_names()}
+    assert all(len(row) == 1 and row[0] for row in NAMES.values())
+
+
+def test_the_row_of_lora_has_its_signature() -> None:
+    told = re.search(r"`lora\((.*?)\)`", NAMES["jlora.lora"][0])
+    given = inspect.signature(jlora.lora).parameters.values()
+    keywords = [f'{p.name}="{p.default}"' for p in given if isinstance(p.default, str)]
+    assert told
+    assert told[1] == ", ".join(["fn, config, *, argnum=0", *keywords])
+    assert len(given) == 3 + len(keywords)
+
+
+def test_the_row_of_the_result_has_its_methods() -> None:
+    told = re.findall(r"`(\w+)`", NAMES["jlora.Lora"][0])
+    methods = [n for n, v in vars(jlora.Lora).items() if inspect.isfunction(v)]
+    assert sorted(told) == sorted(n for n in methods if not n.startswith("_"))
+
+
+def test_every_module_has_a_row() -> None:
+    assert set(table("api/index.md", "module")) == {f"jlora.{name}" for name in DOORS}
+
+
+def test_the_fields_are_those_of_the_config() -> None:
+    fields = table("guide/targets.md", "`LoraConfig`")
+    expected = {f.name: f.default for f in dataclasses.fields(jlora.LoraConfig)}
+    assert list(fields) == list(expected)
+    for name, default in expected.items():
+        told = default.__name__ if default is jnp.float32 else repr(default)
+        assert fields[name][0] == f"`{told}`", name
