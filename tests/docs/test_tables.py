@@ -1,4 +1,4 @@
-"""The tables of the documentation say what the code says: names, fields, doors."""
+"""The tables of the documentation say what is there: names, fields, doors, findings."""
 
 import dataclasses
 import inspect
@@ -59,3 +59,16 @@ def test_the_fields_are_those_of_the_config() -> None:
     for name, default in expected.items():
         told = default.__name__ if default is jnp.float32 else repr(default)
         assert fields[name][0] == f"`{told}`", name
+
+
+def test_every_finding_has_a_row() -> None:
+    folder = ROOT / "findings"
+    table = (folder / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([\w.-]+\.sh)\)", table)
+    assert sorted(linked) == sorted(file.name for file in folder.glob("*.sh"))
+
+
+def test_every_notebook_is_a_page() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r"notebooks/(\w+)\.md", nav)
+    assert pages == sorted(file.stem for file in (ROOT / "notebooks").glob("*.ipynb"))
