@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
+
+from .versions import InconclusiveDimensionOperation
 
 
 def are_known(sizes: Iterable[Any]) -> bool:

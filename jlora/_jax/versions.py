@@ -1,7 +1,7 @@
 """Every difference between JAX releases, and every reach below `jax` itself.
 
-Supported: jax 0.10.2 (the newest for Python 3.11) to 0.12. What is used here and is not
-`jax.*` proper is `jax.extend`, the door JAX keeps for libraries that transform jaxprs.
+Supported: a year of releases, jax 0.8.1 to 0.12. What is used here and is not `jax.*`
+proper is `jax.extend`, the door JAX keeps for libraries that transform jaxprs.
 """
 
 import contextlib
@@ -15,6 +15,11 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from jax.sharding import AxisType
 
 from .frames import Owner, Unsure, place
+
+try:
+    from jax.errors import InconclusiveDimensionOperation
+except ImportError:  # before jax 0.10
+    from jax.core import InconclusiveDimensionOperation as InconclusiveDimensionOperation
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
@@ -86,8 +91,10 @@ def equation_scope(eqn: JaxprEqn) -> Iterator[None]:
 
 def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     """Evaluates an equation unchanged and returns the list of its outputs."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    out = eqn.primitive.bind(*args, **params)
+    found: Any = eqn.primitive.get_bind_params(eqn.params)
+    # Before jax 0.10 a pair: functions that go before the operands, and the params.
+    first, params = found if isinstance(found, tuple) else ((), found)
+    out = eqn.primitive.bind(*first, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -138,7 +145,10 @@ def explicit_mesh(*arrays: Any) -> Any:
 
 def manual_axes(array: Any) -> frozenset[str]:
     """Returns the shard_map axes along which `array` varies."""
-    return jax.typeof(array).manual_axis_type.varying
+    kind: Any = jax.typeof(array)
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return kind.vma  # before jax 0.10
 
 
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
