@@ -51,9 +51,11 @@ class Target(NamedTuple):
     def here(cls) -> "Target":
         """What a `jax.jit` without shardings is lowered for."""
         device = jax.devices()[0]
-        if device.platform != "gpu":
-            return cls(device.platform)
-        return cls("rocm" if "rocm" in device.client.platform_version else "cuda")
+        platform = device.platform
+        if platform == "gpu":
+            version = device.client.platform_version
+            platform = "rocm" if "rocm" in version else "cuda"
+        return cls(platform, kind=device.device_kind)
 
     @classmethod
     def of(cls, platform: str, ctx: mlir.LoweringRuleContext) -> "Target":

@@ -1,13 +1,18 @@
 """`jlora.lora`: from an apply function to one that takes an adapter beside params."""
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .._adapter.config import LoraConfig
 from .._adapter.variants import variant_of_config
 from .._product.choice import Contraction
 from .arguments import check_configs, check_function
+from .measurements import read_measurements
 from .transform import Backward, Lora, Materialize
+
+_CONTRACTIONS = ("fast", "factored", "merged", "auto", "fused")
 
 
 def lora(
@@ -17,7 +22,7 @@ def lora(
     argnum: int = 0,
     materialize: Materialize = "error",
     backward: Backward = "custom",
-    contraction: Contraction = "fast",
+    contraction: Contraction | str | os.PathLike[str] = "fast",
 ) -> Lora:
     """Returns `fn` as a function of frozen params and a low-rank adapter.
 
@@ -42,8 +47,10 @@ def lora(
             of less than 2⁻⁹ of a weight is lost. "auto" is merged in float32 where
             that takes fewer FLOPs, else "fast". "fused" is "fast" with the kernel
             wherever sizes divide into its tiles (256 rows, 128 columns), for
-            measurements. The plan says what each product does on one device of the
-            default platform.
+            measurements. The path of the file in which `benchmarks/tune.py` says what
+            is fastest on your device ("forms.json") takes that there, and "fast" for
+            sizes that it does not name. The plan says what each product does on one
+            device of the default platform.
 
     Returns:
         A `Lora`, with `plan`, `init` and `apply`.
@@ -73,8 +80,15 @@ def lora(
         raise TypeError(f"`argnum` must be an int of at least 0, got {argnum!r}")
     _one_of("materialize", materialize, ("error", "allow"))
     _one_of("backward", backward, ("custom", "autodiff"))
-    _one_of("contraction", contraction, ("fast", "factored", "merged", "auto", "fused"))
-    return Lora(fn, several, argnum, materialize, backward, contraction)
+    return Lora(fn, several, argnum, materialize, backward, _contraction(contraction))
+
+
+def _contraction(given: Any) -> Any:
+    """Returns a contraction, or what its file says."""
+    if isinstance(given, os.PathLike) or str(given).endswith(".json"):
+        return read_measurements(Path(given))
+    _one_of("contraction", given, _CONTRACTIONS)
+    return given
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

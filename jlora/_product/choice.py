@@ -16,8 +16,9 @@ from .fused import joining_pays
 from .group import Form, GroupDims, compute_dtype
 from .hopper_kernel import blocks, divides, fits, processors
 from .hopper_probe import fault, runs_on
+from .measured import Measurements, OfSize
 
-Contraction = Literal["fast", "factored", "merged", "auto", "fused"]
+Contraction = Literal["fast", "factored", "merged", "auto", "fused"] | Measurements
 
 # Features and outputs from which on a kernel is extended: 768 lost, 2048 gains.
 _LEAST_EXTENDED = 1024
@@ -36,6 +37,7 @@ class ByPlatform(NamedTuple):
         summed: whether it may be one sum on a mesh: rounded as the program asks for.
         tokens, features, outputs: the sizes of the largest product of the group.
             (`jax.vmap` makes more tokens of them: nothing depends on those before.)
+        timed: what was measured of kernels of this size, if anything was.
     """
 
     fused: Literal["never", "filled", "always"]
@@ -43,6 +45,7 @@ class ByPlatform(NamedTuple):
     tokens: int
     features: int
     outputs: int
+    timed: OfSize | None = None
 
     @property
     def has_rules(self) -> bool:
@@ -94,11 +97,16 @@ def choose(
     fused = fused and (always or min(features, largest) >= _LEAST_FUSED)
     where = ("always" if always else "filled") if fused else "never"
     one_precision = len({k.precision for k in dims.kernels}) == 1
-    return ByPlatform(where, rounds and one_precision, tokens, features, largest)
+    timed = None
+    if isinstance(contraction, Measurements):
+        timed = contraction.of_size(x.dtype, features, largest)
+    return ByPlatform(where, rounds and one_precision, tokens, features, largest, timed)
 
 
 def form_on(by: ByPlatform, target: Target) -> Form:
     """Returns the form that a group takes on what it is lowered for."""
+    if (timed := _form_that_was_timed(by, target)) is not None:
+        return timed
     if target.platform == "tpu":
         return _form_on_tpu(by, target)
     gpu = target.platform in ("cuda", "rocm")
@@ -108,6 +116,18 @@ def form_on(by: ByPlatform, target: Target) -> Form:
         return "extended" if gpu and _extended_pays(*by.sizes) else "separate"
     # On Explicit axes types say where all lies.
     return "ruled" if by.summed and target.rules and not target.typed else "separate"
+
+
+def _form_that_was_timed(by: ByPlatform, target: Target) -> Form | None:
+    """Returns the form that was fastest on such a device, where it is one and can."""
+    if by.timed is None or target.devices > 1 or target.kind != by.timed.kind:
+        return None
+    form = by.timed.at(by.tokens)
+    if form == "fused":
+        can = by.fused != "never" and fits(*by.sizes) and runs_on(target)
+    else:
+        can = by.summed or form in ("separate", "extended")
+    return form if can else None
 
 
 def _form_on_tpu(by: ByPlatform, target: Target) -> Form:
