@@ -46,7 +46,8 @@ def lora(
             gradients factored: fewer FLOPs for many tokens, but in bfloat16 an update
             of less than 2⁻⁹ of a weight is lost. "auto" is merged in float32 where
             that takes fewer FLOPs, else "fast". "fused" is "fast" with the kernel
-            wherever sizes divide into its tiles (256 rows, 128 columns), for
+            wherever sizes divide into its tiles (256 rows, 128 columns), and with
+            another one on a TPU, which was compiled for TPUs and never run on one: for
             measurements. The path of the file in which `benchmarks/tune.py` says what
             is fastest on your device ("forms.json") takes that there, and "fast" for
             sizes that it does not name. The plan says what each product does on one

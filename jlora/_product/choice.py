@@ -17,6 +17,7 @@ from .group import Form, GroupDims, compute_dtype
 from .hopper_kernel import blocks, divides, fits, processors
 from .hopper_probe import fault, runs_on
 from .measured import Measurements, OfSize
+from .tpu_kernel import tiles
 
 Contraction = Literal["fast", "factored", "merged", "auto", "fused"] | Measurements
 
@@ -125,6 +126,8 @@ def _form_that_was_timed(by: ByPlatform, target: Target) -> Form | None:
     form = by.timed.at(by.tokens)
     if form == "fused":
         can = by.fused != "never" and fits(*by.sizes) and runs_on(target)
+    elif form == "tiled":
+        can = by.fused != "never" and _is_tiled(by, target)
     else:
         can = by.summed or form in ("separate", "extended")
     return form if can else None
@@ -135,6 +138,8 @@ def _form_on_tpu(by: ByPlatform, target: Target) -> Form:
 
     In a program for several nothing may be joined: it is not known what is sharded.
     """
+    if by.fused == "always" and _is_tiled(by, target):
+        return "tiled"
     wide = min(by.features, by.outputs) >= _LEAST_EXTENDED
     if target.devices > 1 or not (by.summed and wide and joining_pays(by.tokens)):
         return "separate"
@@ -164,6 +169,14 @@ def _is_fused(by: ByPlatform, target: Target) -> bool:
         return False
     each = blocks(*by.sizes) // target.devices
     return by.fused == "always" or each >= processors()
+
+
+def _is_tiled(by: ByPlatform, target: Target) -> bool:
+    """Whether the kernel for TPUs divides a product and that of its gradient."""
+    if target.platform != "tpu" or target.devices > 1 or not by.summed:
+        return False
+    ways = (by.features, by.outputs), (by.outputs, by.features)
+    return all(tiles(by.tokens, [depth], columns) for depth, columns in ways)
 
 
 def _extended_pays(tokens: int, features: int, outputs: int) -> bool:

@@ -6,6 +6,7 @@
   features, and it needs arrays that are whole: a sharded axis cannot be appended to.
 * joined, copied: likewise on TPUs, where XLA joins the two in the product's own fusion,
   or from a copy of `[W; b]`; backward `[dy, g]·[W, a]ᵀ`. (See `_product.fused`.)
+* tiled: the same sum on TPUs by a kernel, on request, see `_product.tpu_kernel`.
 * fused: the same sum without copies, by a kernel for Hopper GPUs, see `_product.fused`.
 * partitioned, ruled: on a mesh, fused and separate, as operations with a partitioning
   rule (see `_product.partitioned`).
@@ -25,7 +26,7 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
-from .fused import How, Terms, in_parts, sum_by_xla, sum_joined, sum_whole
+from .fused import How, Terms, in_parts, sum_by_xla, sum_joined, sum_tiled, sum_whole
 from .group import (
     Form,
     GroupDims,
@@ -311,6 +312,7 @@ _FORMS: dict[Form, _Form] = {
     "extended": _Form(_extended, _extended_backward),
     "joined": _Form.summing("joined", sum_joined),
     "copied": _Form.summing("copied", _sum_copied),
+    "tiled": _Form.summing("tiled", sum_tiled),
     "fused": _Form.summing("fused", sum_whole),
     "partitioned": _Form.summing("partitioned", _on_mesh(whole=sum_whole)),
     "ruled": _Form.summing("ruled", _on_mesh(whole=sum_by_xla)),

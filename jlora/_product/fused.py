@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import tpu_kernel
 from .hopper_kernel import fits, sum_of_products
 
 # Tokens from which on TPUs gain by one joined product.
@@ -115,6 +116,16 @@ def sum_joined(terms: Terms, how: How, copied: bool = False) -> jax.Array:
         kernel = lax.optimization_barrier(kernel)
     rows = [lax.concatenate([xs[0], h], 1), *xs[1:]]
     y = _sum_of_bases(rows, [kernel, *ws[1:]], how, h.dtype)
+    return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])
+
+
+def sum_tiled(terms: Terms, how: How) -> jax.Array:
+    """Returns the same by the kernel for TPUs where it fits, else joined."""
+    xs, ws, h, b = _matrices(terms, how.turned)
+    sizes = h.shape[0], [x.shape[1] for x in xs], b.shape[1]
+    if h.dtype != jnp.bfloat16 or not tpu_kernel.tiles(*sizes):
+        return sum_joined(terms, how)
+    y = tpu_kernel.sum_of_products(xs, ws, h, b, turned=how.turned)
     return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])
 
 

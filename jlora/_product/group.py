@@ -28,6 +28,7 @@ Form = Literal[
     "extended",
     "joined",
     "copied",
+    "tiled",
     "fused",
     "partitioned",
     "ruled",

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 from .group import Form
 
 # Forms that may be timed: those of one device that form no kernel.
-TIMED: tuple[Form, ...] = ("separate", "extended", "joined", "copied", "fused")
+TIMED: tuple[Form, ...] = (
+    "separate",
+    "extended",
+    "joined",
+    "copied",
+    "tiled",
+    "fused",
+)
 # A form holds for numbers of tokens up to this factor away from those it was timed for.
 _NEAR = 2
 
