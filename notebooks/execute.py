@@ -39,9 +39,9 @@ def execute(
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    env["PYTHONPATH"] = os.pathsep.join(
-        [str(NOTEBOOKS.parent), *filter(None, sys.path)]
-    )
+    # jlora as it lies here, and nothing else of what this process imports from.
+    paths = str(NOTEBOOKS.parent), env.get("PYTHONPATH", "")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     client.execute(env=env)
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook

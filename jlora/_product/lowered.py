@@ -41,7 +41,7 @@ def run_lowered(
     return by_platform(_Bodies(one, by, tree), *leaves)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Bodies:
     """What `_jax.platforms.by_platform` asks for."""
 
@@ -49,6 +49,11 @@ class _Bodies:
     by: ByPlatform
     tree: Any
     is_typed = False
+
+    def __repr__(self) -> str:
+        """Short, for whoever prints a jaxpr."""
+        name, count = self.one.run.__name__.strip("_"), len(self.one.dims.kernels)
+        return f"<{name} of {count} product{'s' if count > 1 else ''}>"
 
     @property
     def has_rules(self) -> bool:
