@@ -70,9 +70,9 @@ class LoraConfig:
             first batch axis of a kernel.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
-        variant: the name of a variant of LoRA that has been added to
-            `jlora/_adapter/variants`; "lora" for those that are told by the fields
-            above.
+        variant: "loha" for `HadamardFactors`, or the name of another variant that has
+            been added to `jlora/_adapter/variants`; "lora" for those that are told by
+            the fields above.
 
     Raises:
         ValueError: if a value is out of its range or a pattern is no regex.

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import LoraConfig
 from ..factors import exportable
 from .factors import FACTORS
+from .hadamard import HADAMARD
 from .layers import LAYERS
 from .rows import ROWS
 from .sliced import SLICED
@@ -23,6 +24,7 @@ VARIANTS: tuple[Variant, ...] = (
     ROWS,
     SLICED,
     LAYERS,
+    HADAMARD,
     FACTORS,
     WHOLE_LEAF,
 )
