@@ -1,7 +1,9 @@
 """The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
-Adapters are folders, of PEFT or of `jlora.checkpoint`. Errors are one line on the
-standard error and exit code 2; `diff` exits with 1 if the adapters differ.
+Adapters are folders, of PEFT or of `jlora.checkpoint`, or repositories of the Hugging
+Face Hub, `owner/name` or `owner/name@revision`, where nothing on disk is called so.
+Errors are one line on the standard error and exit code 2; `diff` exits with 1 if the
+adapters differ.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from ._errors import AdapterError
 from ._files.format import Configs, Format
 from ._files.shapes import read_shapes
 from ._formats import FORMATS
+from ._peft.files import local
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _PEFT = "_formats.peft"
@@ -35,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     parsed = _parser().parse_args(arguments)
     try:
+        for name in _ADAPTERS & set(vars(parsed)):
+            setattr(parsed, name, _on_disk(getattr(parsed, name)))
         return parsed.run(parsed)
     except (AdapterError, OSError, ValueError, TypeError, ImportError) as error:
         lines = "; ".join(line.strip() for line in str(error).splitlines() if line)
@@ -58,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         told = (run.__doc__ or "").splitlines()[0]
         added = commands.add_parser(name, help=told, description=told)
         for place, what in places.items():
-            added.add_argument(place, type=Path, help=what)
+            kind = str if place in _ADAPTERS else Path
+            added.add_argument(place, type=kind, help=what)
         added.add_argument(
             "--ignore",
             action="append",
@@ -69,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    either = "the folder of an adapter: of PEFT, a checkpoint, or one of its steps"
+    either = (
+        "the folder of an adapter: of PEFT, a checkpoint, or one of its steps; or a "
+        "repository of PEFT's files on the Hub, owner/name or owner/name@revision"
+    )
     command("inspect", _inspect, path=either)
     convert = command("convert", _convert, source=either, target="the folder to write")
     _add_options_of_peft(convert)
@@ -78,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = "the folder of a Hugging Face model, of safetensors"
     out = "the folder to write, which must not exist"
-    command("merge", _merge, base=model, adapter="the folder of PEFT's", out=out)
+    adapter = "the folder of PEFT's, or a repository"
+    command("merge", _merge, base=model, adapter=adapter, out=out)
     command("diff", _diff, one=either, other=either)
     return parser
 
@@ -110,6 +120,18 @@ def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
         default="peft",
         help="writing PEFT: for PEFT, or for what vLLM loads",
     )
+
+
+# What may be a repository of the Hub.
+_ADAPTERS = {"path", "source", "adapter", "one", "other"}
+
+
+def _on_disk(place: str) -> Path:
+    """Returns the path of an adapter; one of the Hub is fetched first."""
+    repository, _, revision = place.partition("@")
+    if not revision or os.path.lexists(place):
+        return local(place)
+    return local(repository, revision)
 
 
 # --- the formats ---
