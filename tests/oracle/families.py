@@ -5,9 +5,10 @@
 
 `make` writes FOLDER/<name>/base, peft and merged, as `save_pretrained` writes them, and
 the outputs `base.npy` and `adapted.npy`; `tree.npz` and `tree_merged.npz` have the same
-weights by the names of modules, of whose classes `kinds.json` tells. `check` reads what jlora made of these, the
-model `jlora` and the adapter `again`, and writes their outputs likewise. It is for
-transformers 4.57 and later; without torch this is a table of names, kinds and sizes.
+weights by the names of modules, of whose classes `kinds.json` tells. `check` reads what
+jlora made of these, the model `jlora` and the adapter `again`, and writes their outputs
+likewise. It is for transformers 4.57 and later; without torch this is a table of names,
+kinds and sizes.
 """
 
 import json
