@@ -279,7 +279,7 @@ def _inputs(model: Any) -> dict[str, Any]:
     if model.config.is_encoder_decoder:
         found["decoder_input_ids"] = tokens
     if model.main_input_name == "input_ids":
-        found["use_cache"] = False
+        model.config.get_text_config().use_cache = False
     return found
 
 

@@ -173,7 +173,7 @@ def test_sides_that_peft_swaps_are_swapped_back(inner: int, tmp_path: Path) -> N
 def test_sides_that_peft_swaps_are_converted_both_ways_by_the_kind(
     tmp_path: Path,
 ) -> None:
-    """One parameter that is not square tells the sides; on the way back the kind does."""
+    """A parameter that is not square tells the sides; on the way back the kind does."""
     rand, tensors = draw(1), {}
     for depth, name in (("", "down_proj"), (".base_layer", "gate_up_proj")):
         fan_in, out = SIDES[name]
