@@ -39,6 +39,7 @@ from ._errors import AdapterError as AdapterError
 from ._errors import BaseMismatchError as BaseMismatchError
 from ._errors import CorruptFileError as CorruptFileError
 from ._errors import FormatVersionError as FormatVersionError
+from ._errors import HubError as HubError
 from ._errors import LeftOutWarning as LeftOutWarning
 from ._errors import MaterializationError as MaterializationError
 from ._errors import NonFiniteError as NonFiniteError

@@ -1,7 +1,9 @@
 """The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
-Adapters are folders, of PEFT or of `jlora.checkpoint`. Errors are one line on the
-standard error and exit code 2; `diff` exits with 1 if the adapters differ.
+Adapters are folders, of PEFT or of `jlora.checkpoint`, or repositories of the Hugging
+Face Hub, `owner/name` or `owner/name@revision`, where nothing on disk is called so.
+Errors are one line on the standard error and exit code 2; `diff` exits with 1 if the
+adapters differ.
 """
 
 import argparse
@@ -13,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from . import __version__
-from ._adapter.entries import kernel_shape
-from ._adapter.factors import LoraFactors
-from ._adapter.variants import variant_of_entry
 from ._algebra import compare as _compare
-from ._algebra.spectrum import effective_rank, singular_values
+from ._algebra import summary
 from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
 from ._files.format import Configs, Format
 from ._files.shapes import read_shapes
 from ._formats import FORMATS
+from ._peft.files import local
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _PEFT = "_formats.peft"
@@ -35,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     parsed = _parser().parse_args(arguments)
     try:
+        for name in _ADAPTERS & set(vars(parsed)):
+            setattr(parsed, name, _on_disk(getattr(parsed, name)))
         return parsed.run(parsed)
     except (AdapterError, OSError, ValueError, TypeError, ImportError) as error:
         lines = "; ".join(line.strip() for line in str(error).splitlines() if line)
@@ -58,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         told = (run.__doc__ or "").splitlines()[0]
         added = commands.add_parser(name, help=told, description=told)
         for place, what in places.items():
-            added.add_argument(place, type=Path, help=what)
+            kind = str if place in _ADAPTERS else Path
+            added.add_argument(place, type=kind, help=what)
         added.add_argument(
             "--ignore",
             action="append",
@@ -69,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    either = "the folder of an adapter: of PEFT, a checkpoint, or one of its steps"
+    either = (
+        "the folder of an adapter: of PEFT, a checkpoint, or one of its steps; or a "
+        "repository of PEFT's files on the Hub, owner/name or owner/name@revision"
+    )
     command("inspect", _inspect, path=either)
     convert = command("convert", _convert, source=either, target="the folder to write")
     _add_options_of_peft(convert)
@@ -78,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = "the folder of a Hugging Face model, of safetensors"
     out = "the folder to write, which must not exist"
-    command("merge", _merge, base=model, adapter="the folder of PEFT's", out=out)
+    adapter = "the folder of PEFT's, or a repository"
+    command("merge", _merge, base=model, adapter=adapter, out=out)
     command("diff", _diff, one=either, other=either)
     return parser
 
@@ -105,11 +111,30 @@ def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
         help="writing PEFT: the base, to be named in adapter_config.json",
     )
     convert.add_argument(
+        "--model-type",
+        metavar="KIND",
+        help="writing PEFT: the kind of the base, model_type in its config.json, where "
+        "PEFT has packed experts in another way than for most: llama4_text; for vLLM "
+        "gpt_oss, qwen3_5_moe",
+    )
+    convert.add_argument(
         "--profile",
         choices=("peft", "vllm"),
         default="peft",
         help="writing PEFT: for PEFT, or for what vLLM loads",
     )
+
+
+# What may be a repository of the Hub.
+_ADAPTERS = {"path", "source", "adapter", "one", "other"}
+
+
+def _on_disk(place: str) -> Path:
+    """Returns the path of an adapter; one of the Hub is fetched first."""
+    repository, _, revision = place.partition("@")
+    if not revision or os.path.lexists(place):
+        return local(place)
+    return local(repository, revision)
 
 
 # --- the formats ---
@@ -156,49 +181,12 @@ def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
 def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
     _, adapter = _read(given.path, given.ignore)
-    rows = [_row(path, entry) for path, entry in _with_progress(adapter)]
-    _say(_table(_HEAD, rows))
+    rows = [summary.row(path, entry) for path, entry in _with_progress(adapter)]
+    _say(_table(summary.HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
     _say(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
     return SAME
-
-
-_HEAD = (
-    "path",
-    "kernel",
-    "rank",
-    "scaling",
-    "dtype",
-    "‖a‖",
-    "‖b‖",
-    "‖ΔW‖",
-    "σ₁",
-    "99 %",
-)
-
-
-def _row(path: str, entry: Any) -> tuple[str, ...]:
-    factors = _compare.told(entry)
-    if not isinstance(factors, LoraFactors):
-        norm = f"{_compare.norm(factors):.4g}"
-        note = variant_of_entry(entry).note(entry)
-        shape, dtype = _shape(kernel_shape(entry)), str(factors.dtype)
-        return (path, shape, note, "", dtype, norm, "", "", "", "")
-    entry = factors
-    values = singular_values(_compare.on_host(entry))
-    return (
-        path,
-        _shape(entry.kernel_shape),
-        f"{entry.rank}{variant_of_entry(entry).note(entry)}",
-        f"{entry.scaling:g}",
-        str(entry.a.dtype),
-        f"{_compare.norm(entry.a):.4g}",
-        f"{_compare.norm(entry.b):.4g}",
-        f"{np.linalg.norm(values):.4g}",
-        f"{values.max():.4g}",
-        str(effective_rank(values).max()),
-    )
 
 
 def _convert(given: Any) -> int:
@@ -226,7 +214,8 @@ def _options(
     Raises:
         ValueError: if more is given, or the shapes of the params are none.
     """
-    defaults = {"names": None, "params": None, "base_model": None, "profile": "peft"}
+    defaults = dict.fromkeys(("names", "params", "base_model", "model_type"))
+    defaults["profile"] = "peft"
     asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
     placing = {n: v for n, v in asked.items() if n in source.placing}
     options = {n: v for n, v in asked.items() if n in target.options}
@@ -329,10 +318,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines.insert(1, tuple("-" * width for width in widths))
     padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return "\n".join(padded)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 if __name__ == "__main__":

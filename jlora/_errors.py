@@ -37,6 +37,13 @@ class FormatVersionError(AdapterError):
     """A file was written in a format that is newer than this jlora."""
 
 
+class HubError(AdapterError):
+    """A repository of the Hugging Face Hub is not there, not reached, or refused.
+
+    The message says what to do: log in, ask for access, or set HF_HUB_OFFLINE.
+    """
+
+
 class NonFiniteError(AdapterError):
     """An adapter holds NaNs or infinities."""
 

@@ -5,6 +5,8 @@ The door to safetensors: `load` and `save` read and write a folder with
 do; `params_from_torch` and `params_to_torch` take the base itself through the same map
 of names. Files are not trusted: pickles and links are refused, every claim is checked
 before memory is taken, and each field of the config is honoured or refused by name.
+Both take a repository of the Hugging Face Hub, too, where `huggingface_hub` is
+installed (`jlora[hub]`).
 
 Example:
     >>> import jax, jax.numpy as jnp, jlora, jlora.peft, tempfile
@@ -55,11 +57,15 @@ def load(
     leave_out: Collection[str] = (),
     allow_nonfinite: bool = False,
     max_bytes: int = MAX_BYTES,
+    revision: str | None = None,
 ) -> tuple[LoraConfig | tuple[LoraConfig, ...], Adapter]:
-    """Returns the config and the adapter of a PEFT folder.
+    """Returns the config and the adapter of a PEFT folder, or one of the Hub.
 
     Args:
-        path: the folder, or one of its two files.
+        path: the folder, or one of its two files; or a repository of the Hub, text of
+            the form "owner/name" that nothing on disk is called. Of that the two files
+            are fetched, and no other, into the cache of `huggingface_hub`; HF_TOKEN,
+            HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded as ever.
         params_or_plan: the params that the adapter is for, as arrays or shapes, or a
             plan of a `jlora.lora` that adapts them. A plan knows the roles of all axes;
             the params alone will do for kernels under Flax's names.
@@ -73,6 +79,8 @@ def load(
             these whole parts follow each other.
         allow_nonfinite: whether NaNs and infinities are taken.
         max_bytes: the largest file that is read.
+        revision: of a repository the branch, the tag or the commit; by default its main
+            branch.
 
     Returns:
         The config, or several where targets differ, for `jlora.lora`; and the adapter,
@@ -82,6 +90,7 @@ def load(
         all experts for every token, too.
 
     Raises:
+        HubError: if a repository is not there, cannot be reached or may not be read.
         UnsafeFormatError: if a file is a pickle or a link.
         CorruptFileError: if a file is not what its format allows.
         UnsupportedFeatureError: if it needs what jlora has not, by name.
@@ -90,7 +99,11 @@ def load(
     """
     check_path(path, "jlora.peft.load(path, params, names)")
     files = read_files(
-        path, ignore=ignore, allow_nonfinite=allow_nonfinite, max_bytes=max_bytes
+        path,
+        ignore=ignore,
+        allow_nonfinite=allow_nonfinite,
+        max_bytes=max_bytes,
+        revision=revision,
     )
     base = Base.of(params_or_plan, names)
     try:

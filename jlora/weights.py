@@ -59,6 +59,7 @@ def merge_folder(
     leave_out: Collection[str] = (),
     extend_tables: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    revision: str | None = None,
 ) -> None:
     """Writes a Hugging Face model with a PEFT adapter merged into its weights.
 
@@ -80,7 +81,8 @@ def merge_folder(
 
     Args:
         base: the folder of the model.
-        adapter: the folder of the adapter.
+        adapter: the folder of the adapter, or a repository of the Hub, as for
+            `jlora.peft.load`.
         out: the folder to write, which must not exist.
         ignore: fields of the adapter's config to do without, as for `jlora.peft.load`.
         leave_out: modules of the adapter that are not merged, as for `jlora.peft.load`.
@@ -88,6 +90,7 @@ def merge_folder(
             before the adapter was trained, which its file has then; `config.json` has
             the new number of them.
         progress: called with the number of tensors written, of all, and the file.
+        revision: of the adapter's repository, as for `jlora.peft.load`.
 
     Raises:
         FileExistsError: if `out` exists.
@@ -101,7 +104,8 @@ def merge_folder(
     source, target = Path(base), Path(out)
     check_places(source, target)
     weights = open_weights(source)
-    files = without(read_files(adapter, ignore=ignore), leave_out)
+    read = read_files(adapter, ignore=ignore, revision=revision)
+    files = without(read, leave_out)
     config = model_config(source)
     changes = changes_of(weights, files, config, extend_tables=extend_tables)
     target.parent.mkdir(parents=True, exist_ok=True)

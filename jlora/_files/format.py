@@ -25,7 +25,7 @@ class Format:
         suffix: how the names of its files end, if the format is one of files; that of
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
-            "base_model", "profile".
+            "base_model", "profile", "model_type".
         placing: those that `read` takes, to place what is there in a model: "names" and
             "params", the shapes of its leaves by path.
         told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell

@@ -18,7 +18,7 @@ VALUES_LIMIT = 1 << 40  # of one tensor
 HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
 
 # Formats that run code when they are opened, or that jlora has no reader for.
-_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".msgpack")
+UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".msgpack")
 
 # bits of a value, by the name that safetensors gives a dtype
 BITS = {
@@ -60,7 +60,7 @@ def check_regular(path: Path) -> Path:
         FileNotFoundError: if there is none.
         UnsafeFormatError: if it is a pickle by its name, a link or a special file.
     """
-    if path.suffix.lower() in _UNSAFE:
+    if path.suffix.lower() in UNSAFE:
         raise UnsafeFormatError(
             f"{path} may run code when it is opened, and jlora does not read its "
             "format; convert it to safetensors where you trust it"

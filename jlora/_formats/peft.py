@@ -81,6 +81,7 @@ def write(
     names: str | None = None,
     base_model: str | None = None,
     profile: str = "peft",
+    model_type: str | None = None,
 ) -> None:
     """Writes a folder.
 
@@ -92,6 +93,7 @@ def write(
         names: the family whose names the modules have in torch.
         base_model: the name of the base.
         profile: "peft" or "vllm".
+        model_type: the kind of the base, as its `config.json` has it.
 
     Raises:
         UnsupportedFeatureError: if layouts are in doubt.
@@ -103,8 +105,9 @@ def write(
         kernels_alone(adapter),
         adapter,
         configs,
-        family_names(names) if names is not None else expert_rules(adapter),
+        family_names(names) if names is not None else expert_rules(adapter, model_type),
         profile=profile,
+        model_type=model_type,
         base_model=base_model,
         overwrite=overwrite,
     )
@@ -131,7 +134,7 @@ FORMAT = Format(
     holds,
     read,
     write,
-    options=("names", "base_model", "profile"),
+    options=("names", "base_model", "profile", "model_type"),
     placing=("names", "params"),
     told_in_part=told_in_part,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._errors import AdapterError
+from .._files.hub import fetch, repository_of
 from .._files.safetensors import MAX_BYTES, check_finite, file_bytes, read_tensors
 from .._files.untrusted import JSON_LIMIT, check_regular, parse_json, read_file
 from .config_file import parse_config
@@ -27,19 +28,21 @@ def read_files(
     ignore: Collection[str] = (),
     allow_nonfinite: bool = False,
     max_bytes: int = MAX_BYTES,
+    revision: str | None = None,
 ) -> AdapterFiles:
     """Returns what a PEFT folder holds, by the names of torch's modules.
 
     Args:
-        path: the folder, or one of its two files.
+        path: the folder, one of its two files, or a repository, as for `load`.
         ignore: as for `load`.
         allow_nonfinite: as for `load`.
         max_bytes: as for `load`.
+        revision: as for `load`.
 
     Raises:
         AdapterError: as `load`, but for what concerns the params.
     """
-    folder = _folder(Path(path))
+    folder = _folder(local(path, revision, max_bytes=max_bytes))
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     _check_present(folder)
     text = read_file(config_file, JSON_LIMIT)
@@ -63,6 +66,26 @@ def read_files(
         scalings,
         version_of(values.get("peft_version")),
     )
+
+
+def local(
+    path: Any, revision: str | None = None, *, max_bytes: int = MAX_BYTES
+) -> Path:
+    """Returns the path of an adapter on disk; one of the Hub is fetched first.
+
+    Args:
+        path: a file or a folder, or a repository `owner/name`, as for `load`.
+        revision: as for `load`.
+        max_bytes: as for `load`.
+
+    Raises:
+        HubError: if a repository cannot be had.
+        ValueError: if there is a revision of what is on disk.
+    """
+    repository = repository_of(path, revision)
+    if repository is None:
+        return Path(path)
+    return fetch(repository, revision, {CONFIG: JSON_LIMIT, WEIGHTS: max_bytes})
 
 
 def _folder(path: Path) -> Path:

@@ -13,6 +13,7 @@ from .._adapter.entries import lowered
 from .._adapter.factors import LoraFactors
 from .._adapter.instead import check_order
 from .._files.atomic import write_files
+from .._files.hub import check_repository, push
 from .._files.safetensors import check_finite
 from .._params.given import check_path, described
 from .._params.paths import PyTree
@@ -50,8 +51,9 @@ def save(
     task_type: str | None = None,
     model_type: str | None = None,
     overwrite: bool = False,
+    push_to: str | None = None,
 ) -> None:
-    """Writes an adapter as a PEFT folder.
+    """Writes an adapter as a PEFT folder, and sends it to the Hub if that is asked for.
 
     Values and dtypes are those of the adapter; factors of different dtypes that become
     one module's are written in one that holds the values of all. The same adapter gives
@@ -82,10 +84,16 @@ def save(
         task_type: PEFT's, such as "CAUSAL_LM".
         model_type: the kind of the base, as its `config.json` has it, for "vllm": the
             experts of "gpt_oss" and "qwen3_5_moe" stay packed.
-        overwrite: whether an adapter that is there may be replaced.
+        overwrite: whether an adapter that is there may be replaced, in the folder and
+            in the repository, whose history keeps the old one.
+        push_to: a repository of the Hub, "owner/name": when the folder is written, its
+            two files are sent there in one commit on the main branch. One that is not
+            there is made, and is private.
 
     Raises:
         FileExistsError: if one is there and `overwrite` is False.
+        HubError: if the repository cannot be reached or may not be written; the folder
+            is written then.
         NonFiniteError: if the adapter holds NaNs or infinities.
         UnsupportedFeatureError: if the profile lacks what the adapter needs.
         AdapterError: if the adapter is empty, does not fit the params, or has no names
@@ -94,6 +102,8 @@ def save(
     if profile not in ("peft", "vllm"):
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
     check_path(path, _ORDER)
+    if push_to is not None:
+        check_repository(push_to)
     _check_order(params_or_plan, adapter, config)
     check_writable(adapter)
     given = sorted(adapter.items())
@@ -132,6 +142,8 @@ def save(
     }
     if jax.process_index() == 0:
         write_files(Path(path), files, overwrite=overwrite)
+        if push_to is not None:
+            push(push_to, files, overwrite=overwrite)
     wait_for_all("jlora.peft.save")
 
 

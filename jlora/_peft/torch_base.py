@@ -156,6 +156,7 @@ def torch_base(
     }
     _check_summed(leaves, files)
     _check_complete(leaves, files)
+    _check_biases(leaves, files)
     types = types or ModelTypes()
     chosen = files.config.selects_parameter
     turned = _turned(leaves, files, types)
@@ -301,6 +302,25 @@ def _check_complete(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
         raise AdapterError(
             f"{files.where}: the config selects {missing[:5]}, and the file has no "
             "factors for them"
+        )
+
+
+def _check_biases(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
+    """Raises if the biases of adapted modules are trained, and the file has them not.
+
+    Releases of PEFT up to 0.19 do not save them where `bias` is "lora_only".
+    """
+    if files.config.bias == "none":
+        return
+    plain = {name.replace(".base_layer.", ".") for name in files.whole}
+    own = {module.replace(".base_layer.", ".") for module in files.modules}
+    missing = sorted({f"{module}.bias" for module in own} & set(leaves) - plain)
+    missing = [name for name in missing if not files.config.is_left_out(name)]
+    if missing:
+        raise AdapterError(
+            f"{files.where}: {missing[:5]} are missing ({len(missing)} in all), which "
+            f"`bias`, {files.config.bias!r}, promises; PEFT up to 0.19 does not save "
+            "them. To do without them, ignore the field `bias`"
         )
 
 

@@ -18,6 +18,7 @@ from .._errors import AdapterError, UnsupportedFeatureError
 from .assemble import factors_of, modules_of
 from .configs import configs_of
 from .layout import spread
+from .model_types import swaps_experts
 from .modules import TorchModule
 from .named_params import Base
 from .names import Rule, bind
@@ -123,21 +124,31 @@ def _in_doubt(path: str, entry: Any) -> bool:
     return entry.ndim > 1 and path.rpartition("/")[2] not in known
 
 
-def expert_rules(adapter: Mapping[str, Any]) -> list[Rule] | None:
+def expert_rules(
+    adapter: Mapping[str, Any], model_type: str | None = None
+) -> list[Rule] | None:
     """Returns rules for an adapter of packed experts; None if it has none.
 
     A kernel `(experts, in, out)` right below `experts` is a parameter of that module;
     any other leaf is what the mechanical map has. PEFT wraps the parameters in the
     order in which torch's module defines them: the output of a layer is the last.
+
+    Args:
+        adapter: the entries by path.
+        model_type: the kind of the model, which says at which side PEFT has the factors
+            of experts.
     """
     packed = [path for path, entry in adapter.items() if _is_packed(path, entry)]
     if not packed:
         return None
     packed.sort(key=lambda path: ("down_proj" in path, path))
     others = [path for path in adapter if path not in packed]
+    swapped = "+fan_in_fan_out+swapped" if swaps_experts(model_type) else ""
     rules = []
     for path, binding in bind([*packed, *others], None).items():
-        steps = "experts" if path in packed else "+".join(binding.steps) or None
+        steps = (
+            f"experts{swapped}" if path in packed else "+".join(binding.steps) or None
+        )
         rules.append(Rule(re.escape(path), binding.slots[0].template, steps))
     return rules
 

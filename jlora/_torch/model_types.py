@@ -18,6 +18,8 @@ _LINEAR = frozenset(("gpt_bigcode", "gpt_neo", "starcoder2"))
 
 # Kinds whose experts are (experts, in, out), and whose modules say so to PEFT.
 _IN_FIRST = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
+# Kinds whose experts are (experts, in, out), and whose modules do not say so to PEFT.
+_SWAPPED = frozenset(("llama4", "llama4_text"))
 # Other kinds with packed experts: (experts, out, in), or nothing tells PEFT otherwise.
 _PACKED = frozenset(
     """
@@ -84,6 +86,11 @@ class ModelTypes:
     def kinds(self) -> frozenset[str]:
         """The kinds of all parts."""
         return frozenset(self.by_part.values())
+
+
+def swaps_experts(kind: str | None) -> bool:
+    """Returns whether PEFT takes inputs for outputs in the experts of a kind."""
+    return kind in _SWAPPED
 
 
 def has_conv1d_name(module: str) -> bool:

@@ -262,6 +262,28 @@ def test_biases_beside_saved_modules_are_saved(bias: str, tmp_path: Path) -> Non
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_were_not_saved_are_not_merged_in_silence(
+    bias: str, tmp_path: Path
+) -> None:
+    """PEFT up to 0.19 writes `lora_only` and the factors alone."""
+    rand = draw()
+    old = {"query.weight": rand(N, N), "query.bias": rand(N), "out.bias": rand(3)}
+    base = write_model(tmp_path / "base", old, model_type="bert")
+    a, b = rand(RANK, N), rand(N, RANK)
+    peft = write_adapter(
+        tmp_path / "peft", factors("query", a, b), target_modules=["query"], bias=bias
+    )
+    told = r"\['query\.bias'\] are missing .* promises; .* ignore the field `bias`"
+    with pytest.raises(jlora.AdapterError, match=told):
+        merged(tmp_path, base, peft)
+    assert not (tmp_path / "merged").exists()
+    found, _ = merged(tmp_path, base, peft, ignore=["bias"])
+    new = {**old, "query.weight": old["query.weight"] + SCALE * b @ a}
+    for name, value in new.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+
+
 def test_two_values_of_one_bias_are_refused(tmp_path: Path) -> None:
     more = {"classifier.modules_to_save.bias": np.ones(3, np.float32)}
     peft, _ = head_of_classes(tmp_path / "peft", "all", **more)

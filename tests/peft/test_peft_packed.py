@@ -168,3 +168,38 @@ def test_sides_that_peft_swaps_are_swapped_back(inner: int, tmp_path: Path) -> N
     found = tensors_of(tmp_path / "again")
     for name, tensor in tensors_of(peft).items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+
+
+def test_sides_that_peft_swaps_are_converted_both_ways_by_the_kind(
+    tmp_path: Path,
+) -> None:
+    """A parameter that is not square tells the sides; on the way back the kind does."""
+    rand, tensors = draw(1), {}
+    for depth, name in (("", "down_proj"), (".base_layer", "gate_up_proj")):
+        fan_in, out = SIDES[name]
+        a, b = rand(E * RANK, out), rand(fan_in, RANK * E)
+        tensors |= factors(f"{OWNER}{depth}", a, b)
+    parameters = [f"experts.{name}" for name in SIDES]
+    fields: Any = {"target_modules": [], "target_parameters": parameters}
+    peft = str(write_adapter(tmp_path / "peft", tensors, **fields))
+    checkpoint, back, other = (str(tmp_path / n) for n in ("checkpoint", "back", "o"))
+    assert main(["convert", peft, checkpoint]) == 0
+    kind = ["--model-type", "llama4_text"]
+    assert main(["convert", *kind, checkpoint, back]) == 0
+    given, found = tensors_of(tmp_path / "peft"), tensors_of(tmp_path / "back")
+    assert set(found) == set(given)
+    for name, tensor in given.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+    # The delta is the same, and the sides are those of other kinds.
+    assert main(["convert", "--model-type", "mixtral", checkpoint, other]) == 0
+    assert main(["diff", back, other]) == 0
+    key = f"base_model.model.{OWNER}.lora_A.weight"
+    assert tensors_of(tmp_path / "o")[key].shape == (E * RANK, INNER)
+    assert given[key].shape == (E * RANK, N)
+
+
+def test_a_kind_has_no_place_in_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
+    peft = expert_file(tmp_path / "peft")
+    command = ["convert", "--model-type", "mixtral", str(peft), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "has no place for --model-type" in capsys.readouterr().err

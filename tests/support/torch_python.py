@@ -7,6 +7,7 @@ import sys
 import pytest
 
 VARIABLE = "JLORA_ORACLE_PYTHON"
+VARIABLE_4 = "JLORA_ORACLE_PYTHON_4"
 
 
 def oracle_python() -> str:
@@ -21,3 +22,11 @@ def oracle_python() -> str:
             f"in {VARIABLE}"
         )
     return sys.executable
+
+
+def oracle_python_4() -> str:
+    """Returns a Python with transformers 4.57 and the PEFT of its time, or skips."""
+    given = os.environ.get(VARIABLE_4)
+    if not given:
+        pytest.skip(f"name a Python with transformers 4.57 in {VARIABLE_4}")
+    return given
