@@ -1,6 +1,7 @@
 """The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
-Adapters are folders, of PEFT or of `jlora.checkpoint`. Errors are one line on the
+Adapters are folders, of PEFT or of `jlora.checkpoint`, or files of diffusers, kohya's
+scripts or llama.cpp (GGUF). Errors are one line on the
 standard error and exit code 2; `diff` exits with 1 if the adapters differ.
 """
 
@@ -23,7 +24,7 @@ from ._algebra import compare as _compare
 from ._algebra.spectrum import effective_rank, singular_values
 from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
-from ._files.format import Configs, Format
+from ._files.format import Format
 from ._files.shapes import read_shapes
 from ._formats import FORMATS
 
@@ -69,17 +70,25 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    either = "the folder of an adapter: of PEFT, a checkpoint, or one of its steps"
-    command("inspect", _inspect, path=either)
-    convert = command("convert", _convert, source=either, target="the folder to write")
+    either = (
+        "an adapter: a folder of PEFT, a checkpoint or one of its steps, or a file of "
+        "diffusers, kohya or GGUF"
+    )
+    inspect = command("inspect", _inspect, path=either)
+    target = "the folder or file to write"
+    convert = command("convert", _convert, source=either, target=target)
     _add_options_of_peft(convert)
+    _add_options_of_files(convert)
     convert.add_argument(
         "--overwrite", action="store_true", help="replace an adapter in TARGET"
     )
     model = "the folder of a Hugging Face model, of safetensors"
     out = "the folder to write, which must not exist"
-    command("merge", _merge, base=model, adapter="the folder of PEFT's", out=out)
-    command("diff", _diff, one=either, other=either)
+    command("merge", _merge, base=model, adapter=either, out=out)
+    diff = command("diff", _diff, one=either, other=either)
+    for added in (inspect, convert, diff):
+        told = "the folder of the base: kohya needs its names, GGUF its config.json"
+        added.add_argument("--base", type=Path, metavar="FOLDER", help=told)
     return parser
 
 
@@ -112,6 +121,27 @@ def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_options_of_files(convert: argparse.ArgumentParser) -> None:
+    """Adds what is said of the files of other libraries that are written."""
+    convert.add_argument(
+        "--format",
+        metavar="NAME",
+        help="the format to write, where the end of TARGET's name is that of several: "
+        "diffusers or kohya, of .safetensors",
+    )
+    convert.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="writing kohya: what stands before names, such as lora_unet; writing "
+        "diffusers: the part of the pipeline, such as unet",
+    )
+    convert.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="writing GGUF: llama.cpp's name of the model, if there is no --base",
+    )
+
+
 # --- the formats ---
 
 
@@ -137,17 +167,45 @@ def _format_of(path: Path) -> Format:
     return found or _format(_PEFT)  # which says what is wrong with the file
 
 
-def _format_to(target: Path, source: Format) -> Format:
-    """Returns the format to write: by the target's suffix, or that of other folders."""
-    formats = [*map(_format, FORMATS)] if target.suffix else []
+def _format_to(target: Path, source: Format, name: str | None) -> Format:
+    """Returns the format to write: by the target's suffix, or that of other folders.
+
+    Raises:
+        ValueError: if the name is that of no format, or the suffix that of several.
+    """
+    formats = [*map(_format, FORMATS)] if target.suffix or name else []
+    if name is not None:
+        known = {form.name.lower(): form for form in formats}
+        if name.lower() not in known:
+            raise ValueError(f"--format is one of {[*known]}, not {name!r}")
+        return known[name.lower()]
     by_suffix = [form for form in formats if form.suffix == target.suffix]
+    if len(by_suffix) > 1:
+        told = " or ".join(f"--format {form.name}" for form in by_suffix)
+        raise ValueError(f"{target} may be a file of several formats: give {told}")
     folders = (form for form in map(_format, FORMATS) if form.suffix is None)
     return by_suffix[0] if by_suffix else next(f for f in folders if f is not source)
 
 
-def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
-    """Returns the configs and the adapter of a path, of any format."""
-    return _format_of(path).read(path, ignore=ignore)
+def _read_all(given: Any, *paths: Path) -> list[dict[str, Any]]:
+    """Returns the adapters of some paths, of any formats.
+
+    Raises:
+        ValueError: if there is a base, and none of them needs it.
+    """
+    forms = [_format_of(path) for path in paths]
+    takes = ["base" in form.placing for form in forms]
+    if given.base is not None and not any(takes):
+        told = f"{paths[0]} is of {forms[0].name}"
+        raise ValueError(f"{told}, which has no place for --base; leave that out")
+    bases = [{"base": given.base} if own and given.base else {} for own in takes]
+    if len({form.name for form in forms}) > 1 and not given.base:
+        for form, path in zip(forms, paths, strict=True):
+            told = form.told_in_part(path, ignore=given.ignore)
+            if "base" in form.placing and told:
+                raise AdapterError(told)
+    every = zip(forms, paths, bases, strict=True)
+    return [form.read(p, ignore=given.ignore, **base)[1] for form, p, base in every]
 
 
 # --- commands ---
@@ -155,7 +213,7 @@ def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
 
 def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
-    _, adapter = _read(given.path, given.ignore)
+    (adapter,) = _read_all(given, given.path)
     rows = [_row(path, entry) for path, entry in _with_progress(adapter)]
     _say(_table(_HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
@@ -202,9 +260,9 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
 
 
 def _convert(given: Any) -> int:
-    """Write an adapter in the other format: PEFT from a checkpoint, or the reverse."""
+    """Write an adapter in another format: PEFT from a checkpoint, or the reverse."""
     source = _format_of(given.source)
-    target = _format_to(given.target, source)
+    target = _format_to(given.target, source, given.format)
     placing, options = _options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
     # Of a model whose shapes are given all is known.
@@ -213,8 +271,12 @@ def _convert(given: Any) -> int:
         raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
+    if source.of_torch and target.of_torch and "params" not in placing:
+        options["convolutions"] = True
     target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)
     _say(f"{given.target}: {len(adapter)} targets")
+    if lost := target.lost(configs):
+        _say(f"{target.name}: {lost}")
     return SAME
 
 
@@ -227,6 +289,7 @@ def _options(
         ValueError: if more is given, or the shapes of the params are none.
     """
     defaults = {"names": None, "params": None, "base_model": None, "profile": "peft"}
+    defaults |= dict.fromkeys(("prefix", "architecture", "base"))
     asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
     placing = {n: v for n, v in asked.items() if n in source.placing}
     options = {n: v for n, v in asked.items() if n in target.options}
@@ -255,8 +318,9 @@ def _check_apart(source: Path, target: Path, form: Format) -> None:
 
 
 def _merge(given: Any) -> int:
-    """Write a Hugging Face model with a PEFT adapter merged into its weights."""
+    """Write a Hugging Face model, or diffusers' pipeline, with an adapter merged."""
     from . import weights
+    from ._peft.merge_files import merge_modules
 
     def progress(done: int, total: int, name: str) -> None:
         _say(f"{done}/{total} tensors, {name}", sys.stderr)
@@ -266,16 +330,21 @@ def _merge(given: Any) -> int:
             f"{given.adapter} is a checkpoint, and merge takes files of PEFT; write "
             f"them with python -m jlora convert {given.adapter} FOLDER"
         )
-    weights.merge_folder(
-        given.base, given.adapter, given.out, ignore=given.ignore, progress=progress
-    )
+    form = _format_of(given.adapter)
+    if form.modules is None:
+        weights.merge_folder(
+            given.base, given.adapter, given.out, ignore=given.ignore, progress=progress
+        )
+    else:
+        own = form.modules(given.adapter, ignore=given.ignore, base=given.base)
+        merge_modules(given.base, own, given.out, str(given.adapter), progress)
     _say(f"{given.out}: merged")
     return SAME
 
 
 def _diff(given: Any) -> int:
     """Compare two adapters; exit code 1 if they differ."""
-    (_, one), (_, other) = (_read(p, given.ignore) for p in (given.one, given.other))
+    one, other = _read_all(given, given.one, given.other)
     rows = [(p, "", f"only in {given.one}") for p in one if p not in other]
     rows += [(p, "", f"only in {given.other}") for p in other if p not in one]
     both = {path: entry for path, entry in one.items() if path in other}
