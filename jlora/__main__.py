@@ -27,6 +27,8 @@ from ._errors import AdapterError
 from ._files.format import Format
 from ._files.shapes import read_shapes
 from ._formats import FORMATS
+from ._formats.options import add_base, add_options
+from ._formats.printing import shape_of, table
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _PEFT = "_formats.peft"
@@ -77,69 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, path=either)
     target = "the folder or file to write"
     convert = command("convert", _convert, source=either, target=target)
-    _add_options_of_peft(convert)
-    _add_options_of_files(convert)
-    convert.add_argument(
-        "--overwrite", action="store_true", help="replace an adapter in TARGET"
-    )
+    add_options(convert)
     model = "the folder of a Hugging Face model, of safetensors"
     out = "the folder to write, which must not exist"
     command("merge", _merge, base=model, adapter=either, out=out)
     diff = command("diff", _diff, one=either, other=either)
     for added in (inspect, convert, diff):
-        told = "the folder of the base: kohya needs its names, GGUF its config.json"
-        added.add_argument("--base", type=Path, metavar="FOLDER", help=told)
+        add_base(added)
     return parser
-
-
-def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
-    """Adds what is said of the files of PEFT that are written."""
-    convert.add_argument(
-        "--names",
-        metavar="FAMILY",
-        help="torch's names of a model: llama, gpt2, bert, vit, …; without it names in "
-        "PEFT are the paths of kernels, and a checkpoint is for a model with torch's",
-    )
-    convert.add_argument(
-        "--params",
-        type=Path,
-        metavar="SHAPES",
-        help="reading PEFT: JSON with the shape of each leaf of the params by path, "
-        '{"params/layers_0/up/kernel": [64, 256], ...}, whose paths the checkpoint '
-        "then has; in Python jlora.peft.load(folder, params, names) does the same",
-    )
-    convert.add_argument(
-        "--base-model",
-        metavar="NAME",
-        help="writing PEFT: the base, to be named in adapter_config.json",
-    )
-    convert.add_argument(
-        "--profile",
-        choices=("peft", "vllm"),
-        default="peft",
-        help="writing PEFT: for PEFT, or for what vLLM loads",
-    )
-
-
-def _add_options_of_files(convert: argparse.ArgumentParser) -> None:
-    """Adds what is said of the files of other libraries that are written."""
-    convert.add_argument(
-        "--format",
-        metavar="NAME",
-        help="the format to write, where the end of TARGET's name is that of several: "
-        "diffusers or kohya, of .safetensors",
-    )
-    convert.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="writing kohya: what stands before names, such as lora_unet; writing "
-        "diffusers: the part of the pipeline, such as unet",
-    )
-    convert.add_argument(
-        "--architecture",
-        metavar="NAME",
-        help="writing GGUF: llama.cpp's name of the model, if there is no --base",
-    )
 
 
 # --- the formats ---
@@ -215,7 +162,7 @@ def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
     (adapter,) = _read_all(given, given.path)
     rows = [_row(path, entry) for path, entry in _with_progress(adapter)]
-    _say(_table(_HEAD, rows))
+    _say(table(_HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
     _say(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
@@ -241,13 +188,13 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
     if not isinstance(factors, LoraFactors):
         norm = f"{_compare.norm(factors):.4g}"
         note = variant_of_entry(entry).note(entry)
-        shape, dtype = _shape(kernel_shape(entry)), str(factors.dtype)
+        shape, dtype = shape_of(kernel_shape(entry)), str(factors.dtype)
         return (path, shape, note, "", dtype, norm, "", "", "", "")
     entry = factors
     values = singular_values(_compare.on_host(entry))
     return (
         path,
-        _shape(entry.kernel_shape),
+        shape_of(entry.kernel_shape),
         f"{entry.rank}{variant_of_entry(entry).note(entry)}",
         f"{entry.scaling:g}",
         str(entry.a.dtype),
@@ -355,7 +302,7 @@ def _diff(given: Any) -> int:
     if not rows:
         _say(f"the same: {len(one)} targets")
         return SAME
-    _say(_table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
+    _say(table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
     return DIFFERENT
 
 
@@ -387,21 +334,6 @@ def _with_progress(adapter: dict[str, Any]) -> Any:
         if shown:
             end = "\r" if number < len(adapter) else "\r\033[K"
             print(f"{number}/{len(adapter)}", end=end, file=sys.stderr, flush=True)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    plain = lambda cell: (
-        cell if cell.isprintable() else repr(cell)
-    )  # paths are any text
-    lines = [tuple(map(plain, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n".join(padded)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 if __name__ == "__main__":

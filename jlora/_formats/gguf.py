@@ -1,4 +1,4 @@
-"""Adapters in GGUF, as llama.cpp loads them, under the names of Hugging Face's models."""
+"""Adapters in GGUF, as llama.cpp loads them, by the names of Hugging Face."""
 
 import dataclasses
 import re
@@ -18,16 +18,15 @@ from .._files.safetensors import MAX_BYTES, check_finite
 from .._params.given import listed
 from .._torch.alone import dropout_of, modules_alone, placed, scaling_of
 from .._torch.keys import tensors_by_module
+from .._torch.llama_cpp import (
+    PERMUTED,
+    architecture_of,
+    is_rotated,
+    reordered,
+    text_config,
+)
 from .._torch.modules import TorchModule
 
-# Architectures whose weights llama.cpp's converter keeps as they are but for the rows of
-# queries and keys, with whether it reorders these: features 2i and 2i + 1 of a head
-# are a pair of its rotary embedding, and i and i + d/2 are one at Hugging Face.
-_PERMUTED = {"llama": True, "granite": True, "smollm3": True}
-_PERMUTED |= dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3"), False)
-# What `config.json` calls others of them.
-_TYPES = {"mistral": "llama", "gemma3_text": "gemma3"}
-_ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 # The modules of these architectures, among the many names that gguf's tables know.
 _MODULE = re.compile(
     r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
@@ -70,15 +69,15 @@ def modules(
     Raises:
         AdapterError: if the file is no adapter, contradicts itself, or is for another
             architecture than the base.
-        UnsupportedFeatureError: if it has what jlora has not, such as quantised factors.
+        UnsupportedFeatureError: if it has what jlora has not: quantised factors, …
     """
     architecture, found = _unnamed(path, ignore)
-    if architecture not in _PERMUTED:
+    if architecture not in PERMUTED:
         return found
     names = _torch_names(architecture, [module.name for module in found], str(path))
     found = [dataclasses.replace(m, name=names[m.name]) for m in found]
-    heads = None if base is None else _heads(Path(base), architecture)
-    return [_reordered(m, architecture, heads, np.argsort) for m in found]
+    heads = None if base is None else _config(Path(base), architecture)
+    return [reordered(m, architecture, heads, np.argsort) for m in found]
 
 
 def _unnamed(path: Path, ignore: Sequence[str]) -> tuple[str, list[TorchModule]]:
@@ -154,61 +153,19 @@ def _table(
     return gguf.get_tensor_name_map(kind, max(layers, default=0) + 1).mapping
 
 
-# --- the order of rows ---
-
-
-def _heads(base: Path, architecture: str | None = None) -> dict[str, Any]:
-    """Returns what the config of a base says, if it is of an architecture.
+def _config(base: Path, architecture: str | None) -> Mapping[str, Any]:
+    """Returns the config of a base, if it is of an architecture.
 
     Raises:
         AdapterError: if it is of another.
     """
-    config = model_config(base)
-    config = {**config, **(config.get("text_config") or {})}
-    kind = _kind(config)
-    if architecture is not None and kind != architecture:
+    config = text_config(model_config(base))
+    if architecture is not None and architecture_of(config) != architecture:
         raise AdapterError(
             f"{base} has `model_type` {str(config.get('model_type'))[:50]!r}, and the "
             f"adapter is for {architecture!r}"
         )
     return config
-
-
-def _kind(config: Mapping[str, Any]) -> str:
-    """Returns the architecture that llama.cpp makes of a `model_type`."""
-    kind = str(config.get("model_type"))
-    return _TYPES.get(kind, kind)
-
-
-def _is_rotated(name: str, architecture: str) -> bool:
-    return _PERMUTED[architecture] and name.rpartition(".")[2] in _ROTATED
-
-
-def _reordered(
-    module: TorchModule, architecture: str, heads: Mapping[str, Any] | None, of: Any
-) -> TorchModule:
-    """Returns a module whose outputs are in another order, if it is one of those.
-
-    Args:
-        module: the module.
-        architecture: llama.cpp's name of the model.
-        heads: the config of the base; without it nothing is done.
-        of: what to make of the order, in which llama.cpp has torch's rows.
-
-    Raises:
-        AdapterError: if the heads do not divide the outputs.
-    """
-    if heads is None or not _is_rotated(module.name, architecture):
-        return module
-    field, outputs = _ROTATED[module.name.rpartition(".")[2]], module.b.shape[1]
-    count = heads.get(field) or heads.get("num_attention_heads")
-    if not isinstance(count, int) or count < 1 or outputs % (2 * count):
-        raise AdapterError(
-            f"{module.name!r} has {outputs} outputs, and the config of the base says "
-            f"`{field}` {str(count)[:50]}, which does not make heads of an even size"
-        )
-    order = np.arange(outputs).reshape(count, 2, -1).swapaxes(1, 2).ravel()
-    return dataclasses.replace(module, b=module.b[:, of(order)])
 
 
 # --- the format ---
@@ -245,13 +202,13 @@ def read(
 def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
     """Returns what a file does not tell of an adapter without its base."""
     architecture, found = _unnamed(path, ignore)
-    if architecture not in _PERMUTED:
+    if architecture not in PERMUTED:
         return (
             f"{path} is for the architecture {architecture[:50]!r}: which modules and "
-            f"rows its tensors are jlora knows of {[*_PERMUTED]} alone"
+            f"rows its tensors are jlora knows of {[*PERMUTED]} alone"
         )
     names = _torch_names(architecture, [module.name for module in found], str(path))
-    if rotated := [n for n in names.values() if _is_rotated(n, architecture)]:
+    if rotated := [n for n in names.values() if is_rotated(n, architecture)]:
         return (
             f"{path}: llama.cpp has the rows of queries and keys, {rotated[:2]}, in "
             "another order, which depends on the number of heads: give the folder of "
@@ -291,18 +248,20 @@ def write(
     if architecture is None and base is None:
         raise ValueError(
             "GGUF names the architecture of the base: give its folder, --base FOLDER, "
-            f"or --architecture, one of {[*_PERMUTED]}"
+            f"or --architecture, one of {[*PERMUTED]}"
         )
-    heads = None if base is None else _heads(Path(base), architecture)
-    architecture = _kind(heads or {}) if architecture is None else architecture
-    if architecture not in _PERMUTED:
+    heads = None if base is None else _config(Path(base), architecture)
+    architecture = (
+        architecture_of(heads or {}) if architecture is None else architecture
+    )
+    if architecture not in PERMUTED:
         raise UnsupportedFeatureError(
             f"of the architecture {architecture!r} jlora does not know which rows "
-            f"llama.cpp reorders; it is none of {[*_PERMUTED]}"
+            f"llama.cpp reorders; it is none of {[*PERMUTED]}"
         )
     found = modules_alone(adapter, convolutions)
     names = _gguf_names(architecture, found)
-    rotated = [m.name for m in found if _is_rotated(m.name, architecture)]
+    rotated = [m.name for m in found if is_rotated(m.name, architecture)]
     if rotated and heads is None:
         raise AdapterError(
             f"llama.cpp has the rows of {rotated[:2]} in another order, which depends "
@@ -311,7 +270,7 @@ def write(
     alpha, found = _one_alpha(found)
     tensors: dict[str, np.ndarray] = {}
     for module in found:
-        module = _reordered(module, architecture, heads, lambda order: order)
+        module = reordered(module, architecture, heads, lambda order: order)
         name = names[module.name]
         a = module.lora_a.T if module.is_table else module.lora_a
         tensors |= {f"{name}.weight.lora_a": a, f"{name}.weight.lora_b": module.lora_b}

@@ -188,7 +188,7 @@ def _unknown(own: str, several: set[str], names: Sequence[str]) -> str:
     if several:
         return f"{own!r} may be any of {sorted(several)[:5]} of the base"
     _, rest = match.groups() if (match := _PREFIX.fullmatch(own)) else ("", own)
-    near = [name for name in nearest(rest.replace("_", "."), names[:20_000])]
+    near = nearest(rest.replace("_", "."), names[:20_000])
     return f"{own!r} is no module of the base; the nearest of its names: {near}"
 
 
@@ -285,8 +285,8 @@ def _written(names: Sequence[str], prefix: str | None) -> dict[str, str]:
             odd.append(name)
     if odd:
         raise ValueError(
-            f"{odd[:5]} begin with none of {sorted(prefixes)}, parts of a pipeline that "
-            "kohya's prefixes stand for: say what to write, --prefix lora_unet"
+            f"{odd[:5]} begin with none of {sorted(prefixes)}, parts of a pipeline "
+            "that kohya's prefixes stand for: say what to write, --prefix lora_unet"
         )
     counts = Counter(found.values())
     if one := [name for name, own in found.items() if counts[own] > 1]:

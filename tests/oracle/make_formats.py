@@ -127,21 +127,14 @@ def make_diffusers() -> None:
         unet_lora_adapter_metadata=config.to_dict(),
         text_encoder_lora_adapter_metadata=second.to_dict(),
     )
-    fresh = unet()
-    file = FOLDER / "diffusers" / "pytorch_lora_weights.safetensors"
-    fused(fresh, *StableDiffusionPipeline.lora_state_dict(file, return_lora_metadata=True))
+    # Not by loading the file: diffusers 0.42.1 looks at its first key alone, and drops
+    # what has the other naming.
+    model.fuse_lora()
     for layer in encoder.modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.merge()
-    merged = weights(fresh, "unet.") | weights(encoder, "text_encoder.")
+    merged = weights(model, "unet.") | weights(encoder, "text_encoder.")
     save("diffusers", base, merged)
-
-
-def fused(model: nn.Module, state: Any, alphas: Any, metadata: Any) -> nn.Module:
-    """Loads and fuses what `lora_state_dict` read of a file."""
-    StableDiffusionPipeline.load_lora_into_unet(state, alphas, model, metadata=metadata)
-    model.fuse_lora()
-    return model
 
 
 # --- kohya ---
@@ -151,6 +144,7 @@ def make_kohya() -> None:
     """Writes a file as kohya's scripts do, which diffusers reads and fuses."""
     model, rng = unet(), np.random.default_rng(0)
     tensors = {}
+    alpha = np.array(1.75)  # of all: diffusers 0.42.1 takes others of attentions for it
     for name, module in model.named_modules():
         rank, own = len(name) % 3 + 1, f"lora_unet_{name.replace('.', '_')}"
         if isinstance(module, nn.Linear) and name.endswith(("to_k", "to_v", "net.2")):
@@ -162,16 +156,19 @@ def make_kohya() -> None:
             continue
         tensors[f"{own}.lora_down.weight"] = rng.normal(size=down) / 2
         tensors[f"{own}.lora_up.weight"] = rng.normal(size=up) / 2
-        tensors[f"{own}.alpha"] = np.array(rank * 0.75 + len(tensors) / 9)
+        tensors[f"{own}.alpha"] = alpha
     folder = FOLDER / "kohya"
     folder.mkdir(exist_ok=True)
     narrow = {n: t.astype(np.float16) for n, t in tensors.items()}
     file = folder / "adapter.safetensors"
     save_file(narrow, file, {"ss_network_module": "networks.lora"})
     base = weights(model, "unet.")
-    state, alphas = StableDiffusionPipeline.lora_state_dict(file, unet_config=model.config)
-    merged = weights(fused(model, state, alphas, None), "unet.")
-    save("kohya", base, merged)
+    state, alphas = StableDiffusionPipeline.lora_state_dict(
+        file, unet_config=model.config
+    )
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, model)
+    model.fuse_lora()
+    save("kohya", base, weights(model, "unet."))
 
 
 # --- GGUF ---
