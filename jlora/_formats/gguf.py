@@ -33,8 +33,9 @@ _MODULE = re.compile(
     r"|model\.embed_tokens|lm_head"
 )
 _TABLE = "model.embed_tokens"
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,3})\.")
-_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,3})\.")
+# gguf makes a table of all blocks, and no model has thousands.
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,2})\.")
+_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,2})\.")
 _ENDINGS = {"weight.lora_a": "a", "weight.lora_b": "b"}
 _REFUSED = {"weight": "a weight that is trained whole"}
 _ALPHA, _ARCHITECTURE = "adapter.lora.alpha", "general.architecture"
@@ -103,6 +104,11 @@ def _unnamed(path: Path, ignore: Sequence[str]) -> tuple[str, list[TorchModule]]
         told = {_ARCHITECTURE: architecture, _ALPHA: alpha}
         raise CorruptFileError(f"{where}: its fields are {str(told)[:200]}")
     check_finite(tensors, where)
+    if packed := [name for name, tensor in tensors.items() if tensor.ndim > 2]:
+        raise UnsupportedFeatureError(
+            f"{where} has factors of more than two axes, {packed[:5]}; jlora reads "
+            "those of matrices, not of packed experts"
+        )
     by_module = tensors_by_module(tensors, _ENDINGS, _REFUSED, where)
     return architecture, [_module(n, o, alpha, where) for n, o in by_module.items()]
 
@@ -112,11 +118,6 @@ def _module(
 ) -> TorchModule:
     """Returns a module; without an alpha, or one of 0, its scaling is 1."""
     a, b = own["a"], own["b"]
-    if a.ndim != 2:
-        raise UnsupportedFeatureError(
-            f"{where}: {name!r} has factors of {a.ndim} axes; jlora reads those of "
-            "matrices, not of packed experts"
-        )
     is_table = name == "token_embd"  # whose `lora_a` is (rows, rank)
     module = TorchModule.of_torch(name, a.T if is_table else a, b, is_table=is_table)
     module.check_ranks()
