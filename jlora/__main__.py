@@ -1,9 +1,9 @@
 """The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
-Adapters are folders, of PEFT or of `jlora.checkpoint`, or repositories of the Hugging
-Face Hub, `owner/name` or `owner/name@revision`, where nothing on disk is called so.
-Errors are one line on the standard error and exit code 2; `diff` exits with 1 if the
-adapters differ.
+Adapters are folders, of PEFT or of `jlora.checkpoint`, or files of diffusers, kohya's
+scripts or llama.cpp (GGUF); or repositories of the Hugging Face Hub, `owner/name` or
+`owner/name@revision`, where nothing on disk is called so. Errors are one line on the
+standard error and exit code 2; `diff` exits with 1 if the adapters differ.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from ._algebra import compare as _compare
 from ._algebra import summary
 from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
-from ._files.format import Configs, Format
+from ._files.format import Format
 from ._files.shapes import read_shapes
 from ._formats import FORMATS
+from ._formats.options import add_base, add_options
+from ._formats.printing import table
 from ._peft.files import local
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
@@ -72,57 +74,21 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     either = (
-        "the folder of an adapter: of PEFT, a checkpoint, or one of its steps; or a "
-        "repository of PEFT's files on the Hub, owner/name or owner/name@revision"
+        "an adapter: a folder of PEFT, a checkpoint or one of its steps, or a file of "
+        "diffusers, kohya or GGUF; or a repository of PEFT's files on the Hub, "
+        "owner/name or owner/name@revision"
     )
-    command("inspect", _inspect, path=either)
-    convert = command("convert", _convert, source=either, target="the folder to write")
-    _add_options_of_peft(convert)
-    convert.add_argument(
-        "--overwrite", action="store_true", help="replace an adapter in TARGET"
-    )
+    inspect = command("inspect", _inspect, path=either)
+    target = "the folder or file to write"
+    convert = command("convert", _convert, source=either, target=target)
+    add_options(convert)
     model = "the folder of a Hugging Face model, of safetensors"
     out = "the folder to write, which must not exist"
-    adapter = "the folder of PEFT's, or a repository"
-    command("merge", _merge, base=model, adapter=adapter, out=out)
-    command("diff", _diff, one=either, other=either)
+    command("merge", _merge, base=model, adapter=either, out=out)
+    diff = command("diff", _diff, one=either, other=either)
+    for added in (inspect, convert, diff):
+        add_base(added)
     return parser
-
-
-def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
-    """Adds what is said of the files of PEFT that are written."""
-    convert.add_argument(
-        "--names",
-        metavar="FAMILY",
-        help="torch's names of a model: llama, gpt2, bert, vit, …; without it names in "
-        "PEFT are the paths of kernels, and a checkpoint is for a model with torch's",
-    )
-    convert.add_argument(
-        "--params",
-        type=Path,
-        metavar="SHAPES",
-        help="reading PEFT: JSON with the shape of each leaf of the params by path, "
-        '{"params/layers_0/up/kernel": [64, 256], ...}, whose paths the checkpoint '
-        "then has; in Python jlora.peft.load(folder, params, names) does the same",
-    )
-    convert.add_argument(
-        "--base-model",
-        metavar="NAME",
-        help="writing PEFT: the base, to be named in adapter_config.json",
-    )
-    convert.add_argument(
-        "--model-type",
-        metavar="KIND",
-        help="writing PEFT: the kind of the base, model_type in its config.json, where "
-        "PEFT has packed experts in another way than for most: llama4_text; for vLLM "
-        "gpt_oss, qwen3_5_moe",
-    )
-    convert.add_argument(
-        "--profile",
-        choices=("peft", "vllm"),
-        default="peft",
-        help="writing PEFT: for PEFT, or for what vLLM loads",
-    )
 
 
 # What may be a repository of the Hub.
@@ -162,17 +128,45 @@ def _format_of(path: Path) -> Format:
     return found or _format(_PEFT)  # which says what is wrong with the file
 
 
-def _format_to(target: Path, source: Format) -> Format:
-    """Returns the format to write: by the target's suffix, or that of other folders."""
-    formats = [*map(_format, FORMATS)] if target.suffix else []
+def _format_to(target: Path, source: Format, name: str | None) -> Format:
+    """Returns the format to write: by the target's suffix, or that of other folders.
+
+    Raises:
+        ValueError: if the name is that of no format, or the suffix that of several.
+    """
+    formats = [*map(_format, FORMATS)] if target.suffix or name else []
+    if name is not None:
+        known = {form.name.lower(): form for form in formats}
+        if name.lower() not in known:
+            raise ValueError(f"--format is one of {[*known]}, not {name!r}")
+        return known[name.lower()]
     by_suffix = [form for form in formats if form.suffix == target.suffix]
+    if len(by_suffix) > 1:
+        told = " or ".join(f"--format {form.name}" for form in by_suffix)
+        raise ValueError(f"{target} may be a file of several formats: give {told}")
     folders = (form for form in map(_format, FORMATS) if form.suffix is None)
     return by_suffix[0] if by_suffix else next(f for f in folders if f is not source)
 
 
-def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
-    """Returns the configs and the adapter of a path, of any format."""
-    return _format_of(path).read(path, ignore=ignore)
+def _read_all(given: Any, *paths: Path) -> list[dict[str, Any]]:
+    """Returns the adapters of some paths, of any formats.
+
+    Raises:
+        ValueError: if there is a base, and none of them needs it.
+    """
+    forms = [_format_of(path) for path in paths]
+    takes = ["base" in form.placing for form in forms]
+    if given.base is not None and not any(takes):
+        told = f"{paths[0]} is of {forms[0].name}"
+        raise ValueError(f"{told}, which has no place for --base; leave that out")
+    bases = [{"base": given.base} if own and given.base else {} for own in takes]
+    if len({form.name for form in forms}) > 1 and not given.base:
+        for form, path in zip(forms, paths, strict=True):
+            told = form.told_in_part(path, ignore=given.ignore)
+            if "base" in form.placing and told:
+                raise AdapterError(told)
+    every = zip(forms, paths, bases, strict=True)
+    return [form.read(p, ignore=given.ignore, **base)[1] for form, p, base in every]
 
 
 # --- commands ---
@@ -180,9 +174,9 @@ def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
 
 def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
-    _, adapter = _read(given.path, given.ignore)
+    (adapter,) = _read_all(given, given.path)
     rows = [summary.row(path, entry) for path, entry in _with_progress(adapter)]
-    _say(_table(summary.HEAD, rows))
+    _say(table(summary.HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
     _say(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
@@ -190,9 +184,9 @@ def _inspect(given: Any) -> int:
 
 
 def _convert(given: Any) -> int:
-    """Write an adapter in the other format: PEFT from a checkpoint, or the reverse."""
+    """Write an adapter in another format: PEFT from a checkpoint, or the reverse."""
     source = _format_of(given.source)
-    target = _format_to(given.target, source)
+    target = _format_to(given.target, source, given.format)
     placing, options = _options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
     # Of a model whose shapes are given all is known.
@@ -201,8 +195,12 @@ def _convert(given: Any) -> int:
         raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
+    if source.of_torch and target.of_torch and "params" not in placing:
+        options["convolutions"] = True
     target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)
     _say(f"{given.target}: {len(adapter)} targets")
+    if lost := target.lost(configs):
+        _say(f"{target.name}: {lost}")
     return SAME
 
 
@@ -214,8 +212,8 @@ def _options(
     Raises:
         ValueError: if more is given, or the shapes of the params are none.
     """
-    defaults = dict.fromkeys(("names", "params", "base_model", "model_type"))
-    defaults["profile"] = "peft"
+    defaults = {"names": None, "params": None, "base_model": None, "profile": "peft"}
+    defaults |= dict.fromkeys(("model_type", "prefix", "architecture", "base"))
     asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
     placing = {n: v for n, v in asked.items() if n in source.placing}
     options = {n: v for n, v in asked.items() if n in target.options}
@@ -244,8 +242,9 @@ def _check_apart(source: Path, target: Path, form: Format) -> None:
 
 
 def _merge(given: Any) -> int:
-    """Write a Hugging Face model with a PEFT adapter merged into its weights."""
+    """Write a Hugging Face model, or diffusers' pipeline, with an adapter merged."""
     from . import weights
+    from ._peft.merge_files import merge_modules
 
     def progress(done: int, total: int, name: str) -> None:
         _say(f"{done}/{total} tensors, {name}", sys.stderr)
@@ -255,16 +254,21 @@ def _merge(given: Any) -> int:
             f"{given.adapter} is a checkpoint, and merge takes files of PEFT; write "
             f"them with python -m jlora convert {given.adapter} FOLDER"
         )
-    weights.merge_folder(
-        given.base, given.adapter, given.out, ignore=given.ignore, progress=progress
-    )
+    form = _format_of(given.adapter)
+    if form.modules is None:
+        weights.merge_folder(
+            given.base, given.adapter, given.out, ignore=given.ignore, progress=progress
+        )
+    else:
+        own = form.modules(given.adapter, ignore=given.ignore, base=given.base)
+        merge_modules(given.base, own, given.out, str(given.adapter), progress)
     _say(f"{given.out}: merged")
     return SAME
 
 
 def _diff(given: Any) -> int:
     """Compare two adapters; exit code 1 if they differ."""
-    (_, one), (_, other) = (_read(p, given.ignore) for p in (given.one, given.other))
+    one, other = _read_all(given, given.one, given.other)
     rows = [(p, "", f"only in {given.one}") for p in one if p not in other]
     rows += [(p, "", f"only in {given.other}") for p in other if p not in one]
     both = {path: entry for path, entry in one.items() if path in other}
@@ -275,7 +279,7 @@ def _diff(given: Any) -> int:
     if not rows:
         _say(f"the same: {len(one)} targets")
         return SAME
-    _say(_table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
+    _say(table(("path", "‖ΔW₁−ΔW₂‖/‖ΔW₁‖", "what differs"), rows))
     return DIFFERENT
 
 
@@ -307,17 +311,6 @@ def _with_progress(adapter: dict[str, Any]) -> Any:
         if shown:
             end = "\r" if number < len(adapter) else "\r\033[K"
             print(f"{number}/{len(adapter)}", end=end, file=sys.stderr, flush=True)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    plain = lambda cell: (
-        cell if cell.isprintable() else repr(cell)
-    )  # paths are any text
-    lines = [tuple(map(plain, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n".join(padded)
 
 
 if __name__ == "__main__":

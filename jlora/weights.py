@@ -5,19 +5,16 @@ without reading them all, as `jlora.peft.params_from_torch` takes them; `merge_f
 adds an adapter into such a folder, one file at a time.
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from ._errors import AdapterError
 from ._files.model_files import Weights as Weights
-from ._files.model_files import model_config, model_files, weights_header
+from ._files.model_files import weights_of
 from ._peft.files import read_files
-from ._peft.merge import check_places, copy_rest, write_merged
+from ._peft.merge import check_places
+from ._peft.merge_files import merge_files
 from ._peft.read import without
-from ._peft.torch_base import changes_of
 from ._peft.torch_base import torch_base as torch_base
 
 
@@ -38,16 +35,7 @@ def open_weights(path: Any) -> Weights:
         CorruptFileError: if a header or the index is not what the format allows.
         AdapterError: if two files have a tensor of the same name.
     """
-    place = Path(path)
-    files = model_files(place) if place.is_dir() else [place]
-    if not files:
-        raise FileNotFoundError(f"{place} has no *.safetensors")
-    headers = {file: weights_header(file) for file in files}
-    names = [name for header in headers.values() for name in header]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise AdapterError(f"{place}: several files have the tensors {twice[:5]}")
-    return Weights(headers)
+    return weights_of(Path(path))
 
 
 def merge_folder(
@@ -101,19 +89,12 @@ def merge_folder(
             named.
         AdapterError: if the adapter does not fit the weights, or cannot be read.
     """
-    source, target = Path(base), Path(out)
-    check_places(source, target)
-    weights = open_weights(source)
+    check_places(Path(base), Path(out))
     read = read_files(adapter, ignore=ignore, revision=revision)
-    files = without(read, leave_out)
-    config = model_config(source)
-    changes = changes_of(weights, files, config, extend_tables=extend_tables)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        copy_rest(source, beside, weights.files)
-        write_merged(changes, beside, progress)
-        beside.chmod(0o755)
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    merge_files(
+        Path(base),
+        without(read, leave_out),
+        Path(out),
+        extend_tables=extend_tables,
+        progress=progress,
+    )

@@ -25,12 +25,18 @@ class Format:
         suffix: how the names of its files end, if the format is one of files; that of
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
-            "base_model", "profile", "model_type".
-        placing: those that `read` takes, to place what is there in a model: "names" and
-            "params", the shapes of its leaves by path.
+            "base_model", "profile", "model_type", "prefix", "architecture", "base".
+        placing: those that `read` takes, to place what is there in a model: "names",
+            "params", the shapes of its leaves by path, and "base", its folder.
         told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
             of an adapter without its params, which can be shown and is not converted
             then, or None.
+        of_torch: whether what `read` gives without params has the names and layouts of
+            torch's modules, so that a kernel of several input axes is that of a
+            convolution. `write` takes that as `convolutions=True` then.
+        modules: `modules(path, *, ignore=(), base=None)` gives the torch modules with
+            factors, for `merge`, or None where that reads the files itself.
+        lost: `lost(configs)` says what the files do not keep of an adapter.
     """
 
     name: str
@@ -41,3 +47,6 @@ class Format:
     options: tuple[str, ...] = ()
     placing: tuple[str, ...] = ()
     told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None
+    of_torch: bool = False
+    modules: Callable[..., Any] | None = None
+    lost: Callable[[Configs], str | None] = lambda configs: None

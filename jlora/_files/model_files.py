@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import CorruptFileError, UnsupportedFeatureError
+from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
 from .safetensors import Raw
 from .untrusted import (
     HEADER_LIMIT,
@@ -33,6 +33,7 @@ _SHARED = {"F4": jnp.float4_e2m1fn, "F6_E2M3": np.uint8, "F6_E3M2": np.uint8}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+PIPELINE = "model_index.json"  # of diffusers: each part of a model has its folder
 CONFIG_LIMIT = 16 << 20  # bytes
 
 
@@ -97,6 +98,34 @@ class Weights(Mapping[str, np.ndarray]):
         return Raw(entry["dtype"], tuple(entry["shape"]), data)
 
 
+def weights_of(place: Path) -> Weights:
+    """Returns the tensors of a file, or of a model's folder, see `open_weights`."""
+    files = model_files(place) if place.is_dir() else [place]
+    if not files:
+        raise FileNotFoundError(f"{place} has no *.safetensors")
+    headers = {file: weights_header(file) for file in files}
+    names = [name for header in headers.values() for name in header]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise AdapterError(f"{place}: several files have the tensors {twice[:5]}")
+    return Weights(headers)
+
+
+def parts_of(folder: Path) -> dict[str, Path]:
+    """Returns the folders of a pipeline's parts that have weights; none of a model."""
+    if not (folder / PIPELINE).is_file():
+        return {}
+    places = sorted(path for path in folder.iterdir() if path.is_dir())
+    return {p.name: p for p in places if any(p.glob("*.safetensors"))}
+
+
+def tensor_names(place: Path) -> list[str]:
+    """Returns the names of a model's tensors; a pipeline's begin with their part's."""
+    if parts := parts_of(place):
+        return [f"{n}.{t}" for n, part in parts.items() for t in weights_of(part)]
+    return list(weights_of(place))
+
+
 def model_files(folder: Path) -> list[Path]:
     """Returns the files of a model's weights, in the order of their names."""
     single, index = folder / SINGLE, folder / INDEX
@@ -143,6 +172,16 @@ def _is_plain(name: Any) -> bool:
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         return False
     return not set(name) & set("/\\\0")
+
+
+def keys_in(file: Path) -> list[str]:
+    """Returns the names in a safetensors file; none if it is not one that is read."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return []
+    try:
+        return list(weights_header(file))
+    except (AdapterError, OSError):
+        return []
 
 
 def weights_header(file: Path) -> dict[str, dict[str, Any]]:

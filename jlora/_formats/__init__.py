@@ -6,5 +6,8 @@ how to add one. The first that holds a path reads it.
 
 FORMATS = (
     "_formats.peft",
+    "_formats.diffusers",
+    "_formats.kohya",
+    "_formats.gguf",
     "checkpoint",
 )

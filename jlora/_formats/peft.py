@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from .._adapter.config import LoraConfig
@@ -18,14 +17,16 @@ from .._peft.save import save
 from .._peft.sides import NO_VERSION
 from .._torch.alone import (
     ParamsAlone,
-    expert_rules,
+    base_of_shapes,
+    check_params,
     in_doubt,
     kernels_alone,
     path_of,
+    rules_alone,
 )
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
-from .._torch.named_params import Base
+from .._torch.names import Names
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
 
@@ -58,15 +59,9 @@ def read(
         ValueError: if there are names without params.
     """
     files = read_files(path, ignore=ignore)
-    rules = None if names is None else family_names(names)
     if params is not None:
-        return configured_adapter(files, Base.of(_tree(params), rules))
-    if names is not None:
-        raise ValueError(
-            f"--names {names} says what modules are called in torch, and not which "
-            "leaves a model has: give their shapes too, --params shapes.json, or call "
-            f'`jlora.peft.load(folder, params, jlora.peft.names("{names}"))`'
-        )
+        return configured_adapter(files, base_of_shapes(params, names))
+    check_params(names)
     sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
     own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
@@ -82,6 +77,7 @@ def write(
     base_model: str | None = None,
     profile: str = "peft",
     model_type: str | None = None,
+    convolutions: bool = False,
 ) -> None:
     """Writes a folder.
 
@@ -94,18 +90,22 @@ def write(
         base_model: the name of the base.
         profile: "peft" or "vllm".
         model_type: the kind of the base, as its `config.json` has it.
+        convolutions: whether kernels of several input axes are those of convolutions.
 
     Raises:
         UnsupportedFeatureError: if layouts are in doubt.
     """
     if names is None:
-        _check_layouts(adapter)
+        _check_layouts(adapter, convolutions)
+        rules: Names = rules_alone(adapter, convolutions, model_type)
+    else:
+        rules = family_names(names)
     save(
         path,
         kernels_alone(adapter),
         adapter,
         configs,
-        family_names(names) if names is not None else expert_rules(adapter, model_type),
+        rules,
         profile=profile,
         model_type=model_type,
         base_model=base_model,
@@ -137,25 +137,16 @@ FORMAT = Format(
     options=("names", "base_model", "profile", "model_type"),
     placing=("names", "params"),
     told_in_part=told_in_part,
+    of_torch=True,
 )
 
 
-def _tree(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Returns params as nested dicts, from their shapes by path."""
-    tree: dict[str, Any] = {}
-    for path, shape in shapes.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = jax.ShapeDtypeStruct(shape, np.float32)
-    return tree
-
-
-def _check_layouts(adapter: Mapping[str, Any]) -> None:
+def _check_layouts(adapter: Mapping[str, Any], convolutions: bool) -> None:
     """Raises for what torch may keep in another layout than paths alone tell."""
     kernels = kernels_alone(adapter)
-    found = [f"{p!r} ({_shape(kernels[p].shape)})" for p in in_doubt(adapter)]
+    found = [
+        f"{p!r} ({_shape(kernels[p].shape)})" for p in in_doubt(adapter, convolutions)
+    ]
     if found:
         raise UnsupportedFeatureError(
             f"{', '.join(found)}: a checkpoint does not tell whether these are dense "

@@ -9,6 +9,7 @@ import numpy as np
 
 from .._errors import AdapterError
 from .._files.hub import fetch, repository_of
+from .._files.model_files import weights_header
 from .._files.safetensors import MAX_BYTES, check_finite, file_bytes, read_tensors
 from .._files.untrusted import JSON_LIMIT, check_regular, parse_json, read_file
 from .config_file import parse_config
@@ -94,6 +95,8 @@ def _folder(path: Path) -> Path:
         return path.parent
     if path.suffix and not path.is_dir():
         check_regular(path)  # says so if it is a pickle
+        if path.suffix == ".safetensors":
+            weights_header(path)  # says so if it is corrupt
         raise AdapterError(
             f"{path} is neither a folder nor one of its files {CONFIG} and {WEIGHTS}"
         )

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 PAGE = blocks((ROOT / "docs" / "add_a_format.md").read_text(encoding="utf-8"))
 TITLED = {one.title: one.text for one in PAGE if one.title}
-FORMAT = "jlora/_formats/kohya.py"
+FORMAT = "jlora/_formats/plain.py"
 (PATCH,) = (one.text for one in PAGE if one.language == "diff")
 
 pytestmark = pytest.mark.docs
@@ -51,13 +51,13 @@ def test_the_format_is_one_line_beside_its_file() -> None:
 
 
 def test_without_it_the_file_is_refused(plain: Path) -> None:
-    done = jlora(plain, "inspect", "kohya.safetensors")
+    done = jlora(plain, "inspect", "plain.safetensors")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == TITLED["without the format"]
 
 
 def test_the_file_is_inspected(patched: Path) -> None:
-    done = jlora(patched, "inspect", "kohya.safetensors")
+    done = jlora(patched, "inspect", "plain.safetensors")
     assert done.returncode == 0, done.stderr
     assert done.stdout == TITLED["with the format"]
 
@@ -65,8 +65,8 @@ def test_the_file_is_inspected(patched: Path) -> None:
 READ = """
 import sys, numpy, jlora
 from pathlib import Path
-from jlora._formats import kohya
-configs, adapter = kohya.read(Path(sys.argv[1]))
+from jlora._formats import plain
+configs, adapter = plain.read(Path(sys.argv[1]))
 deltas = {path: jlora.delta(factors) for path, factors in adapter.items()}
 numpy.savez(sys.argv[2], **{path.replace("/", ":"): d for path, d in deltas.items()})
 several = [configs] if isinstance(configs, jlora.LoraConfig) else configs
@@ -75,17 +75,17 @@ print(sorted((config.alpha, config.rank) for config in several))
 
 
 def test_the_deltas_are_those_of_numpy(patched: Path) -> None:
-    tensors = load_file(patched / "kohya.safetensors")
+    tensors = load_file(patched / "plain.safetensors")
     (patched / "read.py").write_text(READ)
-    command = (sys.executable, "read.py", "kohya.safetensors", "deltas.npz")
+    command = (sys.executable, "read.py", "plain.safetensors", "deltas.npz")
     done = run(patched, *command, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[(2.0, 2), (6.0, 2)]\n"
-    of = lambda name: [tensors[f"{name}.lora_{k}.weight"] for k in ("down", "up")]
+    of = lambda name: [tensors[f"{name}.{k}"] for k in ("down", "up")]
     down, up = of("layers.0.q_proj")
     a, b = of("conv")
     expected = {
-        "params:layers:0:q_proj:kernel": 6 / 2 * (up @ down).T,
+        "params:layers:0:q_proj:kernel": 3 * (up @ down).T,
         "params:conv:kernel": np.einsum("rihw,or->hwio", a, b[:, :, 0, 0]),
     }
     found = np.load(patched / "deltas.npz")
@@ -95,12 +95,13 @@ def test_the_deltas_are_those_of_numpy(patched: Path) -> None:
 
 
 def test_it_is_converted_to_other_formats_and_back(patched: Path) -> None:
-    tensors = load_file(patched / "kohya.safetensors")
+    tensors = load_file(patched / "plain.safetensors")
     dense = {n: t for n, t in tensors.items() if not n.startswith("conv")}
     save_file(dense, patched / "dense.safetensors")
     ways = ["dense.safetensors", "peft", "checkpoint", "back.safetensors", "again"]
     for source, target in itertools.pairwise(ways):
-        done = jlora(patched, "convert", source, target)
+        form = ["--format", "plain"] if target.startswith("back") else []
+        done = jlora(patched, "convert", source, target, *form)
         assert done.returncode == 0, done.stderr
     back = load_file(patched / "back.safetensors")
     assert {n: t.shape for n, t in back.items()} == {
@@ -109,25 +110,25 @@ def test_it_is_converted_to_other_formats_and_back(patched: Path) -> None:
     assert all(np.array_equal(back[name], dense[name]) for name in dense)
     peft = load_file(patched / "again" / "adapter_model.safetensors")
     factors = {n.removeprefix("base_model.model."): t for n, t in peft.items()}
-    for peft_name, name in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
+    for peft_name, name in (("lora_A", "down"), ("lora_B", "up")):
         tensor = factors[f"layers.0.q_proj.{peft_name}.weight"]
-        assert np.array_equal(tensor, dense[f"layers.0.q_proj.{name}.weight"])
+        assert np.array_equal(tensor, dense[f"layers.0.q_proj.{name}"])
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"q.lora_mid.weight": np.ones((2, 2), np.float32)}, "q.lora_mid.weight"),
-        ({"q.lora_up.weight": np.ones((2, 2), np.float32)}, "needs lora_down.weight"),
-        ({"conv.lora_up.weight": np.ones((5, 3, 1, 1), np.float32)}, "ranks 2 and 3"),
-        ({"conv.lora_up.weight": np.ones((5, 2), np.float32)}, "of the shapes"),
-        ({"conv.alpha": np.array(np.nan, np.float32)}, "NaN"),
+        ({"q.middle": np.ones((2, 2), np.float32)}, "'q.middle'"),
+        ({"q.up": np.ones((2, 2), np.float32)}, "the two factors"),
+        ({"conv.up": np.ones((5, 3, 1, 1), np.float32)}, "ranks 2 and 3"),
+        ({"conv.up": np.ones((5, 2), np.float32)}, "of the shapes"),
+        ({"conv.scale": np.array(np.nan, np.float32)}, "NaN"),
     ],
 )
 def test_what_is_wrong_is_one_line(
     change: dict[str, np.ndarray], message: str, patched: Path
 ) -> None:
-    tensors = load_file(patched / "kohya.safetensors")
+    tensors = load_file(patched / "plain.safetensors")
     save_file(tensors | change, patched / "wrong.safetensors")
     done = jlora(patched, "inspect", "wrong.safetensors")
     (line,) = done.stderr.splitlines()
