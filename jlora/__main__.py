@@ -1,7 +1,7 @@
 """The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
-Adapters are folders, of PEFT or of `jlora.checkpoint`. Errors are one line on the
-standard error and exit code 2; `diff` exits with 1 if the adapters differ.
+Adapters are those of PEFT, MLX, `jlora.checkpoint`, Tunix and Qwix. Errors are one line
+on the standard error and exit code 2; `diff` exits with 1 if the adapters differ.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from ._algebra.spectrum import effective_rank, singular_values
 from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
 from ._files.format import Configs, Format
-from ._files.shapes import read_shapes
 from ._formats import FORMATS
+from ._formats.options import add_alpha, add_options, chosen, options
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _PEFT = "_formats.peft"
@@ -69,47 +69,20 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    either = "the folder of an adapter: of PEFT, a checkpoint, or one of its steps"
-    command("inspect", _inspect, path=either)
+    either = (
+        "the folder of an adapter: of PEFT, of MLX, a checkpoint, or one step of it"
+    )
+    add_alpha(command("inspect", _inspect, path=either))
     convert = command("convert", _convert, source=either, target="the folder to write")
-    _add_options_of_peft(convert)
+    add_options(convert)
     convert.add_argument(
         "--overwrite", action="store_true", help="replace an adapter in TARGET"
     )
     model = "the folder of a Hugging Face model, of safetensors"
     out = "the folder to write, which must not exist"
-    command("merge", _merge, base=model, adapter="the folder of PEFT's", out=out)
-    command("diff", _diff, one=either, other=either)
+    command("merge", _merge, base=model, adapter="that of PEFT or MLX", out=out)
+    add_alpha(command("diff", _diff, one=either, other=either))
     return parser
-
-
-def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
-    """Adds what is said of the files of PEFT that are written."""
-    convert.add_argument(
-        "--names",
-        metavar="FAMILY",
-        help="torch's names of a model: llama, gpt2, bert, vit, …; without it names in "
-        "PEFT are the paths of kernels, and a checkpoint is for a model with torch's",
-    )
-    convert.add_argument(
-        "--params",
-        type=Path,
-        metavar="SHAPES",
-        help="reading PEFT: JSON with the shape of each leaf of the params by path, "
-        '{"params/layers_0/up/kernel": [64, 256], ...}, whose paths the checkpoint '
-        "then has; in Python jlora.peft.load(folder, params, names) does the same",
-    )
-    convert.add_argument(
-        "--base-model",
-        metavar="NAME",
-        help="writing PEFT: the base, to be named in adapter_config.json",
-    )
-    convert.add_argument(
-        "--profile",
-        choices=("peft", "vllm"),
-        default="peft",
-        help="writing PEFT: for PEFT, or for what vLLM loads",
-    )
 
 
 # --- the formats ---
@@ -131,23 +104,34 @@ def _format_of(path: Path) -> Format:
     found = next((f for f in map(_format, FORMATS) if f.holds(path)), None)
     if found is None and path.is_dir():
         raise FileNotFoundError(
-            f"{path} is neither a checkpoint nor an adapter of PEFT, which is a folder "
-            "with adapter_config.json and adapter_model.safetensors"
+            f"{path} is neither a checkpoint nor an adapter of PEFT or MLX, which is a "
+            "folder with adapter_config.json and adapter_model.safetensors, or "
+            "adapters.safetensors"
         )
     return found or _format(_PEFT)  # which says what is wrong with the file
 
 
-def _format_to(target: Path, source: Format) -> Format:
-    """Returns the format to write: by the target's suffix, or that of other folders."""
-    formats = [*map(_format, FORMATS)] if target.suffix else []
+def _format_to(target: Path, source: Format, asked: str | None) -> Format:
+    """Returns the format to write: as asked, by suffix, or that of other folders.
+
+    Raises:
+        ValueError: if the one that is asked for is none.
+    """
+    formats = [*map(_format, FORMATS)] if asked or target.suffix else []
+    if asked:
+        by_name = {form.name.split()[-1].lower(): form for form in formats}
+        if asked not in by_name:
+            raise ValueError(f"--to {asked} is none of {sorted(by_name)}")
+        return by_name[asked]
     by_suffix = [form for form in formats if form.suffix == target.suffix]
     folders = (form for form in map(_format, FORMATS) if form.suffix is None)
     return by_suffix[0] if by_suffix else next(f for f in folders if f is not source)
 
 
-def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
+def _read(path: Path, given: Any) -> tuple[Configs, dict[str, Any]]:
     """Returns the configs and the adapter of a path, of any format."""
-    return _format_of(path).read(path, ignore=ignore)
+    source = _format_of(path)
+    return source.read(path, ignore=given.ignore, **chosen(given, source))
 
 
 # --- commands ---
@@ -155,7 +139,7 @@ def _read(path: Path, ignore: Sequence[str]) -> tuple[Configs, dict[str, Any]]:
 
 def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
-    _, adapter = _read(given.path, given.ignore)
+    _, adapter = _read(given.path, given)
     rows = [_row(path, entry) for path, entry in _with_progress(adapter)]
     _say(_table(_HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
@@ -202,43 +186,21 @@ def _row(path: str, entry: Any) -> tuple[str, ...]:
 
 
 def _convert(given: Any) -> int:
-    """Write an adapter in the other format: PEFT from a checkpoint, or the reverse."""
+    """Write an adapter in another format: PEFT from a checkpoint, or the reverse."""
     source = _format_of(given.source)
-    target = _format_to(given.target, source)
-    placing, options = _options(given, source, target)
+    target = _format_to(given.target, source, given.to)
+    placing, asked = options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
     # Of a model whose shapes are given all is known.
-    told = None if placing else source.told_in_part(given.source, ignore=given.ignore)
-    if told:
+    ignore, placed = given.ignore, "params" in placing
+    told = None if placed else source.told_in_part(given.source, ignore=ignore)
+    if told := told or source.lost(given.source, target.name, ignore=ignore):
         raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
-    target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)
+    target.write(given.target, adapter, configs, overwrite=given.overwrite, **asked)
     _say(f"{given.target}: {len(adapter)} targets")
     return SAME
-
-
-def _options(
-    given: Any, source: Format, target: Format
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what is given of the options for reading, and of those for writing.
-
-    Raises:
-        ValueError: if more is given, or the shapes of the params are none.
-    """
-    defaults = {"names": None, "params": None, "base_model": None, "profile": "peft"}
-    asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
-    placing = {n: v for n, v in asked.items() if n in source.placing}
-    options = {n: v for n, v in asked.items() if n in target.options}
-    vain = [f"--{n.replace('_', '-')}" for n in asked if n not in {*placing, *options}]
-    if vain:
-        raise ValueError(
-            f"{given.source} is of {source.name} and becomes {target.name}, which has "
-            f"no place for {', '.join(vain)}; leave that out"
-        )
-    if "params" in placing:
-        placing["params"] = read_shapes(placing["params"])
-    return placing, options
 
 
 def _check_apart(source: Path, target: Path, form: Format) -> None:
@@ -255,7 +217,7 @@ def _check_apart(source: Path, target: Path, form: Format) -> None:
 
 
 def _merge(given: Any) -> int:
-    """Write a Hugging Face model with a PEFT adapter merged into its weights."""
+    """Write a Hugging Face model with an adapter merged into its weights."""
     from . import weights
 
     def progress(done: int, total: int, name: str) -> None:
@@ -263,8 +225,8 @@ def _merge(given: Any) -> int:
 
     if holds_steps(given.adapter) and not _format(_PEFT).holds(given.adapter):
         raise AdapterError(
-            f"{given.adapter} is a checkpoint, and merge takes files of PEFT; write "
-            f"them with python -m jlora convert {given.adapter} FOLDER"
+            f"{given.adapter} is a checkpoint, and merge takes files of PEFT or MLX; "
+            f"write them with python -m jlora convert {given.adapter} FOLDER"
         )
     weights.merge_folder(
         given.base, given.adapter, given.out, ignore=given.ignore, progress=progress
@@ -275,7 +237,7 @@ def _merge(given: Any) -> int:
 
 def _diff(given: Any) -> int:
     """Compare two adapters; exit code 1 if they differ."""
-    (_, one), (_, other) = (_read(p, given.ignore) for p in (given.one, given.other))
+    (_, one), (_, other) = (_read(p, given) for p in (given.one, given.other))
     rows = [(p, "", f"only in {given.one}") for p in one if p not in other]
     rows += [(p, "", f"only in {given.other}") for p in other if p not in one]
     both = {path: entry for path, entry in one.items() if path in other}

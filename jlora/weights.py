@@ -14,6 +14,7 @@ from typing import Any
 from ._errors import AdapterError
 from ._files.model_files import Weights as Weights
 from ._files.model_files import model_config, model_files, weights_header
+from ._formats import mlx
 from ._peft.files import read_files
 from ._peft.merge import check_places, copy_rest, write_merged
 from ._peft.read import without
@@ -60,7 +61,10 @@ def merge_folder(
     extend_tables: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
-    """Writes a Hugging Face model with a PEFT adapter merged into its weights.
+    """Writes a Hugging Face model with an adapter merged into its weights.
+
+    The adapter is a folder of PEFT's, or of MLX's where the modules have the names of
+    the weights; the factors of a tied table then act in the head as well.
 
     Each sum is formed in float32 (or the dtype of the weight, if wider) and rounded
     once to the dtype of the weight. Files are written one after the other, under the
@@ -101,9 +105,11 @@ def merge_folder(
     source, target = Path(base), Path(out)
     check_places(source, target)
     weights = open_weights(source)
-    files = without(read_files(adapter, ignore=ignore), leave_out)
+    of_mlx = mlx.holds(Path(adapter))
+    files = mlx.as_peft if of_mlx else read_files
+    given = without(files(Path(adapter), ignore=ignore), leave_out)
     config = model_config(source)
-    changes = changes_of(weights, files, config, extend_tables=extend_tables)
+    changes = changes_of(weights, given, config, extend_tables=extend_tables)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:

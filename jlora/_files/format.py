@@ -27,10 +27,14 @@ class Format:
         options: those of `python -m jlora convert` that `write` takes: "names",
             "base_model", "profile".
         placing: those that `read` takes, to place what is there in a model: "names" and
-            "params", the shapes of its leaves by path.
+            "params", the shapes of its leaves by path; "alpha", which `inspect` and
+            `diff` take, too.
         told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
             of an adapter without its params, which can be shown and is not converted
             then, or None.
+        lost: `lost(path, target, *, ignore=())` says what the format with the name
+            `target` would not keep of the files, which are not converted to it then, or
+            None.
     """
 
     name: str
@@ -41,3 +45,4 @@ class Format:
     options: tuple[str, ...] = ()
     placing: tuple[str, ...] = ()
     told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None
+    lost: Callable[..., str | None] = lambda path, target, *, ignore=(): None

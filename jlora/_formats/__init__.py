@@ -7,4 +7,5 @@ how to add one. The first that holds a path reads it.
 FORMATS = (
     "_formats.peft",
     "checkpoint",
+    "_formats.mlx",
 )

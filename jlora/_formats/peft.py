@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from .._adapter.config import LoraConfig
@@ -22,19 +21,22 @@ from .._torch.alone import (
     in_doubt,
     kernels_alone,
     path_of,
+    placed,
 )
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
-from .._torch.named_params import Base
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
+_OF_MLX = "adapters.safetensors"
 
 
 def holds(path: Path) -> bool:
     """Returns whether a path is a folder of PEFT's, whole or not, or a file of one."""
-    if path.name in (CONFIG, WEIGHTS) or (path / CONFIG).exists():
+    if path.name == WEIGHTS or any(path.glob("adapter_model.*")):
         return True
-    return any(path.glob("adapter_model.*"))
+    folder = path.parent if path.name == CONFIG else path
+    others = (folder / _OF_MLX).exists()  # then the config is MLX's
+    return (path.name == CONFIG or (path / CONFIG).exists()) and not others
 
 
 def read(
@@ -57,16 +59,9 @@ def read(
         AdapterError: if the files contradict themselves, or do not fit the params.
         ValueError: if there are names without params.
     """
-    files = read_files(path, ignore=ignore)
-    rules = None if names is None else family_names(names)
-    if params is not None:
-        return configured_adapter(files, Base.of(_tree(params), rules))
-    if names is not None:
-        raise ValueError(
-            f"--names {names} says what modules are called in torch, and not which "
-            "leaves a model has: give their shapes too, --params shapes.json, or call "
-            f'`jlora.peft.load(folder, params, jlora.peft.names("{names}"))`'
-        )
+    files, base = read_files(path, ignore=ignore), placed(params, names)
+    if base is not None:
+        return configured_adapter(files, base)
     sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
     own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
@@ -95,7 +90,11 @@ def write(
 
     Raises:
         UnsupportedFeatureError: if layouts are in doubt.
+        FileExistsError: if the folder holds MLX's files, or others that may not be
+            replaced.
     """
+    if (path / _OF_MLX).exists():
+        raise FileExistsError(f"{path} has an adapter of MLX; give another folder")
     if names is None:
         _check_layouts(adapter)
     save(
@@ -126,6 +125,21 @@ def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
     return None
 
 
+def lost(path: Path, target: str, *, ignore: Sequence[str] = ()) -> str | None:
+    """Returns what MLX would not keep of the files of PEFT, if there is something."""
+    if target != "MLX":
+        return None
+    files = read_files(path, ignore=ignore)
+    tables = [name for name, module in files.modules.items() if module.is_table]
+    if not tables or files.config.ensure_weight_tying:
+        return None
+    return (
+        f"{path} adapts the table(s) {tables} for the lookup alone: MLX adapts the "
+        "head too where a model ties it to its table, and no file tells whether it "
+        "does. Merge the adapter into the model, python -m jlora merge"
+    )
+
+
 FORMAT = Format(
     "PEFT",
     holds,
@@ -134,19 +148,8 @@ FORMAT = Format(
     options=("names", "base_model", "profile"),
     placing=("names", "params"),
     told_in_part=told_in_part,
+    lost=lost,
 )
-
-
-def _tree(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Returns params as nested dicts, from their shapes by path."""
-    tree: dict[str, Any] = {}
-    for path, shape in shapes.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = jax.ShapeDtypeStruct(shape, np.float32)
-    return tree
 
 
 def _check_layouts(adapter: Mapping[str, Any]) -> None:

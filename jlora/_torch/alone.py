@@ -15,12 +15,14 @@ from .._adapter.config import LoraConfig
 from .._adapter.entries import axes_of, kernel_shape, lowered
 from .._adapter.variants import variant_of_entry
 from .._errors import AdapterError, UnsupportedFeatureError
+from .._params.axes import KernelAxes
 from .assemble import factors_of, modules_of
 from .configs import configs_of
+from .families import names as family_names
 from .layout import spread
 from .modules import TorchModule
 from .named_params import Base
-from .names import Rule, bind
+from .names import Names, Rule, bind
 
 Configs: TypeAlias = LoraConfig | tuple[LoraConfig, ...]
 
@@ -60,9 +62,49 @@ class ParamsAlone:
         step = step or ("embedding" if module.is_table else None)
         self.add(path_of(name, last), module.kernel_shape, module.a.dtype, name, step)
 
-    def base(self) -> Base:
-        """Returns the params under both names of each leaf."""
-        return Base.of(self.shapes, self._rules)
+    def base(self, axes: Mapping[str, KernelAxes] | None = None) -> Base:
+        """Returns the params under both names of each leaf.
+
+        Args:
+            axes: the roles of the axes of some leaves, by path.
+        """
+        return Base.of(self.shapes, self._rules, axes)
+
+
+def placed(
+    params: Mapping[str, tuple[int, ...]] | None, names: str | None
+) -> Base | None:
+    """Returns the params whose shapes are given, under both names; None without them.
+
+    Args:
+        params: the shapes of the leaves by path.
+        names: the family whose names the leaves have in torch.
+
+    Raises:
+        ValueError: if there are names without params.
+    """
+    rules = None if names is None else family_names(names)
+    if params is not None:
+        return Base.of(tree_of(params), rules)
+    if names is not None:
+        raise ValueError(
+            f"--names {names} says what modules are called in torch, and not which "
+            "leaves a model has: give their shapes too, --params shapes.json, or call "
+            f'`jlora.peft.load(folder, params, jlora.peft.names("{names}"))`'
+        )
+    return None
+
+
+def tree_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns params as nested dicts, from their shapes by path."""
+    tree: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = jax.ShapeDtypeStruct(shape, np.float32)
+    return tree
 
 
 def path_of(name: str, *last: str) -> str:
@@ -147,24 +189,30 @@ def _is_packed(path: str, entry: Any) -> bool:
     return bool(below) and axes is not None and len(axes.batch) == 1
 
 
-def modules_alone(adapter: Mapping[str, Any]) -> list[TorchModule]:
+def modules_alone(adapter: Mapping[str, Any], names: Names = None) -> list[TorchModule]:
     """Returns the torch modules that an adapter adapts: `params/a/b/kernel` is `a.b`.
+
+    Args:
+        adapter: the entries by path.
+        names: other rules, if they are called otherwise in torch.
 
     Raises:
         UnsupportedFeatureError: if it holds more than factors of dense kernels.
         AdapterError: if a kernel has batch axes, which are no module of torch's.
     """
-    _check_factors(adapter)
+    _check_factors(adapter, names)
+    if not adapter:
+        return []
     entries = {p: _on_host(lowered(e, None)) for p, e in sorted(adapter.items())}
     axes = {path: factors.axes for path, factors in entries.items()}
-    base = Base.of(kernels_alone(entries), None, axes)
+    base = Base.of(kernels_alone(entries), names, axes)
     return modules_of({p: spread(f, base.axes(p)) for p, f in entries.items()}, base)
 
 
-def _check_factors(adapter: Mapping[str, Any]) -> None:
+def _check_factors(adapter: Mapping[str, Any], names: Names) -> None:
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     bare = [p for p, kind in kinds.items() if not kind.has_roles or kind.reads_kernel]
-    if bare or (bare := in_doubt(adapter)):
+    if bare or (names is None and (bare := in_doubt(adapter))):
         raise UnsupportedFeatureError(
             f"{bare[:5]} are no factors of dense kernels, and the format has no place "
             "for anything else"
