@@ -124,7 +124,8 @@ def _format_to(target: Path, source: Format, asked: str | None) -> Format:
             raise ValueError(f"--to {asked} is none of {sorted(by_name)}")
         return by_name[asked]
     by_suffix = [form for form in formats if form.suffix == target.suffix]
-    folders = (form for form in map(_format, FORMATS) if form.suffix is None)
+    written = (form for form in map(_format, FORMATS) if form.write)
+    folders = (form for form in written if form.suffix is None)
     return by_suffix[0] if by_suffix else next(f for f in folders if f is not source)
 
 
@@ -189,6 +190,8 @@ def _convert(given: Any) -> int:
     """Write an adapter in another format: PEFT from a checkpoint, or the reverse."""
     source = _format_of(given.source)
     target = _format_to(given.target, source, given.to)
+    if target.write is None:
+        raise ValueError(f"jlora reads the states of {target.name}, and writes none")
     placing, asked = options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
     # Of a model whose shapes are given all is known.

@@ -71,6 +71,7 @@ DOORS = {
     "checkpoint": "orbax",
     "peft": "jax",
     "quant": "qwix",
+    "tunix": "orbax",
     "weights": "jax",
 }
 

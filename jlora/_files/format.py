@@ -21,7 +21,8 @@ class Format:
             are fields of the format's own config to do without. What is wrong with the
             files is an `AdapterError`.
         write: `write(path, adapter, configs, *, overwrite=False, **options)` writes
-            them; a FileExistsError if something is there that may not be replaced.
+            them; a FileExistsError if something is there that may not be replaced. None
+            of a format that is only read.
         suffix: how the names of its files end, if the format is one of files; that of
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
@@ -40,7 +41,7 @@ class Format:
     name: str
     holds: Callable[[Path], bool]
     read: Callable[..., tuple[Configs, dict[str, Any]]]
-    write: Callable[..., None]
+    write: Callable[..., None] | None
     suffix: str | None = None
     options: tuple[str, ...] = ()
     placing: tuple[str, ...] = ()

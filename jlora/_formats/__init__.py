@@ -6,6 +6,7 @@ how to add one. The first that holds a path reads it.
 
 FORMATS = (
     "_formats.peft",
+    "tunix",  # before `checkpoint`, whose are all other runs of Orbax
     "checkpoint",
     "_formats.mlx",
 )
