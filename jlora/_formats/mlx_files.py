@@ -121,7 +121,7 @@ def _said(file: Path, ignore: Collection[str]) -> tuple[str, int, float]:
     if "alpha" in own and "alpha" not in ignore:
         raise UnsupportedFeatureError(
             f"{file} has an `alpha`, {str(own['alpha'])[:50]}, beside its `scale`: "
-            "mlx-lm before 0.13 multiplies by scale·alpha/rank, and later ones by the "
+            "mlx-lm up to 0.14.0 multiplies by scale·alpha/rank, and later ones by the "
             "scale alone. If one of these wrote it, leave the alpha out of account: "
             "`ignore=['alpha']`, or --ignore alpha; else put scale·alpha/rank there"
         )

@@ -47,19 +47,17 @@ def mlx_folder(folder: Path) -> Any:
     axes = jlora.KernelAxes((), (0,), (1,))
     made = [*factors("a", "b", "c", "d").values()]
     entries = {
-        f"params/{name}/kernel": jlora.LoraFactors(
-            *map(jax.numpy.asarray, pair), axes, 3
-        )
-        for name, pair in (("q", made[:2]), ("embed", made[2:]))
+        f"params/{name}/kernel": jlora.LoraFactors(a, b, axes, 3.0)
+        for name, (a, b) in (("q", made[:2]), ("embed", made[2:]))
     }
     mlx.write(folder, entries, jlora.LoraConfig("q", rank=2, alpha=6.0))
     return lambda: mlx.read(folder)
 
 
 def qwix_state(folder: Path) -> Any:
-    leaves = factors("w_lora_a", "w_lora_b")
+    leaves = {"w": np.ones((5, 3), np.float32), **factors("w_lora_a", "w_lora_b")}
     with ocp.StandardCheckpointer() as saver:
-        saver.save(folder, {"q": {"w": np.ones((5, 3), np.float32), **leaves}})
+        saver.save(folder, {"q": jax.tree.map(jax.numpy.asarray, leaves)})
     return lambda: jlora.tunix.restore(folder, alpha=6.0)
 
 
