@@ -71,10 +71,20 @@ if _typing.TYPE_CHECKING:
     from . import optim as optim
     from . import peft as peft
     from . import quant as quant
+    from . import tunix as tunix
     from . import weights as weights
 
 # The doors to other libraries, which are imported when they are first asked for.
-_DOORS = ("checkpoint", "linen", "nnx", "optim", "peft", "quant", "weights")
+_DOORS = (
+    "checkpoint",
+    "linen",
+    "nnx",
+    "optim",
+    "peft",
+    "quant",
+    "tunix",
+    "weights",
+)
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -1,9 +1,10 @@
 """The command line: `jlora inspect | convert | merge | diff`, or `python -m jlora`.
 
-Adapters are folders, of PEFT or of `jlora.checkpoint`, or files of diffusers, kohya's
-scripts or llama.cpp (GGUF); or repositories of the Hugging Face Hub, `owner/name` or
-`owner/name@revision`, where nothing on disk is called so. Errors are one line on the
-standard error and exit code 2; `diff` exits with 1 if the adapters differ.
+Adapters are folders of PEFT, MLX or `jlora.checkpoint`, states of Tunix and Qwix, or
+files of diffusers, kohya's scripts or llama.cpp (GGUF); or repositories of the Hugging
+Face Hub, `owner/name` or `owner/name@revision`, where nothing on disk is called so.
+Errors are one line on the standard error and exit code 2; `diff` exits with 1 if the
+adapters differ.
 """
 
 import argparse
@@ -22,9 +23,8 @@ from ._algebra import summary
 from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
 from ._files.format import Format
-from ._files.shapes import read_shapes
 from ._formats import FORMATS
-from ._formats.options import add_base, add_options
+from ._formats.options import add_options, add_reading, options, read_all
 from ._formats.printing import table
 from ._peft.files import local
 
@@ -74,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     either = (
-        "an adapter: a folder of PEFT, a checkpoint or one of its steps, or a file of "
-        "diffusers, kohya or GGUF; or a repository of PEFT's files on the Hub, "
-        "owner/name or owner/name@revision"
+        "an adapter: a folder of PEFT or MLX, a checkpoint or one of its steps, a "
+        "state of Tunix or Qwix, or a file of diffusers, kohya or GGUF; or a "
+        "repository of PEFT's files on the Hub, owner/name or owner/name@revision"
     )
     inspect = command("inspect", _inspect, path=either)
     target = "the folder or file to write"
@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     out = "the folder to write, which must not exist"
     command("merge", _merge, base=model, adapter=either, out=out)
     diff = command("diff", _diff, one=either, other=either)
-    for added in (inspect, convert, diff):
-        add_base(added)
+    for added in (inspect, diff):
+        add_reading(added)
     return parser
 
 
@@ -122,51 +122,40 @@ def _format_of(path: Path) -> Format:
     found = next((f for f in map(_format, FORMATS) if f.holds(path)), None)
     if found is None and path.is_dir():
         raise FileNotFoundError(
-            f"{path} is neither a checkpoint nor an adapter of PEFT, which is a folder "
-            "with adapter_config.json and adapter_model.safetensors"
+            f"{path} is neither a checkpoint nor an adapter of PEFT or MLX, which is a "
+            "folder with adapter_config.json and adapter_model.safetensors, or "
+            "adapters.safetensors"
         )
     return found or _format(_PEFT)  # which says what is wrong with the file
 
 
-def _format_to(target: Path, source: Format, name: str | None) -> Format:
-    """Returns the format to write: by the target's suffix, or that of other folders.
+def _format_to(target: Path, source: Format, asked: str | None) -> Format:
+    """Returns the format to write: as asked, by suffix, or that of other folders.
 
     Raises:
-        ValueError: if the name is that of no format, or the suffix that of several.
+        ValueError: if the one that is asked for is none, or the suffix is that of
+            several.
     """
-    formats = [*map(_format, FORMATS)] if target.suffix or name else []
-    if name is not None:
-        known = {form.name.lower(): form for form in formats}
-        if name.lower() not in known:
-            raise ValueError(f"--format is one of {[*known]}, not {name!r}")
-        return known[name.lower()]
-    by_suffix = [form for form in formats if form.suffix == target.suffix]
+    formats = [*map(_format, FORMATS)] if asked or target.suffix else []
+    by_name = {form.name.split()[-1].lower(): form for form in formats}
+    if asked:
+        if asked not in by_name:
+            raise ValueError(f"--to {asked} is none of {sorted(by_name)}")
+        return by_name[asked]
+    by_suffix = {n: form for n, form in by_name.items() if form.suffix == target.suffix}
     if len(by_suffix) > 1:
-        told = " or ".join(f"--format {form.name}" for form in by_suffix)
+        told = " or ".join(f"--to {name}" for name in by_suffix)
         raise ValueError(f"{target} may be a file of several formats: give {told}")
-    folders = (form for form in map(_format, FORMATS) if form.suffix is None)
-    return by_suffix[0] if by_suffix else next(f for f in folders if f is not source)
+    written = (form for form in map(_format, FORMATS) if form.write)
+    folders = (form for form in written if form.suffix is None)
+    return next(iter(by_suffix.values()), None) or next(
+        form for form in folders if form is not source
+    )
 
 
-def _read_all(given: Any, *paths: Path) -> list[dict[str, Any]]:
-    """Returns the adapters of some paths, of any formats.
-
-    Raises:
-        ValueError: if there is a base, and none of them needs it.
-    """
-    forms = [_format_of(path) for path in paths]
-    takes = ["base" in form.placing for form in forms]
-    if given.base is not None and not any(takes):
-        told = f"{paths[0]} is of {forms[0].name}"
-        raise ValueError(f"{told}, which has no place for --base; leave that out")
-    bases = [{"base": given.base} if own and given.base else {} for own in takes]
-    if len({form.name for form in forms}) > 1 and not given.base:
-        for form, path in zip(forms, paths, strict=True):
-            told = form.told_in_part(path, ignore=given.ignore)
-            if "base" in form.placing and told:
-                raise AdapterError(told)
-    every = zip(forms, paths, bases, strict=True)
-    return [form.read(p, ignore=given.ignore, **base)[1] for form, p, base in every]
+def _read(given: Any, *paths: Path) -> list[dict[str, Any]]:
+    """Returns the adapters of some paths, of any formats."""
+    return read_all(given, paths, [*map(_format_of, paths)])
 
 
 # --- commands ---
@@ -174,7 +163,7 @@ def _read_all(given: Any, *paths: Path) -> list[dict[str, Any]]:
 
 def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
-    (adapter,) = _read_all(given, given.path)
+    (adapter,) = _read(given, given.path)
     rows = [summary.row(path, entry) for path, entry in _with_progress(adapter)]
     _say(table(summary.HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
@@ -186,46 +175,23 @@ def _inspect(given: Any) -> int:
 def _convert(given: Any) -> int:
     """Write an adapter in another format: PEFT from a checkpoint, or the reverse."""
     source = _format_of(given.source)
-    target = _format_to(given.target, source, given.format)
-    placing, options = _options(given, source, target)
+    target = _format_to(given.target, source, given.to)
+    if target.write is None:
+        raise ValueError(f"jlora reads the states of {target.name}, and writes none")
+    placing, asked = options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
     # Of a model whose shapes are given all is known.
-    told = None if placing else source.told_in_part(given.source, ignore=given.ignore)
-    if told:
+    ignore, placed = given.ignore, "params" in placing
+    told = None if placed else source.told_in_part(given.source, ignore=ignore)
+    if told := told or source.lost(given.source, target.name, ignore=ignore):
         raise AdapterError(told)
     if target.name != CHECKPOINT:
         _check_apart(given.source, given.target, target)
-    if source.of_torch and target.of_torch and "params" not in placing:
-        options["convolutions"] = True
-    target.write(given.target, adapter, configs, overwrite=given.overwrite, **options)
+    target.write(given.target, adapter, configs, overwrite=given.overwrite, **asked)
     _say(f"{given.target}: {len(adapter)} targets")
-    if lost := target.lost(configs):
-        _say(f"{target.name}: {lost}")
+    if dropped := target.dropped(configs):
+        _say(f"{target.name}: {dropped}")
     return SAME
-
-
-def _options(
-    given: Any, source: Format, target: Format
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what is given of the options for reading, and of those for writing.
-
-    Raises:
-        ValueError: if more is given, or the shapes of the params are none.
-    """
-    defaults = {"names": None, "params": None, "base_model": None, "profile": "peft"}
-    defaults |= dict.fromkeys(("model_type", "prefix", "architecture", "base"))
-    asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
-    placing = {n: v for n, v in asked.items() if n in source.placing}
-    options = {n: v for n, v in asked.items() if n in target.options}
-    vain = [f"--{n.replace('_', '-')}" for n in asked if n not in {*placing, *options}]
-    if vain:
-        raise ValueError(
-            f"{given.source} is of {source.name} and becomes {target.name}, which has "
-            f"no place for {', '.join(vain)}; leave that out"
-        )
-    if "params" in placing:
-        placing["params"] = read_shapes(placing["params"])
-    return placing, options
 
 
 def _check_apart(source: Path, target: Path, form: Format) -> None:
@@ -251,8 +217,8 @@ def _merge(given: Any) -> int:
 
     if holds_steps(given.adapter) and not _format(_PEFT).holds(given.adapter):
         raise AdapterError(
-            f"{given.adapter} is a checkpoint, and merge takes files of PEFT; write "
-            f"them with python -m jlora convert {given.adapter} FOLDER"
+            f"{given.adapter} is a checkpoint, and merge takes files of PEFT or MLX; "
+            f"write them with python -m jlora convert {given.adapter} FOLDER"
         )
     form = _format_of(given.adapter)
     if form.modules is None:
@@ -268,7 +234,7 @@ def _merge(given: Any) -> int:
 
 def _diff(given: Any) -> int:
     """Compare two adapters; exit code 1 if they differ."""
-    one, other = _read_all(given, given.one, given.other)
+    one, other = _read(given, given.one, given.other)
     rows = [(p, "", f"only in {given.one}") for p in one if p not in other]
     rows += [(p, "", f"only in {given.other}") for p in other if p not in one]
     both = {path: entry for path, entry in one.items() if path in other}

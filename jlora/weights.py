@@ -11,6 +11,7 @@ from typing import Any
 
 from ._files.model_files import Weights as Weights
 from ._files.model_files import weights_of
+from ._formats import mlx
 from ._peft.files import read_files
 from ._peft.merge import check_places
 from ._peft.merge_files import merge_files
@@ -49,7 +50,10 @@ def merge_folder(
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     revision: str | None = None,
 ) -> None:
-    """Writes a Hugging Face model with a PEFT adapter merged into its weights.
+    """Writes a Hugging Face model with an adapter merged into its weights.
+
+    The adapter is a folder of PEFT's, or of MLX's where the modules have the names of
+    the weights; the factors of a tied table then act in the head as well.
 
     Each sum is formed in float32 (or the dtype of the weight, if wider) and rounded
     once to the dtype of the weight. Files are written one after the other, under the
@@ -90,7 +94,10 @@ def merge_folder(
         AdapterError: if the adapter does not fit the weights, or cannot be read.
     """
     check_places(Path(base), Path(out))
-    read = read_files(adapter, ignore=ignore, revision=revision)
+    if mlx.holds(Path(adapter)):
+        read = mlx.as_peft(Path(adapter), ignore=ignore)
+    else:
+        read = read_files(adapter, ignore=ignore, revision=revision)
     merge_files(
         Path(base),
         without(read, leave_out),

@@ -77,6 +77,7 @@ DOORS = {
     "checkpoint": "orbax",
     "peft": "jax",
     "quant": "qwix",
+    "tunix": "orbax",
     "weights": "jax",
 }
 

@@ -21,13 +21,15 @@ class Format:
             are fields of the format's own config to do without. What is wrong with the
             files is an `AdapterError`.
         write: `write(path, adapter, configs, *, overwrite=False, **options)` writes
-            them; a FileExistsError if something is there that may not be replaced.
+            them; a FileExistsError if something is there that may not be replaced. None
+            of a format that is only read.
         suffix: how the names of its files end, if the format is one of files; that of
             the target chooses the format to write.
         options: those of `python -m jlora convert` that `write` takes: "names",
             "base_model", "profile", "model_type", "prefix", "architecture", "base".
         placing: those that `read` takes, to place what is there in a model: "names",
-            "params", the shapes of its leaves by path, and "base", its folder.
+            "params", the shapes of its leaves by path, and "base", its folder; "alpha",
+            which `inspect` and `diff` take, too.
         told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
             of an adapter without its params, which can be shown and is not converted
             then, or None.
@@ -36,17 +38,22 @@ class Format:
             convolution. `write` takes that as `convolutions=True` then.
         modules: `modules(path, *, ignore=(), base=None)` gives the torch modules with
             factors, for `merge`, or None where that reads the files itself.
-        lost: `lost(configs)` says what the files do not keep of an adapter.
+        lost: `lost(path, target, *, ignore=())` says what the format with the name
+            `target` would not keep of the files, which are not converted to it then, or
+            None.
+        dropped: `dropped(configs)` says what this format does not keep of an adapter,
+            and does without, or None.
     """
 
     name: str
     holds: Callable[[Path], bool]
     read: Callable[..., tuple[Configs, dict[str, Any]]]
-    write: Callable[..., None]
+    write: Callable[..., None] | None
     suffix: str | None = None
     options: tuple[str, ...] = ()
     placing: tuple[str, ...] = ()
     told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None
     of_torch: bool = False
     modules: Callable[..., Any] | None = None
-    lost: Callable[[Configs], str | None] = lambda configs: None
+    lost: Callable[..., str | None] = lambda path, target, *, ignore=(): None
+    dropped: Callable[[Configs], str | None] = lambda configs: None

@@ -166,6 +166,9 @@ def check_header(data: bytes, where: str, size: int | None = None) -> dict[str, 
         raise CorruptFileError(f"{where}: the header does not begin with '{{'")
     header = parse_json(text, f"the header of {where}", limit=HEADER_LIMIT)
     metadata = header.pop("__metadata__", {})
+    metadata = (
+        {} if metadata is None else metadata
+    )  # as MLX has it, where there is none
     if not (isinstance(metadata, dict) and _all_strings(metadata.values())):
         raise CorruptFileError(f"{where}: `__metadata__` does not map text to text")
     spans = [_span(where, name, entry) for name, entry in header.items()]

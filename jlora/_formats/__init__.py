@@ -9,5 +9,7 @@ FORMATS = (
     "_formats.diffusers",
     "_formats.kohya",
     "_formats.gguf",
+    "tunix",  # before `checkpoint`, whose are all other runs of Orbax
     "checkpoint",
+    "_formats.mlx",
 )

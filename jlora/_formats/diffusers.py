@@ -156,7 +156,7 @@ def write(
         AdapterError: if the adapter holds more than factors of modules.
     """
     del configs
-    found = modules_alone(adapter, convolutions)
+    found = modules_alone(adapter, convolutions=convolutions)
     if prefix is not None:
         found = [dataclasses.replace(m, name=f"{prefix}.{m.name}") for m in found]
     by_part: dict[str, list[TorchModule]] = {}
@@ -204,5 +204,5 @@ FORMAT = Format(
     placing=("names", "params"),
     of_torch=True,
     modules=modules,
-    lost=dropout_of,
+    dropped=dropout_of,
 )

@@ -260,7 +260,7 @@ def write(
             f"of the architecture {architecture!r} jlora does not know which rows "
             f"llama.cpp reorders; it is none of {[*PERMUTED]}"
         )
-    found = modules_alone(adapter, convolutions)
+    found = modules_alone(adapter, convolutions=convolutions)
     names = _gguf_names(architecture, found)
     rotated = [m.name for m in found if is_rotated(m.name, architecture)]
     if rotated and heads is None:
@@ -322,5 +322,5 @@ FORMAT = Format(
     told_in_part=told_in_part,
     of_torch=True,
     modules=modules,
-    lost=dropout_of,
+    dropped=dropout_of,
 )

@@ -250,7 +250,7 @@ def write(
         raise ValueError(
             f"a prefix of kohya's is `lora_unet` or the like, not {prefix!r}"
         )
-    found = modules_alone(adapter, convolutions)
+    found = modules_alone(adapter, convolutions=convolutions)
     if tables := [module.name for module in found if module.is_table]:
         raise UnsupportedFeatureError(f"kohya's files have no tables, {tables[:5]}")
     names = _written([module.name for module in found], prefix)
@@ -300,7 +300,7 @@ def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
     return f"{path}: {_NEEDS_BASE}"
 
 
-def _lost(configs: Any) -> str:
+def _dropped(configs: Any) -> str:
     told = dropout_of(configs)
     return "; ".join([*([told] if told else []), _NEEDS_BASE])
 
@@ -316,5 +316,5 @@ FORMAT = Format(
     told_in_part=told_in_part,
     of_torch=True,
     modules=modules,
-    lost=_lost,
+    dropped=_dropped,
 )

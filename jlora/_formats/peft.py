@@ -17,8 +17,7 @@ from .._peft.save import save
 from .._peft.sides import NO_VERSION
 from .._torch.alone import (
     ParamsAlone,
-    base_of_shapes,
-    check_params,
+    base_given,
     in_doubt,
     kernels_alone,
     path_of,
@@ -29,13 +28,16 @@ from .._torch.modules import TorchModule
 from .._torch.names import Names
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
+_OF_MLX = "adapters.safetensors"
 
 
 def holds(path: Path) -> bool:
     """Returns whether a path is a folder of PEFT's, whole or not, or a file of one."""
-    if path.name in (CONFIG, WEIGHTS) or (path / CONFIG).exists():
+    if path.name == WEIGHTS or any(path.glob("adapter_model.*")):
         return True
-    return any(path.glob("adapter_model.*"))
+    folder = path.parent if path.name == CONFIG else path
+    others = (folder / _OF_MLX).exists()  # then the config is MLX's
+    return (path.name == CONFIG or (path / CONFIG).exists()) and not others
 
 
 def read(
@@ -58,10 +60,9 @@ def read(
         AdapterError: if the files contradict themselves, or do not fit the params.
         ValueError: if there are names without params.
     """
-    files = read_files(path, ignore=ignore)
-    if params is not None:
-        return configured_adapter(files, base_of_shapes(params, names))
-    check_params(names)
+    files, base = read_files(path, ignore=ignore), base_given(params, names)
+    if base is not None:
+        return configured_adapter(files, base)
     sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
     own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
@@ -94,7 +95,11 @@ def write(
 
     Raises:
         UnsupportedFeatureError: if layouts are in doubt.
+        FileExistsError: if the folder holds MLX's files, or others that may not be
+            replaced.
     """
+    if (path / _OF_MLX).exists():
+        raise FileExistsError(f"{path} has an adapter of MLX; give another folder")
     if names is None:
         _check_layouts(adapter, convolutions)
         rules: Names = rules_alone(adapter, convolutions, model_type)
@@ -129,6 +134,21 @@ def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
     return None
 
 
+def lost(path: Path, target: str, *, ignore: Sequence[str] = ()) -> str | None:
+    """Returns what MLX would not keep of the files of PEFT, if there is something."""
+    if target != "MLX":
+        return None
+    files = read_files(path, ignore=ignore)
+    tables = [name for name, module in files.modules.items() if module.is_table]
+    if not tables or files.config.ensure_weight_tying:
+        return None
+    return (
+        f"{path} adapts the table(s) {tables} for the lookup alone: MLX adapts the "
+        "head too where a model ties it to its table, and no file tells whether it "
+        "does. Merge the adapter into the model, python -m jlora merge"
+    )
+
+
 FORMAT = Format(
     "PEFT",
     holds,
@@ -137,6 +157,7 @@ FORMAT = Format(
     options=("names", "base_model", "profile", "model_type"),
     placing=("names", "params"),
     told_in_part=told_in_part,
+    lost=lost,
     of_torch=True,
 )
 

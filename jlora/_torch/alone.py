@@ -15,6 +15,7 @@ from .._adapter.config import LoraConfig
 from .._adapter.entries import axes_of, kernel_shape, lowered
 from .._adapter.variants import variant_of_entry
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
+from .._params.axes import KernelAxes
 from .assemble import factors_of, modules_of
 from .configs import configs_of
 from .families import names as family_names
@@ -22,7 +23,7 @@ from .layout import spread
 from .model_types import swaps_experts
 from .modules import TorchModule
 from .named_params import Base
-from .names import Rule, bind
+from .names import Names, Rule, bind
 
 Configs: TypeAlias = LoraConfig | tuple[LoraConfig, ...]
 
@@ -62,9 +63,31 @@ class ParamsAlone:
         step = step or ("embedding" if module.is_table else None)
         self.add(path_of(name, last), module.kernel_shape, module.a.dtype, name, step)
 
-    def base(self) -> Base:
-        """Returns the params under both names of each leaf."""
-        return Base.of(self.shapes, self._rules)
+    def base(self, axes: Mapping[str, KernelAxes] | None = None) -> Base:
+        """Returns the params under both names of each leaf.
+
+        Args:
+            axes: the roles of the axes of some leaves, by path.
+        """
+        return Base.of(self.shapes, self._rules, axes)
+
+
+def base_given(
+    params: Mapping[str, tuple[int, ...]] | None, names: str | None
+) -> Base | None:
+    """Returns the params whose shapes are given, under both names; None without them.
+
+    Args:
+        params: the shapes of the leaves by path.
+        names: the family whose names the leaves have in torch.
+
+    Raises:
+        ValueError: if there are names without params.
+    """
+    if params is not None:
+        return base_of_shapes(params, names)
+    _check_params(names)
+    return None
 
 
 def path_of(name: str, *last: str) -> str:
@@ -111,16 +134,15 @@ def placed(
         AdapterError: as `adapter_alone`, or if the modules do not fit the params.
         ValueError: if there are names without params.
     """
-    if params is None:
-        check_params(names)
+    base = base_given(params, names)
+    if base is None:
         return adapter_alone(modules, where)
     _check_some(modules, where)
-    base = base_of_shapes(params, names)
     entries: dict[str, Any] = dict(factors_of(modules, base, where))
     return configs_of(entries, base), entries
 
 
-def check_params(names: str | None) -> None:
+def _check_params(names: str | None) -> None:
     """Raises for the names of a family without the params that have them.
 
     Raises:
@@ -141,6 +163,12 @@ def base_of_shapes(shapes: Mapping[str, tuple[int, ...]], names: str | None) -> 
         shapes: by path.
         names: the family whose names they have in torch; mechanical ones without it.
     """
+    rules = None if names is None else family_names(names)
+    return Base.of(tree_of(shapes), rules)
+
+
+def tree_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns params as nested dicts, from their shapes by path."""
     tree: dict[str, Any] = {}
     for path, shape in shapes.items():
         *parents, last = path.split("/")
@@ -148,7 +176,7 @@ def base_of_shapes(shapes: Mapping[str, tuple[int, ...]], names: str | None) -> 
         for name in parents:
             node = node.setdefault(name, {})
         node[last] = jax.ShapeDtypeStruct(shape, np.float32)
-    return Base.of(tree, None if names is None else family_names(names))
+    return tree
 
 
 def scaling_of(alpha: float, module: TorchModule, where: str) -> float:
@@ -261,31 +289,37 @@ def _is_packed(path: str, entry: Any) -> bool:
 
 
 def modules_alone(
-    adapter: Mapping[str, Any], convolutions: bool = False
+    adapter: Mapping[str, Any], names: Names = None, *, convolutions: bool = False
 ) -> list[TorchModule]:
     """Returns the torch modules that an adapter adapts: `params/a/b/kernel` is `a.b`.
 
     Args:
         adapter: the entries by path.
+        names: other rules, if they are called otherwise in torch.
         convolutions: as for `in_doubt`.
 
     Raises:
         UnsupportedFeatureError: if it holds more than factors of dense kernels.
         AdapterError: if a kernel has batch axes, which are no module of torch's.
     """
-    _check_factors(adapter, convolutions)
+    _check_factors(adapter, names, convolutions)
+    if not adapter:
+        return []
     entries = {p: _on_host(lowered(e, None)) for p, e in sorted(adapter.items())}
     axes = {path: factors.axes for path, factors in entries.items()}
     packed = [path for path, entry in entries.items() if _is_packed(path, entry)]
-    rules = None if packed else rules_alone(entries, convolutions)
-    base = Base.of(kernels_alone(entries), rules, axes)
+    if names is None and not packed:
+        names = rules_alone(entries, convolutions)
+    base = Base.of(kernels_alone(entries), names, axes)
     return modules_of({p: spread(f, base.axes(p)) for p, f in entries.items()}, base)
 
 
-def _check_factors(adapter: Mapping[str, Any], convolutions: bool) -> None:
+def _check_factors(
+    adapter: Mapping[str, Any], names: Names, convolutions: bool
+) -> None:
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     bare = [p for p, kind in kinds.items() if not kind.has_roles or kind.reads_kernel]
-    if bare or (bare := in_doubt(adapter, convolutions)):
+    if bare or (names is None and (bare := in_doubt(adapter, convolutions))):
         raise UnsupportedFeatureError(
             f"{bare[:5]} are no factors of dense kernels, and the format has no place "
             "for anything else"

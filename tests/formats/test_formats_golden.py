@@ -95,7 +95,7 @@ def test_it_becomes_a_folder_of_peft_and_is_itself_again(
     peft, back = tmp_path / "peft", tmp_path / f"back{suffix}"
     told(capsys, "convert", FILES[case], peft, *own)
     into = own if case == "gguf" else []
-    told(capsys, "convert", peft, back, "--format", case, *into)
+    told(capsys, "convert", peft, back, "--to", case, *into)
     assert told(capsys, "diff", FILES[case], back, *own).startswith("the same:")
     assert told(capsys, "diff", FILES[case], peft, *own).startswith("the same:")
     again = tmp_path / "again"
@@ -110,7 +110,7 @@ def test_kohya_becomes_diffusers_by_the_names_of_a_pipeline(
 ) -> None:
     base = pipeline(tmp_path / "base", "kohya")
     target = tmp_path / "own.safetensors"
-    words = ("convert", FILES["kohya"], target, "--format", "diffusers", "--base", base)
+    words = ("convert", FILES["kohya"], target, "--to", "diffusers", "--base", base)
     assert "12 targets" in told(capsys, *words)
     keys = load_file(target)
     assert all(key.startswith("unet.") and ".lora_" in key for key in keys)
@@ -124,7 +124,7 @@ def test_kohya_becomes_diffusers_by_the_names_of_a_pipeline(
 def test_a_part_alone_takes_what_is_for_it(tmp_path: Path, capsys: Any) -> None:
     base = pipeline(tmp_path / "base", "kohya") / "unet"
     told(capsys, "merge", base, FILES["kohya"], tmp_path / "one")
-    base_and_names = ("--base", base.parent, "--format", "diffusers")
+    base_and_names = ("--base", base.parent, "--to", "diffusers")
     own = tmp_path / "own.safetensors"
     told(capsys, "convert", FILES["kohya"], own, *base_and_names)
     told(capsys, "merge", base, own, tmp_path / "two")
@@ -176,10 +176,10 @@ def test_a_file_without_its_base_differs_from_itself_with_other_numbers(
 def test_a_file_of_two_formats_is_asked_for(tmp_path: Path, capsys: Any) -> None:
     words = ("convert", FILES["diffusers"], tmp_path / "a.safetensors")
     line = refused(capsys, *words)
-    assert "--format diffusers or --format kohya" in line
-    line = refused(capsys, *words, "--format", "nothing")
+    assert "--to diffusers or --to kohya" in line
+    line = refused(capsys, *words, "--to", "nothing")
     assert "'kohya'" in line and "'gguf'" in line
-    line = refused(capsys, *words, "--format", "diffusers", "--base", tmp_path)
+    line = refused(capsys, *words, "--to", "diffusers", "--base", tmp_path)
     assert "no place for --base" in line
     line = refused(capsys, "inspect", FILES["diffusers"], "--base", tmp_path)
     assert "no place for --base" in line
@@ -195,7 +195,7 @@ def test_dropout_is_said_to_be_lost(tmp_path: Path, capsys: Any) -> None:
     config = jlora.LoraConfig("q", rank=2, alpha=3.0, dropout=0.25)
     adapter = {"params/unet/q/kernel": factors}
     jlora.peft.save(tmp_path / "peft", params, adapter, config)
-    words = ("convert", tmp_path / "peft", tmp_path / "a.safetensors", "--format")
+    words = ("convert", tmp_path / "peft", tmp_path / "a.safetensors", "--to")
     assert "dropout of training, [0.25]" in told(capsys, *words, "diffusers")
     out = told(capsys, *words, "kohya", "--overwrite")
     assert "dropout of training" in out and "--base" in out

@@ -600,7 +600,16 @@ def test_forward_mode_names_the_setting(of: str) -> None:
 
 # doors
 
-DOORS = ("checkpoint", "linen", "nnx", "optim", "peft", "quant", "weights")
+DOORS = (
+    "checkpoint",
+    "linen",
+    "nnx",
+    "optim",
+    "peft",
+    "quant",
+    "tunix",
+    "weights",
+)
 
 
 @pytest.mark.parametrize("door", DOORS)
