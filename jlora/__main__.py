@@ -180,8 +180,8 @@ def _convert(given: Any) -> int:
         raise ValueError(f"jlora reads the states of {target.name}, and writes none")
     placing, asked = options(given, source, target)
     configs, adapter = source.read(given.source, ignore=given.ignore, **placing)
-    # Of a model whose shapes are given all is known.
-    ignore, placed = given.ignore, "params" in placing
+    # Of a model whose shapes or folder are given all is known.
+    ignore, placed = given.ignore, not placing.keys().isdisjoint(("params", "base"))
     told = None if placed else source.told_in_part(given.source, ignore=ignore)
     if told := told or source.lost(given.source, target.name, ignore=ignore):
         raise AdapterError(told)

@@ -100,7 +100,7 @@ def test_it_is_converted_to_other_formats_and_back(patched: Path) -> None:
     save_file(dense, patched / "dense.safetensors")
     ways = ["dense.safetensors", "peft", "checkpoint", "back.safetensors", "again"]
     for source, target in itertools.pairwise(ways):
-        form = ["--format", "plain"] if target.startswith("back") else []
+        form = ["--to", "plain"] if target.startswith("back") else []
         done = jlora(patched, "convert", source, target, *form)
         assert done.returncode == 0, done.stderr
     back = load_file(patched / "back.safetensors")
