@@ -33,6 +33,9 @@ OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
 # transposed behind a barrier; `jax.vmap` over adapters makes such axes, unseen.
 RANK_FIRST_ON_CPU = jax.__version_info__ >= (0, 12)
 
+# The API of Mosaic GPU that the kernel for Hopper GPUs is written in begins here.
+MOSAIC_GPU_SINCE = (0, 10, 2)
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """Returns `(jaxpr, consts)` of an open or closed jaxpr.
@@ -70,6 +73,14 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def shard_map_axes(params: dict[str, Any]) -> Any:
+    """Returns the mesh axes that a shard_map equation makes manual.
+
+    They are `manual_axes` in jax 0.8.1.
+    """
+    return params.get("newly_manual_axes", params.get("manual_axes"))
 
 
 def is_literal(atom: Any) -> bool:
@@ -156,4 +167,19 @@ def manual_axes(array: Any) -> frozenset[str]:
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Marks `array` as varying along shard_map `axes`; transposes to a psum."""
     missing = tuple(sorted(axes - manual_axes(array)))
-    return jax.lax.pcast(array, missing, to="varying") if missing else array
+    if not missing:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, missing, to="varying")
+    return jax.lax.pvary(array, missing)  # jax 0.8.1
+
+
+def ragged_dot_general(*args: Any, out_sharding: Any, **options: Any) -> jax.Array:
+    """Returns `jax.lax.ragged_dot_general`, laid out as told on an Explicit mesh.
+
+    Before jax 0.10.1 no such product can be traced on an Explicit mesh, nor can that of
+    a model: `out_sharding` is None there.
+    """
+    if out_sharding is not None:
+        options["out_sharding"] = out_sharding
+    return jax.lax.ragged_dot_general(*args, **options)

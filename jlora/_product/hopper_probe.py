@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax.platforms import Target
+from .._jax.versions import MOSAIC_GPU_SINCE
 from .hopper_kernel import local_gpu, sum_of_products
 
 _ROWS, _DEPTH, _COLUMNS, _RANK = 512, 256, 128, 16
@@ -43,6 +44,9 @@ def fault() -> str | None:
     capability = getattr(gpu, "compute_capability", None)
     if capability != "9.0":
         return f"the GPU has compute capability {capability}, and it is for 9.0"
+    if jax.__version_info__ < MOSAIC_GPU_SINCE:
+        first = ".".join(map(str, MOSAIC_GPU_SINCE))
+        return f"it needs jax {first}, and this is {jax.__version__}"
     return _tried(gpu)
 
 

@@ -16,7 +16,7 @@ from .._jax.dots import as_type_of
 from .._jax.dtypes import summed_in
 from .._jax.sharding import spec_of, whole_along
 from .._jax.unless_cpu import unless_cpu
-from .._jax.versions import explicit_mesh, manual_axes, vary
+from .._jax.versions import explicit_mesh, manual_axes, ragged_dot_general, vary
 from .._params.axes import free_axes
 
 Axes = tuple[int, ...]
@@ -101,7 +101,7 @@ def _evaluate(
     contract = (rows.contract, tuple(range(1 + n, 1 + n + k)))
     batch = (rows.batch, tuple(range(1, 1 + n)))
     x = _whole(x)
-    return lax.ragged_dot_general(
+    return ragged_dot_general(
         x.astype(rows.computed),
         factor.astype(rows.computed),
         sizes,
@@ -165,7 +165,7 @@ def _sum_groups(
     n = len(rows.batch)
     contract = (free, tuple(range(n, n + len(free))))
     batch = (rows.batch, tuple(range(n)))
-    return lax.ragged_dot_general(
+    return ragged_dot_general(
         x,
         dy,
         sizes,

@@ -1,6 +1,6 @@
 """Programs for each device: factors are cut as their kernel is.
 
-`mesh`, `in_specs`, `out_specs`, `check_vma`, `newly_manual_axes` are kept.
+`mesh`, `in_specs`, `out_specs`, `check_vma` and the axes made manual are kept.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from .._jax.sharding import factor_spec
-from .._jax.versions import explicit_mesh, source_line, staged
+from .._jax.versions import explicit_mesh, shard_map_axes, source_line, staged
 from .._params.lazy import Lazy, dense
 from .adapted import Adapted
 from .lazy_moves import lazy_specs
@@ -47,7 +47,7 @@ def _run_shard_map(
         in_specs=tuple(specs),
         out_specs=(tuple(params["out_specs"]), run.places(specs)),
         check_vma=params["check_vma"],
-        axis_names=params["newly_manual_axes"],
+        axis_names=shard_map_axes(params),
     )
     return staged(mapped)(*values)
 

@@ -16,6 +16,12 @@ import jlora
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+FLOORS = dict(
+    line.split("==")
+    for line in (ROOT / ".ci" / "floors.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 BLOCKS = blocks(README)
 SHELL = [one.text for one in BLOCKS if one.language not in ("python", "text")]
 
@@ -62,14 +68,39 @@ def test_ci_runs_in_a_folder_named_like_the_package() -> None:
     assert 'checkout="$place/jlora"' in CI
 
 
+def test_ci_pins_the_floor_of_each_package() -> None:
+    """Of those that jlora needs and the examples use: `numpy>=2.0` is 2.0.2 there."""
+    extras = PROJECT["optional-dependencies"]
+    asked = PROJECT["dependencies"] + extras["quant"] + extras["examples"]
+    floors = dict(one.split(">=") for one in asked)
+    assert set(floors) <= set(FLOORS)
+    wrong = {n: FLOORS[n] for n, f in floors.items() if not is_of(FLOORS[n], f)}
+    assert not wrong
+    assert ".ci/floors.txt" in CI
+
+
+def is_of(pinned: str, floor: str) -> bool:
+    """Whether a release is the floor, or a patch of it."""
+    return f"{pinned}.".startswith(f"{floor}.")
+
+
+def test_the_guide_names_the_floors() -> None:
+    page = (ROOT / "docs" / "guide" / "installing.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "|" in line]
+    told = {row[0].lower(): row[3] for row in rows if len(row) == 4}
+    names = {"orbax": "orbax-checkpoint"}
+    packages = ("jax", "numpy", "flax", "optax", "orbax", "safetensors", "qwix")
+    for package in packages:
+        assert told[package] == FLOORS[names.get(package, package)], package
+
+
 @pytest.mark.parametrize("command", SHELL, ids=["example", "tests"])
 def test_the_commands_name_what_exists(command: str) -> None:
     """They differ in extras and in the last line; both begin on a fresh machine."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lines = command.splitlines()
     assert lines[0] == "python3 -m venv .venv && . .venv/bin/activate &&"
     found = re.fullmatch(r'pip install -e "\.\[([\w,]+)\]" &&', lines[1])
-    assert found and set(found[1].split(",")) <= set(project["optional-dependencies"])
+    assert found and set(found[1].split(",")) <= set(PROJECT["optional-dependencies"])
     assert lines[2].startswith("pip install --no-deps --require-hashes -r ")
     files = [w for w in shlex.split(command.replace("&", "")) if "/" in w]
     for name in [f for f in files if not f.startswith(".venv")]:

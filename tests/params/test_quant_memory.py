@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from releases import since
 
 import jlora
 
@@ -92,9 +93,7 @@ def unrolled_bytes(adapted: bool) -> int:
     return temp_bytes(lambda x, a, p: lora.apply(p, a, x).sum(), x, adapter, params)
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="its XLA has no barriers on CPUs"
-)
+@since("jax", "0.11.0", "its XLA has no barriers on CPUs")
 def test_unrolled_layers_are_made_again_one_by_one():
     """XLA would find that a kernel was made before, and keep it: hence the barrier.
 

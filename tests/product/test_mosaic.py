@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from case import randomized
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from releases import since
 
 import jlora
 from jlora._jax.platforms import Target
@@ -24,6 +25,7 @@ from jlora._product.hopper_kernel import sum_of_products
 BF16 = jnp.bfloat16
 N, D, K = 512, 256, 384
 each_side = pytest.mark.parametrize("turned", [False, True])
+needs_its_api = since("jax", "0.10.2", "the API of Mosaic GPU was another one")
 
 
 @pytest.fixture
@@ -87,6 +89,7 @@ def test_float16(interpreter: None) -> None:
     np.testing.assert_allclose(found, expected, rtol=2.0**-10, atol=1e-3)
 
 
+@needs_its_api
 @each_side
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("shape", [(256, (128,), 128), (8192, (2048, 512, 512), 5632)])
@@ -202,6 +205,7 @@ def test_it_is_not_where_the_result_is_wider(hopper: None) -> None:
     assert form_of(wide, *shapes(), contraction="fused") == "extended"
 
 
+@needs_its_api
 def test_examples_that_are_mapped_are_rows(hopper: None) -> None:
     """One example does not fill the GPU; eight in one product do."""
     config = jlora.LoraConfig(rank=4)
@@ -272,6 +276,7 @@ def stand_in(error: float) -> Any:
     return run
 
 
+@needs_its_api
 def test_a_kernel_that_computes_what_it_should_is_trusted_once(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +287,7 @@ def test_a_kernel_that_computes_what_it_should_is_trusted_once(
     assert hopper_probe.fault() is None  # the verdict is remembered
 
 
+@needs_its_api
 def test_a_kernel_with_one_wrong_number_is_not_trusted(
     probed: Gpu,
     monkeypatch: pytest.MonkeyPatch,
@@ -293,6 +299,7 @@ def test_a_kernel_with_one_wrong_number_is_not_trusted(
     assert not hopper_probe.runs_on(HOPPER)
 
 
+@needs_its_api
 def test_a_release_with_another_api_does_without_it(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +308,17 @@ def test_a_release_with_another_api_does_without_it(
     assert told is not None and "nd_loop" in told
 
 
+def test_an_older_release_does_without_it(
+    probed: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told which release it needs, and nothing is compiled."""
+    monkeypatch.setattr(hopper_probe, "sum_of_products", None)
+    monkeypatch.setattr(hopper_probe, "MOSAIC_GPU_SINCE", (99, 1))
+    assert hopper_probe.fault() == f"it needs jax 99.1, and this is {jax.__version__}"
+    assert not hopper_probe.runs_on(HOPPER)
+
+
+@needs_its_api
 def test_the_probe_sees_no_trace_and_no_mesh(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +390,7 @@ def test_values_and_gradients(
         assert np.linalg.norm(ours - theirs) < 2e-2 * np.linalg.norm(theirs)
 
 
+@needs_its_api
 @pytest.mark.parametrize("rank", [5, 70])
 def test_siblings_are_one_sum_backward(rank: int, hopper: None) -> None:
     """Three products forward; backward one for the two of `x`, one for the other."""
@@ -380,6 +399,7 @@ def test_siblings_are_one_sum_backward(rank: int, hopper: None) -> None:
     assert program.count("@mosaic_gpu") == 3 + 2
 
 
+@needs_its_api
 def test_many_siblings_are_several_sums(hopper: None) -> None:
     many = {f"w{i}": jax.ShapeDtypeStruct((D, 128), BF16) for i in range(9)}
     x = jax.ShapeDtypeStruct((256, D), BF16)

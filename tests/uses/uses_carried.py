@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from releases import is_before
 from use import Kernel, Use, normal, use
 
 
@@ -198,7 +199,7 @@ CARRIED = [
         w=(5, 7),
         # Up to jax 0.10 a barrier with x turns the zero tangent of w into an array,
         # and then its cotangent, which nobody asked for, is formed too.
-        formed=jax.__version_info__ < (0, 11),
+        formed=is_before("jax", "0.11.0"),
     ),
     Use(
         name="device_put_of_several",
