@@ -34,6 +34,14 @@ def shardings(
     factor that its mesh axes do not divide is replicated. A leaf that is trained whole
     is laid out like its base.
 
+    Of a kernel (in, out) whose input axis lies along the n devices of `fsdp`, each
+    holds an nth of `a` and the whole of `b`, and `a` is gathered before its use. With
+    `replicate=True` each holds both, and nothing is gathered; with `spread=True` each
+    holds an nth of both, both are gathered, and the gradients are summed into their
+    parts (a reduce-scatter, where XLA makes one). Optimizer state follows. Choose
+    `spread` where factors and moments take room that a batch needs: many devices, high
+    ranks, a quantised base; `replicate` where many small collectives cost more.
+
     Args:
         params: the frozen params, or a tree with their paths: arrays and
             `jax.ShapeDtypeStruct`s with a sharding, `NamedSharding`s, `PartitionSpec`s
@@ -49,23 +57,9 @@ def shardings(
         replicate: whether all factors are whole on every device instead: no gathering
             of factors where the params are sharded over the axis of the data (FSDP),
             at the price of their memory.
-        spread: whether factors are cut along those mesh axes too that only the other
-            side of their kernel lies along, where sizes divide; never the rank axis.
-            Under FSDP one factor of each kernel is whole on every device otherwise.
-            They and their moments then take a share of the kernel's on each device, at
-            the price of gathering each factor before its use. Gradients are summed
-            into their parts (a reduce-scatter, where XLA makes one).
-
-    What `replicate` and `spread` trade, for a kernel (in, out) over `fsdp` of n devices:
-
-    | | `a` on a device | `b` on a device | moved in a step, besides the gradients |
-    |---|---|---|---|
-    | `replicate=True` | whole | whole | nothing |
-    | neither | 1/n | whole | `a` is gathered |
-    | `spread=True` | 1/n | 1/n | `a` and `b` are gathered |
-
-    Choose `spread` where factors and moments take room that a batch needs: high ranks,
-    many devices, a quantised base; `replicate` where small collectives cost more.
+        spread: whether factors are cut instead along those mesh axes too that only the
+            other side of their kernel lies along, where sizes divide; never along the
+            rank.
 
     Returns:
         A tree of shardings in the structure of the adapter, for `in_shardings`,
