@@ -24,6 +24,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
+from memory import counted
 from plan_scale import LLAMA, SIZES
 from programs import FROZEN, FULL, JLORA, cells, ratio_lines
 from timing import RESULTS, bars, machine, table, write
@@ -162,13 +163,9 @@ def compiled(label: str, case: Case, name: str) -> Row:
 
 def fits(stats: Any) -> Row:
     """Returns what a program takes of the memory of a chip."""
-    held = stats.argument_size_in_bytes / GIB
-    return {
-        "fits": "yes",
-        "arguments": held,
-        "temporaries": stats.temp_size_in_bytes / GIB,
-        "peak": stats.peak_memory_in_bytes / GIB,
-    }
+    held = counted(stats)
+    parts = {"arguments": "argument", "temporaries": "temp", "peak": "peak"}
+    return {"fits": "yes"} | {name: held[key] / GIB for name, key in parts.items()}
 
 
 def does_not_fit(error: Exception) -> Row:

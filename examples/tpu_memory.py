@@ -22,8 +22,9 @@ from jax.sharding import AxisType, Mesh
 
 GIB = 1 << 30
 # What the compiler (libtpu 0.0.50.1) leaves to a program on one of JAX's devices, in
-# GiB. A v4 has two devices a chip.
-HBM = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.25}
+# GiB, and how many of these a chip is.
+HBM = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
+HALVES = ("v4", "tpu7x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def parse_topology(text: str) -> Topology:
             "`v5e:4x4`, or `v5p:4x4x4` where a kind has three"
         )
     chips = math.prod(map(int, numbers))
-    return Topology(text, kind, chips * (2 if kind == "v4" else 1))
+    return Topology(text, kind, chips * (2 if kind in HALVES else 1))
 
 
 def has_compiler() -> bool:
@@ -96,7 +97,9 @@ def peak_of(step: Any, *args: Any) -> int:
         if taken is None:
             raise
         return taken
-    return compiled.memory_analysis().peak_memory_in_bytes
+    held = compiled.memory_analysis()
+    new = held.output_size_in_bytes - held.alias_size_in_bytes
+    return held.argument_size_in_bytes + held.temp_size_in_bytes + new
 
 
 def _taken(message: str) -> int | None:
