@@ -269,14 +269,16 @@ class Step:
         assert math.isclose(planned.factors + planned.optimizer, added, rel_tol=0.05)
 
 
-def on_every_mesh() -> Any:
+def on_every_mesh() -> list[Any]:
     """Each kind in each layout; the two topologies and kinds of axes in turn."""
+    cases = []
     for k, (name, kind) in enumerate(KINDS.items()):
         for n, layout in enumerate(LAYOUTS):
             topology = ("v5e:2x2", "v6e:2x4")[(k + n) % 2]
             axes = EXPLICIT if kind.explicit and (k + n // 2) % 2 else AUTO
             case = f"{name}-{layout}-{topology}-{axes.name}"
-            yield pytest.param(kind, topology, layout, axes, id=case)
+            cases.append(pytest.param(kind, topology, layout, axes, id=case))
+    return cases
 
 
 @pytest.mark.parametrize(("kind", "topology", "layout", "axes"), on_every_mesh())
