@@ -23,8 +23,8 @@ from jax.sharding import AxisType, Mesh
 GIB = 1 << 30
 # What the compiler (libtpu 0.0.50.1) leaves to a program on one of JAX's devices, in
 # GiB, and how many of these a chip is.
-HBM = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
-HALVES = ("v4", "tpu7x")
+HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
+HALVES = ("tpu7x",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,11 @@ def mesh_of(topology: Topology, sizes: dict[str, int]) -> Mesh:
     # Else it looks for the machine that it runs on, and for others that do the same.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    # The two cores of a v4 are one device where they are asked for as one.
+    config = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **config
+    )
     devices = np.array(found.devices).reshape(*sizes.values())
     return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 

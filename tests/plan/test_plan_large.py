@@ -159,7 +159,8 @@ def test_without_the_compiler_shapes_say_whether_it_fits(
 
 
 @pytest.mark.parametrize(
-    ("text", "devices"), [("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v4:2x2x1", 8)]
+    ("text", "devices"),
+    [("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v4:2x2x1", 4), ("tpu7x:2x2x1", 8)],
 )
 def test_topologies(text: str, devices: int) -> None:
     topology = tpu_memory.parse_topology(text)

@@ -48,17 +48,8 @@ def product(x: jax.Array, w: jax.Array, spec: str = "ni,io->no") -> jax.Array:
     if not jax.typeof(x).sharding.mesh.explicit_axes:
         return jnp.einsum(spec, x, w)
     places = [None if a == "i" else a for a in jax.typeof(w).sharding.spec]
-    return jnp.einsum(
-        spec,
-        _whole(x),
-        jax.sharding.reshard(w, P(*places)),
-        out_sharding=P("i", *[None] * (x.ndim - 2), places[-1]),
-    )
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """Activations whole but for their rows, on an Explicit mesh."""
-    return jax.sharding.reshard(x, P("i", *[None] * (x.ndim - 1)))
+    out = P("i", *[None] * (x.ndim - 2), places[-1])
+    return jnp.einsum(spec, x, jax.sharding.reshard(w, P(*places)), out_sharding=out)
 
 
 def mlp(params: Params, x: jax.Array) -> jax.Array:
@@ -91,12 +82,8 @@ def experts(params: Params, x: jax.Array) -> jax.Array:
 
 def scanned(params: Params, x: jax.Array) -> jax.Array:
     """Layers with remat."""
-    layer = lambda x, own: (_whole_on_explicit(x + mlp(own, x)), None)
+    layer = lambda x, own: (x + mlp(own, x), None)
     return jax.lax.scan(jax.checkpoint(layer), x, params)[0]
-
-
-def _whole_on_explicit(x: jax.Array) -> jax.Array:
-    return _whole(x) if jax.typeof(x).sharding.mesh.explicit_axes else x
 
 
 class Linen(nn.Module):
