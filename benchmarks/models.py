@@ -121,9 +121,13 @@ class Decoder:
         q, k, v = linears(h, layer, ("q", "k", "v"))
         heads = lambda y, n: y.reshape(*y.shape[:-1], n, self.d // self.heads)
         q, k = rotate(heads(q, self.heads)), rotate(heads(k, self.kv_heads))
-        mixed = attention(q, k, heads(v, self.kv_heads)).reshape(x.shape)
+        mixed = self.mix(q, k, heads(v, self.kv_heads)).reshape(x.shape)
         x = x + linears(mixed, layer, ("o",))[0]
         return x + self.mlp(rms_norm(x, layer["norm_2"]), layer, linears)
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """The attention, (batch, seq, heads, dim)."""
+        return attention(q, k, v)
 
     def mlp(self, x: jax.Array, layer: Layer, linears: Linears) -> jax.Array:
         """The gated MLP of a layer."""

@@ -72,7 +72,7 @@ def summarize(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float
 def machine() -> dict[str, Any]:
     """Returns what a reader needs to know about where numbers come from."""
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "peft")
+    packages = ("jax", "jaxlib", "flax", "optax", "qwix", "libtpu", "torch", "peft")
     versions = {}
     for name in packages:
         try:

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 class GPT3Config:
     """The sizes of a GPT-3; the defaults are those of the largest, 175B.
 
-    `dtype` is the type of the computation, not of the parameters.
+    `dtype` is the type of the computation, not of the parameters; `remat` computes each
+    layer again in the backward pass.
     """
 
     vocab: int = 50257
@@ -32,6 +33,7 @@ class GPT3Config:
     heads: int = 96
     positions: int = 2048
     dtype: Any = jnp.float32
+    remat: bool = False
 
 
 class Attention(nn.Module):
@@ -88,7 +90,7 @@ class GPT3(nn.Module):
         places = nn.Embed(c.positions, c.hidden, dtype=c.dtype, name="positions")
         x = embed(tokens) + places(jnp.arange(tokens.shape[1]))[None]
         stack = nn.scan(
-            Block,
+            nn.remat(Block, prevent_cse=False) if c.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.layers,

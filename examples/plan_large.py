@@ -2,6 +2,7 @@
 
     python examples/plan_large.py
     python examples/plan_large.py --model llama70b --mesh fsdp=16,tensor=8 --rank 16
+    python examples/plan_large.py --model llama70b --tpu v5p:4x4x4
 
 The params are shapes without values and the mesh has no devices, so that this runs
 anywhere in seconds: nothing of the models is allocated. For GPT-3 it prints the numbers
@@ -9,6 +10,9 @@ of section 4.2 of the LoRA paper: query and value projections at rank 4 are 18.9
 values of 175 billion, ten thousand times fewer, and their checkpoint has tens of
 megabytes instead of 350 GB. The base is in bfloat16 and the factors are in float32;
 Adam's moments have the dtypes of what is trained, as `optax.adam` keeps them.
+With `--tpu` the step is compiled by the TPU's own compiler, if libtpu is installed: it
+counts activations too and says whether the step fits. No TPU is needed for that; it
+takes minutes, and is an estimate until a TPU has run it.
 
 References:
     Hu et al., LoRA: Low-Rank Adaptation of Large Language Models
@@ -16,6 +20,7 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +30,14 @@ import jax.numpy as jnp
 import meshes
 import optax
 import parsing
+import plan_step
+import tpu_memory
 from gpt3 import GPT3, GPT3Config
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_map_with_path
 from llama import LLAMA_70B, Llama
-from placement import ROWS, leaf_spec
+from placement import ROWS, leaf_spec, on_mesh
 
 import jlora
 
@@ -56,7 +63,7 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
 
 
-def param_specs(params: Any, mesh: AbstractMesh) -> Any:
+def param_specs(params: Any, mesh: Any) -> Any:
     """Returns the spec of each leaf: matrices in parts, biases and norms whole."""
 
     def spec(path: Any, leaf: Any) -> P:
@@ -69,9 +76,13 @@ def param_specs(params: Any, mesh: AbstractMesh) -> Any:
 
 def plan_of(model: nn.Module, params: Any, *, rank: int) -> jlora.Plan:
     """Returns the plan of query and value projections at a rank."""
-    config = jlora.LoraConfig("(q|v)_proj/kernel", rank=rank)
     tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    return jlora.lora(model.apply, config).plan(params, tokens)
+    return lora_of(model, rank).plan(params, tokens)
+
+
+def lora_of(model: nn.Module, rank: int) -> jlora.Lora:
+    """Returns a model with its query and value projections adapted."""
+    return jlora.lora(model.apply, jlora.LoraConfig("(q|v)_proj/kernel", rank=rank))
 
 
 def memory_of(plan: jlora.Plan, params: Any, mesh: AbstractMesh) -> jlora.Memory:
@@ -84,6 +95,26 @@ def memory_of(plan: jlora.Plan, params: Any, mesh: AbstractMesh) -> jlora.Memory
         batch=jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=place),
         shardings=param_specs(params, mesh),
     )
+
+
+def fits_on(
+    topology: tpu_memory.Topology, model: nn.Module, sizes: dict[str, int], rank: int
+) -> str:
+    """Returns whether a step fits on TPUs: by their compiler, or from shapes alone."""
+    params = abstract_params(model)
+    plan = plan_of(model, params, rank=rank)
+    if not tpu_memory.has_compiler():
+        held = memory_of(plan, params, abstract_mesh(sizes)).total
+        told = tpu_memory.verdict(topology, held, "a step holds")
+        return f"From shapes alone (libtpu is not installed), activations aside: {told}"
+    mesh = tpu_memory.mesh_of(topology, sizes)
+    placed = plan_step.placed(params, on_mesh(param_specs(params, mesh), mesh))
+    lora = lora_of(plan_step.model_on(model, mesh), rank)
+    rows = sizes["data"] * sizes["fsdp"]
+    tokens = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
+    step, args = plan_step.step_on(mesh, lora, optax.adam(1e-4), placed, tokens)
+    told = tpu_memory.verdict(topology, tpu_memory.peak_of(step, *args), "a step takes")
+    return f"By the TPU's own compiler, without a TPU, so an estimate: {told}"
 
 
 def totals(plan: jlora.Plan, whole: jlora.Memory) -> str:
@@ -136,9 +167,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="sizes of the mesh axes data, fsdp and tensor; no device is needed",
     )
     add("--rank", type=int, default=4, help="rank of the factors")
+    add(
+        "--tpu",
+        type=tpu_memory.parse_topology,
+        help="whether a step fits on TPUs of this topology, such as v5p:4x4x4; without "
+        "libtpu from shapes alone",
+    )
     args = parser.parse_args(argv)
+    devices = math.prod(args.mesh.values())
+    if args.tpu and args.tpu.devices != devices:
+        parser.error(
+            f"--tpu {args.tpu.name} has {args.tpu.devices} devices and --mesh "
+            f"{meshes.describe(args.mesh)} {devices}; give --mesh as many"
+        )
     for name in MODELS if args.model == "both" else (args.model,):
         show(name, args.mesh, args.rank)
+        if args.tpu:
+            print(fits_on(args.tpu, MODELS[name], args.mesh, args.rank), end="\n\n")
 
 
 if __name__ == "__main__":

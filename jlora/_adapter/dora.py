@@ -14,6 +14,7 @@ from jax import lax
 from .._errors import UnsupportedFeatureError
 from .._jax.dots import dot, wide_dot
 from .._jax.dtypes import is_workable, summed_in
+from .._jax.sharding import beside
 from .._jax.versions import manual_axes
 from .._params.axes import KernelAxes
 from .factors import LoraFactors
@@ -52,7 +53,7 @@ def output_scale(kernel: jax.Array, factors: LoraFactors) -> jax.Array | None:
             "adapted function"
         )
     norm = lax.stop_gradient(adapted_norm(kernel, factors))
-    magnitude = factors.magnitude.astype(norm.dtype)
+    magnitude = beside(factors.magnitude.astype(norm.dtype), norm)
     return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
 
 
@@ -93,6 +94,7 @@ def _products(
     batch, inner = tuple(range(n)), tuple(range(n, a.ndim - 1))
     to_kernel, own = (inner, axes.in_), (batch, axes.batch)
     cross = wide_dot(a.astype(kernel.dtype), kernel, to_kernel, own, wide, _HIGHEST)
+    b = beside(b, cross)
     gram = dot(a, a, (inner, inner), (batch, batch), wide, _HIGHEST)
     image = dot(gram, b, ((n + 1,), (n,)), (batch, batch), wide, _HIGHEST)
     mixed = scaling * jnp.sum(b * cross, axis=n)

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from .._errors import UnsupportedFeatureError
 from .._jax.dtypes import summed_in
+from .._jax.sharding import beside
 from .._params.axes import KernelAxes, expand
 from .._params.given import some
 from .._params.paths import FlatParams, PyTree, is_quantized
@@ -96,7 +97,8 @@ def _sum(kernel: jax.Array, entry: Any) -> jax.Array:
     if variant.merged is not None:
         return variant.merged(kernel, entry)
     factors, wide = variant.lowered(entry, kernel), summed_in(kernel.dtype)
-    total = kernel.astype(wide) + delta(factors, dtype=wide)
+    kernel_wide = kernel.astype(wide)
+    total = kernel_wide + beside(delta(factors, dtype=wide), kernel_wide)
     scale = output_scale(kernel, factors)
     if scale is not None:
         total = total * _along(scale, factors.axes)

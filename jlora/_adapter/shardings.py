@@ -10,6 +10,7 @@ from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from .._params.axes import Shape
 from .._params.layout import AnyMesh, Layout, Rules, fitting, following, unboxed
+from .._params.layout import spread as spread_over
 from .._params.paths import PyTree, is_box
 from .entries import arrays_of, axes_of, entry_with
 from .instead import check_order
@@ -23,6 +24,7 @@ def shardings(
     mesh: AnyMesh | None = None,
     rules: Rules | None = None,
     replicate: bool = False,
+    spread: bool = False,
 ) -> dict[str, Any]:
     """Returns the sharding of each array of an adapter, from those of the params.
 
@@ -31,6 +33,14 @@ def shardings(
     where `x·W` is, and its product with `b` arrives where `x·W` does. An axis of the
     factor that its mesh axes do not divide is replicated. A leaf that is trained whole
     is laid out like its base.
+
+    Of a kernel (in, out) whose input axis lies along the n devices of `fsdp`, each
+    holds an nth of `a` and the whole of `b`, and `a` is gathered before its use. With
+    `replicate=True` each holds both, and nothing is gathered; with `spread=True` each
+    holds an nth of both, both are gathered, and the gradients are summed into their
+    parts (a reduce-scatter, where XLA makes one). Optimizer state follows. Choose
+    `spread` where factors and moments take room that a batch needs: many devices, high
+    ranks, a quantised base; `replicate` where many small collectives cost more.
 
     Args:
         params: the frozen params, or a tree with their paths: arrays and
@@ -47,6 +57,9 @@ def shardings(
         replicate: whether all factors are whole on every device instead: no gathering
             of factors where the params are sharded over the axis of the data (FSDP),
             at the price of their memory.
+        spread: whether factors are cut instead along those mesh axes too that only the
+            other side of their kernel lies along, where sizes divide; never along the
+            rank.
 
     Returns:
         A tree of shardings in the structure of the adapter, for `in_shardings`,
@@ -55,7 +68,8 @@ def shardings(
     Raises:
         ValueError: if a leaf of the adapter has no place in `params`, a spec does not
             fit its leaf or its mesh, a name is known to neither rules nor mesh, or
-            there is no mesh. All offenders are collected.
+            there is no mesh. All offenders are collected. Also if both `replicate` and
+            `spread` are asked for.
         TypeError: if the leaves are traced: shardings are known outside of `jax.jit`.
 
     Example:
@@ -70,7 +84,16 @@ def shardings(
         ((), (None, 'model'))
         >>> init = jax.jit(lora.init, out_shardings=placed)
         >>> adapter = init(jax.random.key(0), params, x)
+        >>> specs = {"w": P(None, "model")}
+        >>> placed = jlora.shardings(specs, abstract, mesh=mesh, spread=True)
+        >>> tuple(placed["w"].a.spec), tuple(placed["w"].b.spec)
+        (('model',), (None, 'model'))
     """
+    if replicate and spread:
+        raise ValueError(
+            "`replicate=True` keeps factors whole on every device and `spread=True` "
+            "cuts them along all mesh axes of their kernel; choose one"
+        )
     order = "The order is `jlora.shardings(params, adapter)`"
     check_order(params, adapter, order)
     layout = Layout.of(params, mesh=mesh, rules=rules)
@@ -78,7 +101,7 @@ def shardings(
     placed = {}
     for path, entry in adapter.items():
         try:
-            placed[path] = _placed(layout, path, entry, replicate)
+            placed[path] = _placed(layout, path, entry, replicate, spread)
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -137,7 +160,9 @@ def state_shardings(tx: Any, adapter: PyTree, shardings: PyTree) -> PyTree:
     return tree_map_with_path(place, state, is_leaf=is_box)
 
 
-def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
+def _placed(
+    layout: Layout, path: str, entry: Any, replicate: bool, spread: bool
+) -> Any:
     """Returns the shardings of one entry of an adapter, in its structure."""
     axes, arrays = axes_of(entry), arrays_of(entry)
     if axes is None:
@@ -150,6 +175,12 @@ def _placed(layout: Layout, path: str, entry: Any, replicate: bool) -> Any:
     shapes = {name: _shape(array) for name, array in arrays.items()}
     follow = lambda name, shape: along.get(name, (None,) * len(shape))
     places = {n: following(kernel, follow(n, s), s) for n, s in shapes.items()}
+    if spread:
+        # Along batch axes, such as layers, programs walk.
+        faces = lambda n, s: [None if i in axes.batch else i for i in follow(n, s)]
+        places = {
+            n: spread_over(places[n], kernel, faces(n, s), s) for n, s in shapes.items()
+        }
     return entry_with(entry, places)
 
 

@@ -60,6 +60,19 @@ def whole_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jax.sharding.reshard(array, without_axes(sharding, spec, axes))
 
 
+def beside(array: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns `array` so that it and `other`, of its shape, may be added or multiplied.
+
+    On an Explicit mesh an axis may lie along more mesh axes than that of `other` does,
+    as factors that are spread do; it is gathered then.
+    """
+    sharding, own, wanted = explicit_sharding(array), spec_of(array), spec_of(other)
+    fits = all(e is None or e == w for e, w in zip(own, wanted, strict=True))
+    if sharding is None or fits:
+        return array
+    return jax.sharding.reshard(array, sharding.update(spec=PartitionSpec(*wanted)))
+
+
 def without_axes(
     sharding: Any, spec: Sequence[Any], axes: Sequence[int]
 ) -> NamedSharding | None:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._jax.sharding import dot_sharding
+
 Shape = tuple[int, ...]
 # The role of each axis of a value; None for an axis that no factor has.
 Roles = Sequence[str | None]
@@ -149,7 +151,13 @@ def contract_rank(
         (tuple(map(in_a.index, both)), tuple(map(in_b.index, both))),
     )
     out = jax.lax.dot_general(
-        a, b, dims, precision=precision, preferred_element_type=dtype
+        a,
+        b,
+        dims,
+        precision=precision,
+        preferred_element_type=dtype,
+        # Factors that are spread both lie along the mesh axes of their kernel.
+        out_sharding=dot_sharding(a, b, dims),
     )
     order = both + only_a + only_b
     out = jnp.transpose(out, [order.index(i) for i in range(rank_axis)])

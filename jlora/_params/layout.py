@@ -225,11 +225,41 @@ def following(kernel: Sharding, axes: Sequence[int | None], shape: Shape) -> Sha
         entry if size % _parts(kernel.mesh, entry) == 0 else None
         for entry, size in zip(entries, shape, strict=True)
     ]
-    # Without Nones at the end, as XLA names the shardings of results: to jit the two
-    # names would be two layouts.
-    while fits and fits[-1] is None:
-        fits.pop()
-    return NamedSharding(kernel.mesh, PartitionSpec(*fits))
+    return NamedSharding(kernel.mesh, PartitionSpec(*_short(fits)))
+
+
+def spread(
+    place: Sharding, kernel: Sharding, axes: Sequence[int | None], shape: Shape
+) -> Sharding:
+    """Returns a sharding over those mesh axes too that the rest of a kernel lies along.
+
+    Args:
+        place: how the array lies, as `following` gives it.
+        kernel: the sharding of the kernel.
+        axes: the axis of the kernel that each axis of the array may be cut along with;
+            None for those that are left as they are.
+        shape: the array's.
+
+    Each mesh axis that only the kernel uses cuts the axis whose parts are largest, of
+    those that it divides; if there is none, it is left out.
+    """
+    if not isinstance(place, NamedSharding) or not isinstance(kernel, NamedSharding):
+        return place
+    mesh, entries = kernel.mesh, [*place.spec]
+    entries += [None] * (len(shape) - len(entries))
+    named = lambda spec: [name for entry in spec for name in names_of_entry(entry)]
+    part = lambda i: shape[i] // _parts(mesh, entries[i])
+    for name in named(kernel.spec):
+        fits = [
+            i
+            for i, axis in enumerate(axes)
+            if axis is not None and part(i) % mesh.shape[name] == 0
+        ]
+        if fits and name not in named(entries):
+            most = max(fits, key=part)
+            own = (*names_of_entry(entries[most]), name)
+            entries[most] = own if len(own) > 1 else name
+    return NamedSharding(mesh, PartitionSpec(*_short(entries)))
 
 
 def fitting(kernel: Sharding, shape: Shape) -> Sharding:
@@ -248,6 +278,17 @@ def factor_shardings(
         following(kernel, (*axes.batch, *axes.in_, None), a),
         following(kernel, (*axes.batch, None, *axes.out), b),
     )
+
+
+def _short(entries: Sequence[MeshAxes]) -> tuple[MeshAxes, ...]:
+    """Returns the entries of a spec without Nones at the end.
+
+    So XLA names the shardings of results: to jit the two names would be two layouts.
+    """
+    entries = tuple(entries)
+    while entries and entries[-1] is None:
+        entries = entries[:-1]
+    return entries
 
 
 def _parts(mesh: AnyMesh, entry: MeshAxes) -> int:

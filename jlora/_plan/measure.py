@@ -1,7 +1,7 @@
 """From abstract params and an optimizer to bytes: nothing is allocated to know them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,11 @@ def measure(
     mesh: AnyMesh | None,
     batch: PyTree,
     shardings: PyTree,
+    policy: Mapping[str, bool],
 ) -> Memory:
     """Returns the memory of training `targets` of abstract params; see `Plan.memory`.
+
+    `policy` says how factors are laid out, in the words of `jlora.shardings`.
 
     Raises:
         TypeError: if the optimizer has no `init`.
@@ -44,7 +47,7 @@ def measure(
     own = {path: base[path] for path, counts in pairs if counts and path in base}
     floating = {path: placed for path, placed in own.items() if floats(placed)}
     adapter = abstract_adapter(targets)
-    places = shardings_of(layout.nodes, adapter, mesh=layout.mesh)
+    places = shardings_of(layout.nodes, adapter, mesh=layout.mesh, **policy)
     factors = list(zip(*map(jax.tree.leaves, (adapter, places)), strict=True))
     inputs = [_placed_input(leaf) for leaf in jax.tree.leaves(batch)]
     return Memory(

@@ -95,6 +95,8 @@ class Plan:
         mesh: AnyMesh | None = None,
         batch: PyTree = None,
         shardings: PyTree = None,
+        replicate: bool = False,
+        spread: bool = False,
     ) -> Memory:
         """Returns the bytes that a training step holds on each device.
 
@@ -111,6 +113,7 @@ class Plan:
             shardings: the layout of the params, as `jlora.shardings` takes it, where
                 they do not say it themselves: a tree with their paths of shardings or
                 `PartitionSpec`s. What has no sharding is whole on every device.
+            replicate, spread: how factors are laid out, as `jlora.shardings` takes it.
 
         Returns:
             A `Memory`, which prints as a table.
@@ -118,7 +121,7 @@ class Plan:
         Raises:
             TypeError: if `optimizer` is none.
             ValueError: if a sharding is missing in `shardings`, or does not fit its
-                leaf.
+                leaf; if both `replicate` and `spread` are asked for.
 
         Example:
             >>> import jax, jax.numpy as jnp, jlora, optax
@@ -147,6 +150,7 @@ class Plan:
             mesh=mesh,
             batch=batch,
             shardings=shardings,
+            policy={"replicate": replicate, "spread": spread},
         )
 
     def table(self, *, fold: bool = True, width: int | None = 100) -> str:

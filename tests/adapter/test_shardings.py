@@ -104,6 +104,86 @@ def test_placed_factors_are_as_jit_takes_them(name: str) -> None:
     assert jax.tree.map(lambda leaf: leaf.sharding, made) == placed
 
 
+# kernel's shape, roles of its axes, its spec; then the specs of a and b when spread
+SPREAD = {
+    "fsdp": ((6, 8), ((), (0,), (1,)), P("fsdp"), ("fsdp",), (None, "fsdp")),
+    "columns": ((8, 12), ((), (0,), (1,)), P("fsdp", "tensor"),
+                (("fsdp", "tensor"),), (None, ("tensor", "fsdp"))),
+    "out_first": ((12, 8), ((), (1,), (0,)), P("tensor", "fsdp"),
+                  (("fsdp", "tensor"),), (None, ("tensor", "fsdp"))),
+    "tuple": ((8, 12), ((), (0,), (1,)), P(("data", "fsdp"), None),
+              (("data", "fsdp"),), (None, ("data", "fsdp"))),
+    "one_of_a_tuple": ((8, 6), ((), (0,), (1,)), P(("data", "fsdp"), None),
+                       (("data", "fsdp"),), (None, "data")),
+    "whole": ((6, 8), ((), (0,), (1,)), P(), (), ()),
+    "largest_part": ((6, 4, 10), ((), (0,), (1, 2)), P("fsdp", None, None),
+                     ("fsdp",), (None, None, "fsdp")),
+    "smaller_part": ((6, 4, 9), ((), (0,), (1, 2)), P("fsdp", None, None),
+                     ("fsdp",), (None, "fsdp")),
+    "conv": ((2, 2, 6, 8), ((), (0, 1, 2), (3,)), P(None, None, None, "tensor"),
+             (None, None, "tensor"), (None, "tensor")),
+    "layers": ((4, 6, 8), ((0,), (1,), (2,)), P(None, "fsdp", None),
+               (None, "fsdp"), (None, None, "fsdp")),
+    "experts": ((4, 6, 8), ((0,), (1,), (2,)), P("tensor", None, "fsdp"),
+                ("tensor", "fsdp"), ("tensor", None, "fsdp")),
+    "no_batch_axis_takes_more": ((4, 6, 7), ((0,), (1,), (2,)), P(None, "fsdp"),
+                                 (None, "fsdp"), ()),
+    "indivisible": ((9, 7), ((), (0,), (1,)), P("fsdp", "tensor"), (), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(SPREAD))
+def test_spread_factors_lie_along_all_axes_of_their_kernel(
+    name: str, kind: AxisType
+) -> None:
+    shape, roles, spec, a, b = SPREAD[name]
+    abstract, mesh = {"w": factors(shape, *roles)}, mesh_of(kind)
+    placed = jlora.shardings({"w": spec}, abstract, mesh=mesh, spread=True)
+    assert specs(placed) == {"w/a": a, "w/b": b}
+    for place, leaf in zip(*map(jax.tree.leaves, (placed, abstract)), strict=True):
+        place.shard_shape(leaf.shape)  # it raises where an axis is not divided
+
+
+def test_spread_magnitudes_rows_slices_and_leaves_that_are_trained_whole() -> None:
+    params = {n: jnp.ones((8, 12)) for n in ("dora", "rows", "cut")}
+    params["bias"] = jnp.ones(12)
+    configs = [
+        jlora.LoraConfig("dora", rank=RANK, dora=True),
+        jlora.LoraConfig("rows", rows=[1, 6, 7]),
+        jlora.LoraConfig("cut", rank=RANK, slices=[(0, 4)]),
+        jlora.LoraConfig("bias", full=True),
+    ]
+
+    def program(p: Any, ids: jax.Array) -> jax.Array:
+        x = p["rows"][ids]
+        return jnp.tanh(x @ p["dora"].T) @ p["cut"] + p["bias"][None]
+
+    lora = jlora.lora(program, configs)
+    abstract = jax.eval_shape(lora.init, jax.random.key(0), params, jnp.arange(5))
+    layout = {**dict.fromkeys(params, P("fsdp", "tensor")), "bias": P("tensor")}
+    placed = jlora.shardings(layout, abstract, mesh=mesh_of(), spread=True)
+    found = specs(placed)
+    assert found["dora/magnitude"] == (("fsdp", "tensor"),)
+    assert found["rows/values"] == (None, ("tensor", "fsdp"))
+    assert found["cut/a"] == (("fsdp", "tensor"),)
+    assert found["cut/b"] == ()
+    assert found["bias"] == ("tensor",)
+
+
+def test_factors_are_replicated_or_spread() -> None:
+    with pytest.raises(ValueError, match=r"`replicate=True` .* `spread=True` .*choose"):
+        jlora.shardings(
+            SPECS, adapter_of(), mesh=mesh_of(), replicate=True, spread=True
+        )
+
+
+def test_spread_needs_no_mesh_on_one_device() -> None:
+    params = {n: jnp.zeros(s) for n, s in SHAPES.items()}
+    placed = jlora.shardings(params, adapter_of(), spread=True)
+    assert placed == jlora.shardings(params, adapter_of())
+
+
 SHAPES = {"w": (6, 8), "v": (8, 6)}
 SPECS = {"w": P("fsdp", "tensor"), "v": P("tensor", "fsdp")}
 WANTED = {

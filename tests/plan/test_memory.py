@@ -172,6 +172,36 @@ def test_arguments_are_those_of_the_compiled_step(
     assert min(memory.factors, memory.optimizer) > 0.1 * memory.arguments
 
 
+@pytest.mark.parametrize("policy", ["replicate", "spread"])
+@each_layout
+def test_factors_are_laid_out_as_shardings_does(layout: str, policy: str) -> None:
+    """Spread, each of two axes divides what the other one leaves."""
+    mesh, specs, tx = mesh_of(layout), specs_of(layout), OPTIMIZERS["adamw"]
+    params, batch, how = abstract(jnp.bfloat16), batch_on(mesh), {policy: True}
+    plan = LORA.plan(params, batch["tokens"])
+    adapter = abstract_adapter(plan.targets)
+    places = jlora.shardings(specs, adapter, mesh=mesh, **how)
+    found = argument_bytes(
+        step_of(adapter_loss, tx),
+        placed(adapter, places),
+        state_on(tx, adapter, places),
+        placed(params, on_mesh(mesh, specs)),
+        batch,
+    )
+    given = {"optimizer": tx, "mesh": mesh, "batch": batch, "shardings": specs}
+    memory, plain = plan.memory(**given, **how), plan.memory(**given)
+    assert memory.arguments == found
+    assert memory.base == plain.base
+    factors = [math.prod(v.shape) * 4 for v in jax.tree.leaves(adapter)]
+    if policy == "spread" and layout != "replicated":
+        bias = 8 * 16 * 4
+        parts = mesh.shape.get("tensor", 1)
+        assert memory.factors == (sum(factors) - bias) // 8 + bias // parts
+        assert memory.factors < plain.factors
+    elif layout in ("fsdp", "replicated"):
+        assert memory.factors == sum(factors)
+
+
 @each_layout
 @each_optimizer
 def test_full_arguments_are_those_of_the_compiled_step(layout: str, name: str) -> None:

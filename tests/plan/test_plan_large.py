@@ -1,20 +1,27 @@
 """Plans of GPT-3 175B and of Llama-70B: the numbers of the paper, and no allocation."""
 
+import dataclasses
 import math
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from jax.sharding import AxisType
 from paths import PYTHONPATH, ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 import meshes
+import placement
 import plan_large
+import plan_step
+import tpu_memory
 from gpt3 import GPT3, GPT3Config
 
 import jlora
@@ -132,3 +139,109 @@ def test_the_options_choose_model_mesh_and_rank(
     assert "8 devices" in printed and "GPT-3" not in printed
     with pytest.raises(SystemExit):
         plan_large.main(["--mesh", "rows=8"])
+
+
+# Whether a step fits on TPUs. By their compiler: tests/whole/test_tpu.py.
+
+
+def test_without_the_compiler_shapes_say_whether_it_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tpu_memory, "has_compiler", lambda: False)
+    words = ["--model", "llama70b", "--mesh", "fsdp=4,tensor=4"]
+    plan_large.main([*words, "--tpu", "v5e:4x4"])
+    _, memory = figures("llama70b", 4, words[-1])
+    printed = capsys.readouterr().out
+    taken = memory.total / 2**30
+    assert "From shapes alone (libtpu is not installed), activations aside" in printed
+    assert f"on v5e:4x4 a step holds {taken:.1f} of 15.8 GiB a device" in printed
+    assert f"it fits, with {15.75 - taken:.1f} to spare" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [("v5e:4x4", 16), ("v5p:4x4x4", 64), ("v4:2x2x1", 4), ("tpu7x:2x2x1", 8)],
+)
+def test_topologies(text: str, devices: int) -> None:
+    topology = tpu_memory.parse_topology(text)
+    assert (topology.name, topology.kind) == (text, text.partition(":")[0])
+    assert topology.devices == devices
+
+
+@pytest.mark.parametrize("text", ["", "v5e", "v5e:", "v5e:4x", "v5e:0x4", "h100:8"])
+def test_topologies_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="write `v5e:4x4`"):
+        tpu_memory.parse_topology(text)
+
+
+def test_a_mesh_has_the_devices_of_the_topology(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        plan_large.main(["--tpu", "v5e:4x4"])
+    told = capsys.readouterr().err
+    assert "--tpu v5e:4x4 has 16 devices and --mesh data=1,fsdp=64,tensor=1 64" in told
+
+
+def test_what_does_not_fit_is_told() -> None:
+    topology = tpu_memory.parse_topology("v5e:4x4")
+    told = tpu_memory.verdict(topology, 20.25 * 2**30, "a step takes")
+    assert told.endswith("20.2 of 15.8 GiB a device: it doesn't fit, 4.5 are missing")
+
+
+@pytest.mark.parametrize(
+    ("message", "taken"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
+            "the total memory required for HLO temporaries (32.50G) exceeds available "
+            "HBM (15.75G). HLO module: jit_step.",
+            32.5 * 2**30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+            "memory space hbm. Used 512.00M of 15.75G hbm.",
+            2**29,
+        ),
+        ("RESOURCE_EXHAUSTED: of vmem", None),
+        ("INVALID_ARGUMENT: 3.0G exceeds available HBM (15.75G)", None),
+    ],
+)
+def test_what_the_compiler_says_of_what_does_not_fit(
+    message: str, taken: float | None
+) -> None:
+    class Step:
+        def lower(self) -> "Step":
+            return self
+
+        def compile(self) -> None:
+            raise jax.errors.JaxRuntimeError(message)
+
+    if taken is not None:
+        assert tpu_memory.peak_of(Step()) == taken
+        return
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        tpu_memory.peak_of(Step())
+
+
+@pytest.mark.parametrize("name", list(plan_large.MODELS))
+def test_a_step_can_be_lowered_for_its_mesh(name: str) -> None:
+    """On host devices, at small widths: what the TPU's compiler is given."""
+    mesh = jax.make_mesh((1, 4, 2), meshes.AXES, (AxisType.Auto,) * 3)
+    sizes = {"vocab": 64, "hidden": 32, "layers": 2, "heads": 4}
+    if name == "llama70b":
+        sizes |= {"mlp": 48, "kv_heads": 2, "head_dim": 8}
+    model = plan_large.MODELS[name]
+    small = type(model)(dataclasses.replace(model.config, **sizes))
+    params = plan_large.abstract_params(small)
+    specs = plan_large.param_specs(params, mesh)
+    placed = plan_step.placed(params, placement.on_mesh(specs, mesh))
+    lora = plan_large.lora_of(plan_step.model_on(small, mesh), 3)
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    step, args = plan_step.step_on(mesh, lora, optax.adam(1e-4), placed, tokens)
+    held = step.lower(*args).compile().memory_analysis().argument_size_in_bytes
+    memory = plan_large.plan_of(small, params, rank=3).memory(
+        optimizer=optax.adam(1e-4), mesh=mesh, batch=args[3], shardings=specs
+    )
+    assert memory.arguments == held
+    assert memory.factors > 0

@@ -59,6 +59,7 @@ class Place:
         kernels: the name of one of `LAYOUTS`.
         batch: whether the examples are sharded over the axis "data".
         follow: whether factors are laid out like their kernels, and not replicated.
+        spread: whether factors are cut along all mesh axes of their kernels.
         dtype: the dtype of params and inputs.
     """
 
@@ -66,6 +67,7 @@ class Place:
     kernels: str = "whole"
     batch: bool = False
     follow: bool = True
+    spread: bool = False
     dtype: Any = jnp.float32
 
     def __str__(self) -> str:
@@ -73,6 +75,7 @@ class Place:
         if self.kind is None:
             return "no mesh"
         rows, factors = "-rows" * self.batch, "" if self.follow else "-whole_factors"
+        factors += "-spread" * self.spread
         return f"{self.kind.name}-{self.kernels}{rows}{factors}"
 
     @property
@@ -178,17 +181,20 @@ class Place:
     def moved(self, adapter: Any, seed: int = 0) -> Any:
         """Returns an adapter with random changes of its arrays, where they belong."""
         rng = np.random.default_rng(seed)
+        places = jax.tree.map(lambda value: value.sharding, adapter)
+        if self.spread:
+            places = jlora.shardings(self.params(), adapter, spread=True)
 
-        def change(value: jax.Array) -> jax.Array:
+        def change(value: jax.Array, place: Any) -> jax.Array:
             new = np.asarray(value, np.float64) + 0.3 * rng.normal(size=value.shape)
             new = jnp.asarray(new, value.dtype)
             if self.mesh is None:
                 return new
             return jax.device_put(
-                new, value.sharding if self.follow else NamedSharding(self.mesh, P())
+                new, place if self.follow else NamedSharding(self.mesh, P())
             )
 
-        return jax.tree.map(change, adapter)
+        return jax.tree.map(change, adapter, places)
 
     def weights(self, shape: tuple[int, ...] = (EXAMPLES, 4, 10)) -> jax.Array:
         """Returns weights that make a scalar of the outputs."""

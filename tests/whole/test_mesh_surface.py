@@ -23,6 +23,9 @@ PLACES = [
     Place(EXPLICIT, "out", batch=True),
     Place(EXPLICIT, "both", batch=True),
     Place(EXPLICIT, "both", batch=False, follow=False),
+    Place(AUTO, "both", batch=True, spread=True),
+    Place(EXPLICIT, "in", batch=True, spread=True),
+    Place(EXPLICIT, "both", batch=True, spread=True),
 ]
 
 

@@ -225,14 +225,17 @@ def make(setup: Setup, truth: Any, **policy: Any) -> Problem:
     return Problem(setup, lora, params, x, jax.device_put(adapter, placed), placed)
 
 
-@pytest.mark.parametrize("replicate", [False, True], ids=["inherit", "replicate"])
+POLICIES = {"inherit": {}, "replicate": {"replicate": True}, "spread": {"spread": True}}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 @each_setup
 @pytest.mark.slow
 def test_only_factors_travel_besides_what_the_base_does(
-    setup: Setup, replicate: bool, truth: Any
+    setup: Setup, policy: Any, truth: Any
 ) -> None:
     with jax.set_mesh(setup.mesh):
-        problem = make(setup, truth, replicate=replicate)
+        problem = make(setup, truth, **policy)
         floor = collectives(problem.compiled_floor())
         step = problem.compiled_grad()
         value, grads = step(problem.adapter, problem.params, problem.x)

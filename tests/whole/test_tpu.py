@@ -4,11 +4,7 @@
 collectives are those of the programs that a TPU would run.
 """
 
-import importlib.util
 import math
-import os
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,52 +13,19 @@ import numpy as np
 import optax
 import pytest
 from hlo import collectives
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tpu import MARKS, argument_bytes, at, chips, compiled, cycles, placed
 
 import jlora
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-pytestmark = [
-    pytest.mark.tpu,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="LIBTPU IS MISSING: NOTHING IS COMPILED FOR TPUS. Run .ci/tpu",
-    ),
-]
-BF16, R = jnp.bfloat16, 16
+pytestmark = MARKS
+R = 16
 D, FFN, LAYERS = 1024, 2816, 3
 Kernels = dict[str, Any]
 
 
-def chips(topology: str) -> list[Any]:
-    """The devices of a topology; none of them is there."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-def placed(shape: tuple[int, ...], place: Any, dtype: Any = BF16) -> Any:
-    """An array by its type and place."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def at(tree: Any, places: Any) -> Any:
-    """A tree of types, each at its place."""
-    return jax.tree.map(lambda v, place: placed(v.shape, place, v.dtype), tree, places)
-
-
-def compiled(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """A function compiled for the devices of its arguments."""
-    return jax.jit(fn, **options).lower(*args).compile()
-
-
 # --- one chip ---
-
-
-def cycles(program: Any) -> int:
-    """The sum of the compiler's estimates for its fusions."""
-    return sum(map(int, re.findall(r'estimated_cycles":"(\d+)"', program.as_text())))
 
 
 def layer(p: Kernels, x: jax.Array) -> jax.Array:
@@ -195,5 +158,4 @@ def test_a_sharded_step(topology: str, layout: str, kind: AxisType) -> None:
     with jax.set_mesh(sharded.mesh):
         plan = sharded.lora.plan(sharded.params, sharded.x)
         planned = plan.memory(optimizer=sharded.tx, mesh=sharded.mesh, batch=sharded.x)
-    held = own.memory_analysis().argument_size_in_bytes
-    assert math.isclose(planned.arguments, held, rel_tol=0.05)
+    assert math.isclose(planned.arguments, argument_bytes(own), rel_tol=0.05)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..._jax.sharding import explicit_sharding, spec_of
+from ..._jax.sharding import beside, explicit_sharding, spec_of
 from ..._params.axes import KernelAxes, Shape
 from ..factors import LoraFactors
 from .variant import New, Variant
@@ -45,7 +45,8 @@ class TrainedRows:
         """
         old = _taken(table, self.axes, self.rows)
         wide = jnp.float64 if self.values.dtype == jnp.float64 else jnp.float32
-        change = self.values.astype(wide) - jax.lax.stop_gradient(old).astype(wide)
+        values = beside(self.values.astype(wide), old)
+        change = values - jax.lax.stop_gradient(old).astype(wide)
         picked = jax.nn.one_hot(jnp.array(self.rows), self.length, dtype=change.dtype)
         return LoraFactors(picked.T, change, self.axes, 1.0)
 
