@@ -16,12 +16,11 @@ from jax.sharding import AxisType
 
 from .frames import Owner, Unsure, place
 
-try:
-    from jax.errors import InconclusiveDimensionOperation
-except ImportError:  # before jax 0.10
-    from jax.core import (
-        InconclusiveDimensionOperation as InconclusiveDimensionOperation,
-    )
+_NAME = "InconclusiveDimensionOperation"
+# Where jax 0.8 has what later releases have elsewhere, or under another name.
+_errors: Any = jax.errors if hasattr(jax.errors, _NAME) else jax.core
+_lax: Any = jax.lax
+InconclusiveDimensionOperation: type[Exception] = getattr(_errors, _NAME)
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
@@ -169,9 +168,9 @@ def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(sorted(axes - manual_axes(array)))
     if not missing:
         return array
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, missing, to="varying")
-    return jax.lax.pvary(array, missing)  # jax 0.8.1
+    if hasattr(_lax, "pcast"):
+        return _lax.pcast(array, missing, to="varying")
+    return _lax.pvary(array, missing)  # jax 0.8.1
 
 
 def ragged_dot_general(*args: Any, out_sharding: Any, **options: Any) -> jax.Array:

@@ -1,5 +1,6 @@
 """From abstract params and an optimizer to bytes: nothing is allocated to know them."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -47,7 +48,8 @@ def measure(
     own = {path: base[path] for path, counts in pairs if counts and path in base}
     floating = {path: placed for path, placed in own.items() if floats(placed)}
     adapter = abstract_adapter(targets)
-    places = shardings_of(layout.nodes, adapter, mesh=layout.mesh, **policy)
+    place = functools.partial(shardings_of, **policy)
+    places = place(layout.nodes, adapter, mesh=layout.mesh)
     factors = list(zip(*map(jax.tree.leaves, (adapter, places)), strict=True))
     inputs = [_placed_input(leaf) for leaf in jax.tree.leaves(batch)]
     return Memory(
