@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax import core
 from jax.experimental.layout import with_layout_constraint
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Var
@@ -18,7 +19,7 @@ from .frames import Owner, Unsure, place
 
 _NAME = "InconclusiveDimensionOperation"
 # Where jax 0.8 has what later releases have elsewhere, or under another name.
-_errors: Any = jax.errors if hasattr(jax.errors, _NAME) else jax.core
+_errors: Any = jax.errors if hasattr(jax.errors, _NAME) else core
 _lax: Any = jax.lax
 InconclusiveDimensionOperation: type[Exception] = getattr(_errors, _NAME)
 
