@@ -113,7 +113,8 @@ class Plan:
             shardings: the layout of the params, as `jlora.shardings` takes it, where
                 they do not say it themselves: a tree with their paths of shardings or
                 `PartitionSpec`s. What has no sharding is whole on every device.
-            replicate, spread: how factors are laid out, as `jlora.shardings` takes it.
+            replicate: how factors are laid out, as `jlora.shardings` takes it.
+            spread: likewise.
 
         Returns:
             A `Memory`, which prints as a table.
