@@ -266,10 +266,10 @@ def test_nothing_private_of_what_is_imported_is_used(name: str) -> None:
 
 # The modules that have the name of a primitive besides the file of its rule.
 NAMED_ELSEWHERE = {
-    "_jax.versions": {"pcast"},  # a function of JAX's that older releases have not
     "_rules.calls": {"name"},  # a parameter of `jit`
     "_product.low_rank": {"name"},  # a policy of `jax.checkpoint` is asked about it
-    "_jax.versions": {"jit", "pjit", "checkpoint", "remat2"},  # one in other releases
+    # Others in other releases.
+    "_jax.versions": {"jit", "pjit", "checkpoint", "remat2", "pcast"},
     "_program.siblings": {"convert_element_type"},  # values that differ by a cast
     "_lora.mixed": {"ragged_dot_general"},  # which JAX has no such `vmap` of
     "_formats": {"checkpoint"},  # the door
