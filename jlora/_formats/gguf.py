@@ -52,6 +52,20 @@ def holds(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def _library() -> Any:
+    """Returns the package that knows the names of tensors.
+
+    Raises:
+        ImportError: that says how to install it.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        told = "files in GGUF need the package gguf: pip install gguf"
+        raise ImportError(told) from error
+    return gguf
+
+
 # --- reading ---
 
 
@@ -83,10 +97,8 @@ def modules(
 
 def _unnamed(path: Path, ignore: Sequence[str]) -> tuple[str, list[TorchModule]]:
     """Returns the architecture, and the modules under GGUF's names."""
-    import gguf
-
     where = str(path)
-    types = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    types = {kind.value: kind.name for kind in _library().GGMLQuantizationType}
     fields, tensors = read_gguf(path, MAX_BYTES, types)
     kinds = (fields.get("general.type"), fields.get("adapter.type"))
     if kinds != ("adapter", "lora"):
@@ -147,8 +159,7 @@ def _table(
     architecture: str, names: Iterable[str], layer: re.Pattern[str]
 ) -> Mapping[str, tuple[Any, str]]:
     """Returns gguf's own table, from names of many libraries to those in GGUF."""
-    import gguf
-
+    gguf = _library()
     layers = [int(match[1]) for name in names if (match := layer.match(name))]
     (kind,) = [k for k, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture]
     return gguf.get_tensor_name_map(kind, max(layers, default=0) + 1).mapping

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,11 @@ def test_an_adapter_is_merged_under_its_own_names(tmp_path: Path, capsys: Any) -
     assert main(words) == FAILED  # the other modules have no weights
     assert "k_proj" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_without_the_package_it_is_said_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert main(["inspect", str(FILES["gguf"])]) == FAILED
+    assert "pip install gguf" in capsys.readouterr().err

@@ -5,6 +5,7 @@
 Needs torch, peft, transformers and diffusers, and no JAX.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,3 +29,4 @@ if __name__ == "__main__":
     StableDiffusionPipeline.load_lora_into_unet(own, alphas, model, metadata=metadata)
     model.fuse_lora()
     np.savez(out, **weights(model, "unet."))
+    os._exit(0)  # threads of torch may keep a process that is done
