@@ -25,10 +25,12 @@ NAMES = (
     "memory",
     "trace_time",
     "plan_scale",
+    "tpu_compile",
 )
 TITLES = {
     "train_step_8b": "`train_step.py --size 8b`",
     "variants_8b": "`variants.py --size 8b`",
+    "tpu_compile": "`tpu_compile.py`, estimates of the TPU's compiler, no TPU",
 }
 PLATFORMS = {"gpu": "one GPU", "cpu": "CPU"}
 Json = Mapping[str, Any]

@@ -4,7 +4,10 @@
 collectives are those of the programs that a TPU would run.
 """
 
+import dataclasses
 import math
+import re
+import sys
 from typing import Any
 
 import jax
@@ -15,9 +18,15 @@ import pytest
 from hlo import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from paths import EXAMPLES
 from tpu import MARKS, argument_bytes, at, chips, compiled, cycles, placed
 
 import jlora
+
+sys.path.append(str(EXAMPLES))
+import plan_large
+import tpu_memory
+from llama import Llama
 
 pytestmark = MARKS
 R = 16
@@ -159,3 +168,41 @@ def test_a_sharded_step(topology: str, layout: str, kind: AxisType) -> None:
         plan = sharded.lora.plan(sharded.params, sharded.x)
         planned = plan.memory(optimizer=sharded.tx, mesh=sharded.mesh, batch=sharded.x)
     assert math.isclose(planned.arguments, argument_bytes(own), rel_tol=0.05)
+
+
+# --- whether a step fits: examples/plan_large.py --tpu ---
+
+
+def test_a_plan_is_proven_by_the_compiler() -> None:
+    """A Llama of two narrow layers, whose activations the compiler counts as well."""
+    topology = tpu_memory.parse_topology("v5e:2x2")
+    sizes = {"vocab": 512, "hidden": 256, "layers": 2, "heads": 2, "kv_heads": 2}
+    config = plan_large.MODELS["llama70b"].config
+    small = Llama(dataclasses.replace(config, mlp=512, **sizes))
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+    told = plan_large.fits_on(topology, small, mesh, 16)
+    assert told.startswith("By the TPU's own compiler, without a TPU, so an estimate")
+    taken, most = map(float, re.findall(r"([\d.]+) of ([\d.]+) GiB", told)[0])
+    assert most == 15.8
+    assert 0.0 < taken < 2.0 and "it fits" in told
+
+
+def test_what_does_not_fit_is_told_by_the_compiler() -> None:
+    topology = tpu_memory.parse_topology("v5e:2x2")
+    mesh = tpu_memory.mesh_of(topology, {"i": 2, "j": 2})
+    large = placed((1 << 19, 1 << 18), NamedSharding(mesh, P("i")))
+    taken = tpu_memory.peak_of(jax.jit(jnp.sum), large)
+    assert taken >= 1 << 37
+    assert "it doesn't fit" in tpu_memory.verdict(topology, taken, "a sum takes")
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_memory_of_a_chip_is_that_of_the_compiler(name: str) -> None:
+    topology = tpu_memory.parse_topology(name)
+    mesh = tpu_memory.mesh_of(topology, {"i": topology.devices})
+    large = placed((1 << 19, 1 << 20), NamedSharding(mesh, P("i")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="HBM") as error:
+        compiled(jnp.sum, large)
+    found = re.search(r"available HBM \(([\d.]+)G\)", str(error.value))
+    assert found is not None
+    assert float(found[1]) == tpu_memory.HBM[topology.kind]
