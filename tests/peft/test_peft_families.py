@@ -44,7 +44,7 @@ ALONG = (".base_layer.weight", ".original_module.bias", ".modules_to_save.bias")
 def ask(python: str, mode: str, folder: Path) -> dict[str, Any]:
     """What `families.py` says."""
     done = subprocess.run(
-        [python, str(ORACLE / "families.py"), mode, str(folder)],
+        [python, str(ORACLE / "families.py"), mode, str(folder), *FAMILIES],
         capture_output=True,
         text=True,
         timeout=1500,
