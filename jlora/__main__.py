@@ -214,8 +214,8 @@ def _options(
     Raises:
         ValueError: if more is given, or the shapes of the params are none.
     """
-    defaults = dict.fromkeys(("names", "params", "base_model", "model_type"))
-    defaults["profile"] = "peft"
+    empty = dict.fromkeys(("names", "params", "base_model", "model_type"))
+    defaults: dict[str, str | None] = {**empty, "profile": "peft"}
     asked = {n: getattr(given, n) for n in defaults if getattr(given, n) != defaults[n]}
     placing = {n: v for n, v in asked.items() if n in source.placing}
     options = {n: v for n, v in asked.items() if n in target.options}

@@ -26,6 +26,7 @@ from jlora.__main__ import FAILED, SAME, main
 
 pytestmark = [
     pytest.mark.oracle,
+    pytest.mark.timeout(3600),  # the first test of an era makes all families
     pytest.mark.filterwarnings("ignore:PEFT .* twice:UserWarning"),
 ]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
