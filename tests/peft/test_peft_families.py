@@ -26,6 +26,7 @@ from jlora.__main__ import FAILED, SAME, main
 
 pytestmark = [
     pytest.mark.oracle,
+    pytest.mark.timeout(3600),  # the first test of an era makes all families
     pytest.mark.filterwarnings("ignore:PEFT .* twice:UserWarning"),
 ]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -44,7 +45,7 @@ ALONG = (".base_layer.weight", ".original_module.bias", ".modules_to_save.bias")
 def ask(python: str, mode: str, folder: Path) -> dict[str, Any]:
     """What `families.py` says."""
     done = subprocess.run(
-        [python, str(ORACLE / "families.py"), mode, str(folder)],
+        [python, str(ORACLE / "families.py"), mode, str(folder), *FAMILIES],
         capture_output=True,
         text=True,
         timeout=1500,
