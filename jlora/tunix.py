@@ -24,7 +24,7 @@ from ._formats.qwix_steps import METADATA, check_files, check_sizes, format_of, 
 from ._params.given import check_path
 from ._params.paths import PyTree
 
-Configs = LoraConfig | tuple[LoraConfig, ...]
+_Configs = LoraConfig | tuple[LoraConfig, ...]
 
 _NAMES = ocp.path.step.standard_name_format()
 
@@ -34,7 +34,7 @@ def adapter_of(
     params_or_plan: Any = None,
     *,
     alpha: float | Mapping[str, float] | None = None,
-) -> tuple[Configs, dict[str, Any]]:
+) -> tuple[_Configs, dict[str, Any]]:
     """Returns the configs and the adapter in the state of a model.
 
     The adapter is for the model without LoRA: the factors `q/kernel_lora_a` of Qwix
@@ -78,7 +78,7 @@ def restore(
     alpha: float | Mapping[str, float] | None = None,
     step: int | None = None,
     item: str | None = None,
-) -> tuple[Configs, dict[str, Any]]:
+) -> tuple[_Configs, dict[str, Any]]:
     """Returns the configs and the adapter in a state that Orbax has saved.
 
     Only the factors are read, after their sizes and files have been checked.
@@ -126,7 +126,7 @@ def restore(
 
 def _adapter(
     leaves: Mapping[str, Any], where: str, params_or_plan: Any, alpha: Any
-) -> tuple[Configs, dict[str, Any]]:
+) -> tuple[_Configs, dict[str, Any]]:
     configs, entries = adapter_of_leaves(leaves, where, params_or_plan, alpha)
     return configs, jax.tree.map(jnp.array, entries)
 
