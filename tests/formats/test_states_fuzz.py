@@ -99,6 +99,7 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Folder:
     return Folder(tmp_path / "adapter", request.param)
 
 
+@pytest.mark.timeout(3000)  # with --whole on a machine that has others to serve
 @pytest.mark.parametrize("how", ALTER)
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_altered_bytes(folder: Folder, how: str, request: Any) -> None:
