@@ -40,7 +40,9 @@ def shardings(
     holds an nth of both, both are gathered, and the gradients are summed into their
     parts (a reduce-scatter, where XLA makes one). Optimizer state follows. Choose
     `spread` where factors and moments take room that a batch needs: many devices, high
-    ranks, a quantised base; `replicate` where many small collectives cost more.
+    ranks, a quantised base; `replicate` where many small collectives cost more. Factors
+    that are spread are no `in_specs` of a `jax.shard_map` around `lora.apply`, in which
+    each device needs the factors of its own part of the kernel.
 
     Args:
         params: the frozen params, or a tree with their paths: arrays and

@@ -176,7 +176,7 @@ def test_a_sharded_step(topology: str, layout: str, kind: AxisType) -> None:
 def test_a_plan_is_proven_by_the_compiler() -> None:
     """A Llama of two narrow layers, whose activations the compiler counts as well."""
     topology = tpu_memory.parse_topology("v5e:2x2")
-    sizes = {"vocab": 512, "hidden": 256, "layers": 2, "heads": 2, "kv_heads": 2}
+    sizes = {"vocab": 65536, "hidden": 256, "layers": 2, "heads": 2, "kv_heads": 2}
     config = plan_large.MODELS["llama70b"].config
     small = Llama(dataclasses.replace(config, mlp=512, **sizes))
     mesh = {"data": 1, "fsdp": 2, "tensor": 2}
@@ -184,7 +184,7 @@ def test_a_plan_is_proven_by_the_compiler() -> None:
     assert told.startswith("By the TPU's own compiler, without a TPU, so an estimate")
     taken, most = map(float, re.findall(r"([\d.]+) of ([\d.]+) GiB", told)[0])
     assert most == 15.8
-    assert 0.0 < taken < 2.0 and "it fits" in told
+    assert 0.1 < taken < 4.0 and "it fits" in told
 
 
 def test_what_does_not_fit_is_told_by_the_compiler() -> None:
