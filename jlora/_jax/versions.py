@@ -19,7 +19,9 @@ from .frames import Owner, Unsure, place
 try:
     from jax.errors import InconclusiveDimensionOperation
 except ImportError:  # before jax 0.10
-    from jax.core import InconclusiveDimensionOperation as InconclusiveDimensionOperation
+    from jax.core import (
+        InconclusiveDimensionOperation as InconclusiveDimensionOperation,
+    )
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "checkpoint")
