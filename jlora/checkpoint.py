@@ -28,12 +28,13 @@ Example:
     ...     saved = manager.save(20, args=args)
 
     The number of the step is the manager's. The state of the optimizer is restored
-    against its shapes, with the shardings of `jlora.state_shardings` on a mesh:
+    against a new one; on a mesh its shapes will do, with the shardings of
+    `jlora.state_shardings`:
 
     >>> with ocp.CheckpointManager(run.name) as manager:
     ...     step = manager.latest_step()
     ...     adapter = jlora.checkpoint.restore(run.name, step=step, base=base)
-    ...     like = jax.eval_shape(tx.init, adapter)
+    ...     like = tx.init(adapter)
     ...     args = ocp.args.Composite(
     ...         opt_state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
     ...     )

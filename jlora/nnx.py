@@ -288,6 +288,16 @@ def _check_like(name: str, given: Any, own: Any) -> None:
     )
 
 
+# What a variable has that holds no array; before Flax 0.12.3 under other names.
+_KINDS = ("hijax", "ref") if hasattr(nnx, "var_defaults") else ("is_hijax", "has_ref")
+if hasattr(nnx, "with_vars"):
+    _MADE_PLAIN = "nnx.with_vars(model, hijax=False, ref=False)"
+elif hasattr(nnx, "vars_as"):  # before Flax 0.12.8
+    _MADE_PLAIN = "nnx.vars_as(model, hijax=False, ref=False)"
+else:  # before Flax 0.12.3
+    _MADE_PLAIN = "nnx.as_pytree_vars(nnx.as_array_vars(model))"
+
+
 def _check_variables(model: nnx.Module) -> None:
     """Raises with variables that are no arrays: what is traced could not hold them."""
     flat, _ = jax.tree_util.tree_flatten_with_path(
@@ -295,7 +305,7 @@ def _check_variables(model: nnx.Module) -> None:
     )
     found = []
     for path, variable in flat:
-        kinds = [k for k in ("hijax", "ref") if getattr(variable, k, False)]
+        kinds = [kind for kind in _KINDS if getattr(variable, kind, False)]
         if kinds:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             found.append(f"{name!r} ({', '.join(kinds)})")
@@ -303,8 +313,7 @@ def _check_variables(model: nnx.Module) -> None:
         raise UnsupportedFeatureError(
             f"{some(found)} of {type(model).__name__} are variables of "
             "arrays in references or of hijax types, which `jlora.nnx` cannot adapt. "
-            "Give it `nnx.with_vars(model, hijax=False, ref=False)`, or make the model "
-            "under `nnx.var_defaults(hijax=False, ref=False)`"
+            f"Give it `{_MADE_PLAIN}`"
         )
 
 

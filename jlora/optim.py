@@ -32,15 +32,16 @@ Example:
     True
 
     `nnx.Optimizer` wants variables, so each array of the adapter becomes one, and
-    `nnx.as_pure` gives the adapter back:
+    `nnx.as_pure` (before Flax 0.12.7 `nnx.pure`) gives the adapter back:
 
     >>> from flax import nnx
+    >>> as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
     >>> trainable = jax.tree.map(nnx.Param, adapter)
     >>> optimizer = nnx.Optimizer(trainable, tx, wrt=nnx.Param)
     >>> @nnx.jit
     ... def step(trainable, optimizer, base, x, y):
     ...     def loss(trainable):
-    ...         return jnp.mean((lora.apply(base, nnx.as_pure(trainable), x) - y) ** 2)
+    ...         return jnp.mean((lora.apply(base, as_pure(trainable), x) - y) ** 2)
     ...     value, grads = nnx.value_and_grad(loss)(trainable)
     ...     optimizer.update(trainable, grads)
     ...     return value

@@ -113,9 +113,10 @@ def check_unboxed(adapter: Mapping[str, Any]) -> None:
         boxes = [type(node) for node in nodes if is_box(node)]
         if boxes:
             variable = hasattr(boxes[0], "get_raw_value")
-            how = "nnx.as_pure(adapter)" if variable else "jlora.linen.unbox(adapter)"
+            how = "`nnx.as_pure(adapter)` (before Flax 0.12.7 `nnx.pure`)"
+            how = how if variable else "`jlora.linen.unbox(adapter)`"
             name = f"nnx.{boxes[0].__name__}" if variable else boxes[0].__name__
             raise AdapterError(
                 f"the arrays of {path!r} are in `{name}`, of which the function would "
-                f"see the box: give `{how}`"
+                f"see the box: give {how}"
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from doors import as_pure
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -91,7 +92,7 @@ def test_labels_name_the_role_of_each_array(problem: Problem) -> None:
 
 def test_labels_of_an_nnx_state_are_those_of_its_adapter(problem: Problem) -> None:
     state = nnx.state(jax.tree.map(nnx.Param, problem.adapter), nnx.Param)
-    labels = nnx.to_pure_dict(jo.factor_labels(nnx.as_pure(state)))
+    labels = nnx.to_pure_dict(jo.factor_labels(as_pure(state)))
     sides = {"a": "a", "b": "b"}
     assert labels == {"layers": sides, "heads": sides, "out": sides, "bias": "full"}
 
@@ -538,14 +539,14 @@ def nnx_losses(problem: Problem, tx: Any, steps: int) -> list[float]:
 
     @nnx.jit
     def step(trainable: Tree, optimizer: nnx.Optimizer, base: Tree) -> jax.Array:
-        loss = lambda trainable: loss_of(problem, base, nnx.as_pure(trainable))
+        loss = lambda trainable: loss_of(problem, base, as_pure(trainable))
         value, grads = nnx.value_and_grad(loss)(trainable)
         optimizer.update(trainable, grads)
         return value
 
     args = trainable, optimizer, problem.params
     losses = [float(step(*args)) for _ in range(steps)]
-    kept = jax.tree.structure(nnx.as_pure(trainable))
+    kept = jax.tree.structure(as_pure(trainable))
     assert kept == jax.tree.structure(problem.adapter)
     return losses
 
@@ -572,17 +573,16 @@ def test_freeze_base_in_an_nnx_module(problem: Problem) -> None:
 
     @nnx.jit
     def step(both: Both, optimizer: nnx.Optimizer) -> jax.Array:
-        pure = nnx.as_pure
-        loss = lambda both: loss_of(problem, pure(both.base), pure(both.lora))
+        loss = lambda both: loss_of(problem, as_pure(both.base), as_pure(both.lora))
         value, grads = nnx.value_and_grad(loss)(both)
         optimizer.update(both, grads)
         return value
 
     losses = [float(step(both, optimizer)) for _ in range(20)]
     assert losses[-1] < losses[0]
-    assert bits(nnx.as_pure(both.base)) == bits(problem.params)
+    assert bits(as_pure(both.base)) == bits(problem.params)
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.adapter))
-    assert state_bytes(nnx.as_pure(optimizer.opt_state)) == 2 * trained
+    assert state_bytes(as_pure(optimizer.opt_state)) == 2 * trained
 
 
 def test_donated_adapter_and_state_are_reused(problem: Problem) -> None:

@@ -5,8 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import jlora
+
+# Before Flax 0.12.7 it has another name.
+as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 
 RANK, ALPHA = 2, 3.0
 # The einsums of the deltas.

@@ -19,13 +19,16 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 from jax.extend.source_info_util import summarize
+from releases import is_before
 
 Shape = tuple[int, ...]
 
 EMPTY, CONST, BASE, OTHER = range(4)
 
-# What JAX up to 0.10 puts where the residuals of an untaken branch would be.
+# What JAX up to 0.10 puts where the residuals of an untaken branch would be; before
+# 0.10.2 it is zeros, see `_fills`.
 FILLERS = {"empty", "empty2"}
+FILLED_WITH_ZEROS = is_before("jax", "0.10.2")
 
 # These show their first operand otherwise; further operands only say where.
 RELABELLING = {
@@ -171,16 +174,19 @@ def _partitions(items: Sequence[int]) -> Iterator[list[list[int]]]:
 Steps = Generator[tuple[jex.JaxprEqn, list[int]], None, list[int]]
 
 
-def _walk(jaxpr: jex.Jaxpr, kinds: Sequence[int]) -> Steps:
+def _walk(jaxpr: jex.Jaxpr, kinds: Sequence[int], filled: bool = False) -> Steps:
     """Yields each equation, inner ones first, with the kinds of its outputs.
 
-    Returns the kinds of the outputs of the program.
+    Returns the kinds of the outputs of the program. It is `filled` if it is a branch in
+    which zeros are fillers.
     """
     env = dict.fromkeys(jaxpr.constvars, CONST)
     env |= dict(zip(jaxpr.invars, kinds, strict=True))
     read = lambda v: CONST if isinstance(v, jex.Literal) else env[v]
     for eqn in jaxpr.eqns:
         outs = yield from _step(eqn, [read(v) for v in eqn.invars])
+        if filled and _fills(eqn, jaxpr):
+            outs = [EMPTY]
         yield eqn, outs
         env |= dict(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
@@ -197,7 +203,7 @@ def _step(eqn: jex.JaxprEqn, ins: list[int]) -> Steps:
         branches = [_open(branch) for branch in eqn.params["branches"]]
         outs = []
         for branch in branches:
-            outs.append((yield from _walk(branch, ins[1:])))
+            outs.append((yield from _walk(branch, ins[1:], FILLED_WITH_ZEROS)))
         return [max(kinds) for kinds in zip(*outs, strict=True)]
     for inner in _inner(eqn):
         if len(inner.invars) == len(ins) and len(inner.outvars) == len(eqn.outvars):
@@ -205,6 +211,15 @@ def _step(eqn: jex.JaxprEqn, ins: list[int]) -> Steps:
         # An inner program whose inputs cannot be told apart: nothing in it is base.
         yield from _walk(inner, [OTHER] * len(inner.invars))
     return _kinds(eqn, ins)
+
+
+def _fills(eqn: jex.JaxprEqn, branch: jex.Jaxpr) -> bool:
+    """Whether it makes zeros that no equation of a branch reads."""
+    if eqn.primitive.name != "broadcast_in_dim":
+        return False
+    (value, *_), (out,) = eqn.invars, eqn.outvars
+    zeros = isinstance(value, jex.Literal) and value.val == 0
+    return zeros and not any(out is v for e in branch.eqns for v in e.invars)
 
 
 def _kinds(eqn: jex.JaxprEqn, ins: list[int]) -> list[int]:
