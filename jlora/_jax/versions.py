@@ -18,7 +18,7 @@ from .frames import Owner, Unsure, place
 
 try:
     from jax.errors import InconclusiveDimensionOperation
-except ImportError:  # before jax 0.10
+except ImportError:  # before jax 0.10.1
     from jax.core import (
         InconclusiveDimensionOperation as InconclusiveDimensionOperation,
     )

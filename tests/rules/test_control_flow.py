@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import AxisType, PartitionSpec
 from oracle import assert_close
-from releases import since, varying
+from releases import varying
 
 import jlora
 
