@@ -105,7 +105,7 @@ def equation_scope(eqn: JaxprEqn) -> Iterator[None]:
 def rebind(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     """Evaluates an equation unchanged and returns the list of its outputs."""
     found: Any = eqn.primitive.get_bind_params(eqn.params)
-    # Before jax 0.10 a pair: functions that go before the operands, and the params.
+    # Before jax 0.9.2 a pair: functions that go before the operands, and the params.
     first, params = found if isinstance(found, tuple) else ((), found)
     out = eqn.primitive.bind(*first, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
