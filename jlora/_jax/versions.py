@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 from .frames import Owner, Unsure, place
 
 _NAME = "InconclusiveDimensionOperation"
-# Where jax 0.8 has what later releases have elsewhere, or under another name.
+# What older releases have elsewhere (before jax 0.10.1), or under another name.
 _errors: Any = jax.errors if hasattr(jax.errors, _NAME) else core
 _lax: Any = jax.lax
 InconclusiveDimensionOperation: type[Exception] = getattr(_errors, _NAME)

@@ -16,7 +16,9 @@ import jlora.nnx
 # Before Flax 0.12.3 they have other names, and their functions too.
 OLD = is_before("flax", "0.12.3")
 HIJAX, REF = ("is_hijax", "has_ref") if OLD else ("hijax", "ref")
-KINDS = [{HIJAX: True}, {REF: True}, {HIJAX: True, REF: True}]
+KINDS = [{HIJAX: True}, {REF: True}]
+if not OLD:  # where a hijax variable does not say that it holds a reference
+    KINDS.append({HIJAX: True, REF: True})
 WAY_OUT = "nnx.with_vars(model, hijax=False, ref=False)"
 if is_before("flax", "0.12.8"):
     WAY_OUT = "nnx.vars_as(model, hijax=False, ref=False)"
