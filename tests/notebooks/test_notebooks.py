@@ -6,13 +6,14 @@ its number of steps from JLORA_NOTEBOOK_STEPS, so that a slow machine may ask fo
 
 import base64
 import getpass
+import importlib.metadata
 import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from example_runs import needs_data
@@ -172,20 +173,51 @@ def test_the_installation_does_nothing_where_jlora_is(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_installation_never_upgrades_jax(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+class Distribution(NamedTuple):
+    """A package that is installed."""
+
+    name: str
+    version: str
+
+
+@pytest.mark.parametrize(
+    ("plugin", "wanted"),
+    [
+        (None, "jax"),
+        ("jax-cuda12-plugin", "jax[cuda12]"),
+        ("jax-cuda13-plugin", "jax[cuda13]"),
+        ("libtpu", "jax[tpu]"),
+    ],
+)
+def test_the_installation_takes_the_plugin_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    plugin: str | None,
+    wanted: str,
 ) -> None:
+    """pip leaves a JAX alone that is new enough: none is named by its version."""
+    there = [Distribution(name, "0.7.2") for name in ("jax", "jaxlib", plugin) if name]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: there)
     clone, package, data = install(monkeypatch, tmp_path)
     assert clone[:2] == ["git", "clone"]
     assert f"https://github.com/{REPOSITORY}" in clone
     assert "--no-deps" in data
-    constraints = package[package.index("-c") + 1]
-    held = (tmp_path / constraints).read_text(encoding="utf-8").splitlines()
-    assert {line.partition("==")[0] for line in held} >= {"jax", "jaxlib"}
+    assert package[-2:] == [wanted, "./jlora-source[examples,quant]"]
     for command in (package, data):
         assert not {"-U", "--upgrade", "--force-reinstall"} & set(command)
-        assert not any(word.startswith("jax") and "==" in word for word in command)
+    assert "JAX 0.7.2 is too old" in capsys.readouterr().out
+
+
+def test_a_clone_installs_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("jlora", "notebooks"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    package, _ = install(monkeypatch, tmp_path / "notebooks")
+    assert package[-1] == "./..[examples,quant]"
 
 
 def executed(notebook: Any, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Any:

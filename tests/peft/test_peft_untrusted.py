@@ -125,8 +125,11 @@ def test_a_pickle_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
 
 
 def test_another_file_of_the_folder(tmp_path: Path) -> None:
-    (write(tmp_path) / "other.safetensors").write_bytes(b"")
-    refusal(tmp_path / "other.safetensors", AdapterError, "other.safetensors", WEIGHTS)
+    other = write(tmp_path) / "other.safetensors"
+    other.write_bytes(b"\x02" + bytes(7) + b"{}")
+    refusal(other, AdapterError, "other.safetensors", WEIGHTS)
+    other.write_bytes(b"")
+    refusal(other, Corrupt, "other.safetensors", "truncated")
     refusal(tmp_path / "none.safetensors", FileNotFoundError, "none.safetensors")
 
 
