@@ -34,7 +34,7 @@ import jlora
 
 pytestmark = MARKS
 # Parts of 128 columns, which are not padded.
-RANK, ROWS, D, FFN, OUT = 16, 1536, 512, 1280, 1792
+RANK, ROWS, D, FFN, OUT = 16, 1536, 512, 2560, 1792
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 # What the input and the output axes of kernels lie along.
 LAYOUTS = {"fsdp": ("i", None), "tp": (None, "j"), "both": ("i", "j")}
