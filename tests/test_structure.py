@@ -47,7 +47,7 @@ LAWS = {
     "_adapter": "_jax _params",
     "_algebra": "_jax _params _adapter",
     "_inits": "_jax _params _adapter _algebra",
-    "_torch": "_params _adapter",
+    "_torch": "_jax _params _adapter",
     "_peft": "_params _adapter _files _torch",
     "_checkpoint": "_params _adapter _files",
     "_formats": "_params _adapter _files _torch _peft",
