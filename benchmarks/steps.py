@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from cases import PORTABLE
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from models import Layer, Linears, Params, plain
 from timing import Contender
 
@@ -198,5 +200,15 @@ def contender(
     name: str, loss: Callable[..., jax.Array], trained: Any, params: Any, batch: Any
 ) -> Contender:
     """Returns the AdamW step of `loss(trained, params, batch)`, compiled."""
-    state = (trained, OPTIMIZER.init(trained), params, batch)
+    state = (trained, started(trained), params, batch)
     return Contender(name, compiled(trained_step(loss), state, 2), state)
+
+
+def started(trained: Any) -> Any:
+    """Returns the first state of the optimizer: its moments are where factors are."""
+    state = OPTIMIZER.init(trained)
+    if not on_a_mesh(trained):
+        return state
+    everywhere = NamedSharding(jax.tree.leaves(trained)[0].sharding.mesh, P())
+    place = lambda leaf: leaf if on_a_mesh(leaf) else jax.device_put(leaf, everywhere)
+    return jax.tree.map(place, state)
