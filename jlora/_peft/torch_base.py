@@ -308,7 +308,7 @@ def _check_complete(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
 def _check_biases(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
     """Raises if the biases of adapted modules are trained, and the file has them not.
 
-    Releases of PEFT up to 0.19 do not save them where `bias` is "lora_only".
+    Releases of PEFT before 0.21 do not save them where `bias` is "lora_only".
     """
     if files.config.bias == "none":
         return
@@ -319,7 +319,7 @@ def _check_biases(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
     if missing:
         raise AdapterError(
             f"{files.where}: {missing[:5]} are missing ({len(missing)} in all), which "
-            f"`bias`, {files.config.bias!r}, promises; PEFT up to 0.19 does not save "
+            f"`bias`, {files.config.bias!r}, promises; PEFT before 0.21 does not save "
             "them. To do without them, ignore the field `bias`"
         )
 
