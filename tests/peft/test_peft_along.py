@@ -311,7 +311,7 @@ def test_biases_that_may_be_lost_are_not_converted_in_silence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As real PEFT writes them, which up to 0.20.0 does not save those of `lora_only`."""
+    """As real PEFT writes: up to 0.20.0 without the biases of `lora_only`."""
     said = {"target_modules": ["query"], "bias": bias, "peft_version": version}
     peft = write_adapter(tmp_path / "peft", {**FACTORS, **more}, **said)
     convert = ["convert", str(peft), str(tmp_path / "out")]
