@@ -29,6 +29,7 @@ from .._torch.names import Names
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
 _OF_MLX = "adapters.safetensors"
+_BIASES = (".bias", ".base_layer.bias")
 
 
 def holds(path: Path) -> bool:
@@ -126,6 +127,13 @@ def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
             f"of {list(files.rows)[:5]} the files have some rows, and not how many the "
             f"tables have; load them with their params by {load}"
         )
+    if _may_lack_biases(files):
+        return (
+            f"{path} says that the biases of adapted modules are trained, and has "
+            "none: PEFT before 0.21 does not save those of `lora_only`, and whether "
+            "the modules have biases no file tells. Load it with the params by "
+            f"{load}, which knows, or do without them: --ignore bias"
+        )
     if square := _of_unknown_sides(files):
         return (
             f"at which side of {square[:5]} their factors are the files do not tell: "
@@ -154,7 +162,7 @@ FORMAT = Format(
     holds,
     read,
     write,
-    options=("names", "base_model", "profile", "model_type"),
+    options=("names", "base_model", "profile", "model_type", "convolutions"),
     placing=("names", "params"),
     told_in_part=told_in_part,
     lost=lost,
@@ -172,9 +180,18 @@ def _check_layouts(adapter: Mapping[str, Any], convolutions: bool) -> None:
         raise UnsupportedFeatureError(
             f"{', '.join(found)}: a checkpoint does not tell whether these are dense "
             "kernels of several input axes, convolutions, or something else that PEFT "
-            "keeps in another way. Give --names of a family that has them, or call "
-            "`jlora.peft.save` with a plan and rules"
+            "keeps in another way. Give --names of a family that has them, "
+            "--convolutions if they are, or call `jlora.peft.save` with a plan and "
+            "rules"
         )
+
+
+def _may_lack_biases(files: AdapterFiles) -> bool:
+    """Returns whether trained biases may be missing, as PEFT forgets some of them."""
+    told = files.config.bias == "lora_only" and not files.config.decided_by_keys("bias")
+    saves = files.version is not None and files.version >= (0, 21, 0)
+    ends = {f"{name}{end}" for name in files.modules for end in _BIASES}
+    return told and not saves and bool(files.modules) and ends.isdisjoint(files.whole)
 
 
 def _shape(shape: Sequence[int]) -> str:

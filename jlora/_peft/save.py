@@ -14,6 +14,7 @@ from .._adapter.factors import LoraFactors
 from .._adapter.instead import check_order
 from .._files.atomic import write_files
 from .._files.hub import check_repository, push
+from .._files.processes import on_first
 from .._files.safetensors import check_finite
 from .._params.given import check_path, described
 from .._params.paths import PyTree
@@ -22,7 +23,7 @@ from .._torch.layout import spread
 from .._torch.modules import by_name
 from .._torch.named_params import Base
 from .._torch.names import Names, bind_all
-from .arrays import named_arrays, on_host, wait_for_all
+from .arrays import named_arrays, on_host
 from .config_file import config_json
 from .files import CONFIG, WEIGHTS, weights_bytes
 from .keys import PREFIX
@@ -69,7 +70,8 @@ def save(
     Both files are written beside, read back and renamed. Where they replace others, the
     old config is taken away first and the new one comes last: a save that is killed
     leaves the old pair, the new one, or a folder without a config, which every reader
-    refuses. On several hosts every process calls it, and the first one writes.
+    refuses. On several hosts every process calls it, and the first one writes and
+    sends; what goes wrong there is raised on all of them.
 
     Args:
         path: the folder.
@@ -103,7 +105,8 @@ def save(
         raise ValueError(f"`profile` is 'peft' or 'vllm', got {profile!r}")
     check_path(path, _ORDER)
     if push_to is not None:
-        check_repository(push_to)
+        repository = push_to
+        on_first(lambda: check_repository(repository))
     _check_order(params_or_plan, adapter, config)
     check_writable(adapter)
     given = sorted(adapter.items())
@@ -140,11 +143,13 @@ def save(
             said, fan_in_fan_out=turned, base_model=base_model, task_type=task_type
         ),
     }
-    if jax.process_index() == 0:
+
+    def write() -> None:
         write_files(Path(path), files, overwrite=overwrite)
         if push_to is not None:
             push(push_to, files, overwrite=overwrite)
-    wait_for_all("jlora.peft.save")
+
+    on_first(write)
 
 
 _ORDER = "jlora.peft.save(path, params_or_plan, adapter, config, names)"

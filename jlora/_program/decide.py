@@ -140,7 +140,7 @@ class Decision(Analysis):
             roles = self._roles(view)
             if roles is None or not rule.supports(eqn, operand, roles):
                 return []
-            kind = rule.kind + rule.details(eqn)
+            kind = rule.kind + rule.details(eqn, view)
             kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
         return kinds
 
