@@ -71,7 +71,9 @@ def low_rank_product(
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
     if derive == "custom":
         return _product((dims, form), operands)
-    plain: Form = "merged" if form == "merged" else "separate"
+    # Mapped over gates, a merged kernel would be one for each example.
+    gated = any(gate is not None for gate in operands.gates)
+    plain: Form = "merged" if form == "merged" and not gated else "separate"
     run = lambda operands: forward(
         plain, dims, _opened(operands), shrink(dims, operands)
     )
@@ -137,7 +139,7 @@ def _run(
     @mapped.def_vmap
     def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
         first = batched[0]
-        factors = jax.tree.leaves((first.a, first.b, first.kernels))
+        factors = jax.tree.leaves((first.a, first.b, first.kernels, first.gates))
         inner: Form = "separate" if any(factors) else form
         axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(batched))
 
@@ -301,7 +303,9 @@ def _backward(
         layout = Layout.of(dims, one, x, operands.kernels[i])
         dw.append(_grad_kernel(layout, x, dy, operands.kernels[i], wants_kernel[i]))
     each = tuple(map(as_type_of, per_kernel(da, ranks), operands.a))
-    return (Operands(dx, tuple(dw), each, tuple(db)),)
+    # A gate is made of an index: it has no gradient.
+    gates = (None,) * len(operands.gates)
+    return (Operands(dx, tuple(dw), each, tuple(db), gates),)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
