@@ -42,14 +42,14 @@ class Mixture(NamedTuple):
 
     Attributes:
         stacked: the adapters, as `jlora.stack` returns them.
-        count: how many they are.
+        adapters: how many they are.
         base: the leaves of the params by path.
         examples: where the examples are on an Explicit mesh.
         size: the number of examples.
     """
 
     stacked: Mapping[str, Any]
-    count: int
+    adapters: int
     base: Mapping[str, Any]
     examples: Examples
     size: int
@@ -87,7 +87,9 @@ class Mixture(NamedTuple):
         # Of the six products of a step, two are the forward pass.
         flops = entry.rank * sum(use.factor_flops for use in uses) // 3
         size = -(-self.size // devices)
-        return joining_pays(self.count, size, numbers * entry.a.dtype.itemsize, flops)
+        return joining_pays(
+            self.adapters, size, numbers * entry.a.dtype.itemsize, flops
+        )
 
     def _side_by_side(self, entry: LoraFactors, index: jax.Array) -> Gated:
         """Returns the factors of all adapters and the gate of one example.
@@ -101,10 +103,10 @@ class Mixture(NamedTuple):
         before = len(entry.axes.batch)
         a = joined_along(where_found(sound, a, 0), a.ndim - 2)
         b = joined_along(where_found(sound, b, 0), before)
-        own = jnp.arange(self.count) == index
+        own = jnp.arange(self.adapters) == index
         gate = jnp.where(own, jnp.where(sound, 1.0, jnp.nan), 0.0)
-        gate = jnp.where(index >= self.count, jnp.nan, gate)
-        gate = jnp.broadcast_to(gate[:, None], (self.count, entry.rank)).reshape(-1)
+        gate = jnp.where(index >= self.adapters, jnp.nan, gate)
+        gate = jnp.broadcast_to(gate[:, None], (self.adapters, entry.rank)).reshape(-1)
         return Gated(LoraFactors(a, b, entry.axes, entry.scaling), gate)
 
     def _gathered(self, path: str, entry: Any, index: jax.Array) -> Any:
@@ -112,8 +114,8 @@ class Mixture(NamedTuple):
 
         Out of range the nearest one is read.
         """
-        row = self._row(entry, jnp.clip(index, 0, self.count - 1))
-        inside = (index >= 0) & (index < self.count)
+        row = self._row(entry, jnp.clip(index, 0, self.adapters - 1))
+        inside = (index >= 0) & (index < self.adapters)
         fill = jnp.where(index < 0, 0.0, jnp.nan)
         if isinstance(row, LoraFactors):
             # Both zero: the nearest row, which is read below 0, may hold NaNs in a.

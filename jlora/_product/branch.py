@@ -16,7 +16,7 @@ from .._jax.dtypes import workable
 from .._jax.versions import manual_axes, vary
 from .dropout import Dropout, drop
 from .forms import expand, shrink, side_by_side
-from .gate import through
+from .gate import factor_through, through
 from .group import GroupDims, Layout, Operands, compute_dtype
 
 
@@ -94,8 +94,9 @@ def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, An
     layout = Layout.of(dims, one, x, static.kernel)
     g = one.scaling * layout.shrink_cotangent(dy, b.astype(h.dtype), h.dtype)
     g = through(g, arrays.gate)
-    da = as_type_of(layout.grad_a(x, g, arrays.a.dtype), arrays.a)
-    db = layout.grad_b(one.scaling * h, dy, b)
+    da = factor_through(layout.grad_a(x, g, arrays.a.dtype), arrays.gate)
+    da = as_type_of(da, arrays.a)
+    db = factor_through(layout.grad_b(one.scaling * h, dy, b), arrays.gate)
     if not jnp.issubdtype(arrays.x.dtype, jnp.inexact):
         return Arrays(None, da, db, None, None), dy
     dx = _dropped(static, arrays, layout.grad_x_of_delta(g, a, x))

@@ -27,7 +27,7 @@ from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
 from .fused import How, Terms, in_parts, sum_by_xla, sum_joined, sum_tiled, sum_whole
-from .gate import through
+from .gate import factor_through
 from .group import (
     Form,
     GroupDims,
@@ -278,7 +278,7 @@ def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
     batch = tuple(range(len(dims.batch)))
     kernels = []
     gates = operands.gates or (None,) * len(operands.a)
-    every = map(_through_flat, operands.a, gates)
+    every = map(factor_through, operands.a, gates)
     rows = zip(dims.kernels, operands.kernels, every, operands.b, strict=True)
     for one, w, a, b in rows:
         wide = summed_in(w.dtype)
@@ -290,10 +290,6 @@ def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
         delta = as_laid_out(layout.like_kernel(delta, one.contract), w)
         kernels.append((w.astype(wide) + delta).astype(w.dtype))
     return kernels
-
-
-def _through_flat(a: jax.Array, gate: jax.Array | None) -> jax.Array:
-    return a if gate is None else through(a, gate.reshape(gate.shape[-1]))
 
 
 def _merged_backward(

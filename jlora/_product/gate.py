@@ -26,3 +26,12 @@ def through(value: jax.Array, gate: jax.Array | None) -> jax.Array:
     wide = jnp.broadcast_to(gate.astype(value.dtype), value.shape)
     wide = as_laid_out(wide, value)
     return jnp.where(wide == 0, jnp.zeros_like(value), value * wide)
+
+
+def factor_through(value: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """Returns a factor, or its gradient, with the rank last through a gate.
+
+    A gradient is that of one example here, summed over examples later: what is shut is
+    zero even if the example itself is not a number.
+    """
+    return value if gate is None else through(value, gate.reshape(-1))

@@ -60,6 +60,11 @@ class KernelDims:
         """The precision of the base product, used for the low-rank ones too."""
         return dict(self.params)["precision"]
 
+    @property
+    def placed(self) -> bool:
+        """Whether the program says how the axes of its product lie."""
+        return dict(self.params).get("out_sharding") is not None
+
     def result_dtype(self, kernel: Any) -> Any:
         """The dtype of the base product, and of its cotangent."""
         return dict(self.params)["preferred_element_type"] or kernel.dtype

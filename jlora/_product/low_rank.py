@@ -38,6 +38,7 @@ from .forms import (
     shrink,
     shrink_cotangents,
 )
+from .gate import factor_through
 from .group import Form, GroupDims, Layout, Operands, per_kernel
 from .lowered import Pass, run_lowered
 
@@ -302,10 +303,13 @@ def _backward(
     for i, (one, dy) in enumerate(zip(dims.kernels, dys, strict=True)):
         layout = Layout.of(dims, one, x, operands.kernels[i])
         dw.append(_grad_kernel(layout, x, dy, operands.kernels[i], wants_kernel[i]))
-    each = tuple(map(as_type_of, per_kernel(da, ranks), operands.a))
+    gates = operands.gates or (None,) * len(ranks)
+    das = map(factor_through, per_kernel(da, ranks), gates)
+    each = tuple(map(as_type_of, das, operands.a))
+    dbs = tuple(map(factor_through, db, gates))
     # A gate is made of an index: it has no gradient.
-    gates = (None,) * len(operands.gates)
-    return (Operands(dx, tuple(dw), each, tuple(db), gates),)
+    none = (None,) * len(operands.gates)
+    return (Operands(dx, tuple(dw), each, dbs, none),)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

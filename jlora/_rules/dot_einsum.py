@@ -22,7 +22,7 @@ from .._jax.dots import as_laid_out, as_type_of, wide_dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.versions import manual_axes, vary
 from .._params.axes import free_axes
-from .._product.gate import through
+from .._product.gate import factor_through, through
 from .adapted import Part, whole
 
 _RANK = "R"
@@ -211,10 +211,12 @@ def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, An
     g = through(g, gate)
     h = static.scaling * _shrink(static, arrays)
     dx = _dot(static, g, labels.h, first.astype(dtype), labels.first, labels.x, dtype)
+    of_first = _gradient(static, x, labels.x, g, labels.h, labels.first, first)
+    of_second = _gradient(static, h, labels.h, own, labels.out, labels.second, second)
     return Arrays(
         as_type_of(jnp.broadcast_to(dx, x.shape), x),
-        _gradient(static, x, labels.x, g, labels.h, labels.first, first),
-        _gradient(static, h, labels.h, own, labels.out, labels.second, second),
+        factor_through(of_first, gate),
+        factor_through(of_second, gate),
         None,
     ), dy
 
