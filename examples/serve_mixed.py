@@ -369,7 +369,7 @@ def _random(batch: Batch, seed: int) -> Any:
     leaves, treedef = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     pairs = zip(keys, leaves, strict=True)
-    draw = lambda key, v: 0.01 * jax.random.normal(key, v.shape, v.dtype)
+    draw = lambda key, v: 0.04 * jax.random.normal(key, v.shape, v.dtype)
     return treedef.unflatten([draw(*pair) for pair in pairs])
 
 

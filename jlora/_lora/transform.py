@@ -186,10 +186,12 @@ class Lora:
     ) -> Any:
         """Returns what `apply` returns when each example has an adapter of its own.
 
-        The base product stays one product over all examples; each low-rank product
-        takes the factors of its example. `fn` sees one example at a time, with an axis
-        of size 1 in the place of the examples: what it computes over a batch (a mean
-        loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
+        The base product stays one product over all examples. Where it is cheaper, as in
+        decoding, the low-rank ones do too: `x·a` of all adapters side by side, of which
+        each example keeps its own columns. Elsewhere (long prompts, many more adapters
+        than examples, convolutions) each example takes a copy of its factors. `fn` sees
+        one example at a time, with an axis of size 1 in the place of the examples: what
+        it computes over a batch (a mean loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
         same shapes (`jlora.put`) and other indices run the same program.
 
         Args:
