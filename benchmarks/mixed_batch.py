@@ -128,7 +128,9 @@ def decode_contenders(
     cache, position = empty_cache(model, length), jnp.int32(length - 1)
     given = tokens, cache, position
     lora = served(model, decode(model))
-    each = [adapter_of(lora, params, given, seed) for seed in range(adapters)]
+    # The kernels, and so their adapters, are those of whole prompts.
+    whole, prompts = served(model, prefill(model)), model.data(jax.random.key(1))
+    each = [adapter_of(whole, params, prompts, seed) for seed in range(adapters)]
     stacked, index = jlora.stack(each), jnp.arange(model.batch) % adapters
 
     def mixed(params: Params, stacked: Any, index: jax.Array, *given: Any) -> Any:

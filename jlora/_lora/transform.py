@@ -191,8 +191,9 @@ class Lora:
         each example keeps its own columns. Elsewhere (long prompts, many more adapters
         than examples, convolutions) each example takes a copy of its factors. `fn` sees
         one example at a time, with an axis of size 1 in the place of the examples: what
-        it computes over a batch (a mean loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
-        same shapes (`jlora.put`) and other indices run the same program.
+        it computes over a batch (a mean loss, batch statistics) is over that one. Under
+        `jax.jit` other adapters of the same shapes (`jlora.put`) and other indices run
+        the same program.
 
         Args:
             params: the frozen params.
