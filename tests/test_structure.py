@@ -271,7 +271,7 @@ NAMED_ELSEWHERE = {
     # Others in other releases.
     "_jax.versions": {"jit", "pjit", "checkpoint", "remat2", "pcast"},
     "_program.siblings": {"convert_element_type"},  # values that differ by a cast
-    "_lora.mixed": {"ragged_dot_general"},  # which JAX has no such `vmap` of
+    "_lora.mixed_entries": {"ragged_dot_general"},  # which JAX has no such `vmap` of
     "_formats": {"checkpoint"},  # the door
     "__init__": {"checkpoint"},  # the door
 }

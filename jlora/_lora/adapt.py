@@ -1,7 +1,8 @@
 """From the entries of an adapter to what the program is evaluated with."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,33 @@ from .._product.dropout import key_words
 from .._program.interpret import outputs_of
 from .._program.trace import Traced
 from .._rules.adapted import Adapted
+from .._rules.view import Log
+
+
+class Given(NamedTuple):
+    """An adapter, of which it may still depend on its uses what is evaluated.
+
+    Attributes:
+        shapes: the adapter, or one of the same shapes.
+        arrays: by path what varies, along axes of a `shard_map`, as the entries do.
+        entries: the entries to evaluate with, from what the analysis has seen.
+    """
+
+    shapes: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+    entries: Callable[[Log], Mapping[str, Any]]
+
+
+class Gated(NamedTuple):
+    """Factors of several adapters side by side along the rank, and a gate on it.
+
+    Attributes:
+        factors: the factors.
+        gate: what `x·a` goes through, of shape (rank,), see `_product.gate`.
+    """
+
+    factors: LoraFactors
+    gate: jax.Array
 
 
 def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
@@ -24,10 +52,15 @@ def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
 
     Args:
         leaf: the frozen leaf.
-        entry: what the adapter holds of it.
+        entry: what the adapter holds of it, or `Gated` factors.
         key: a PRNG key of its own for dropout, or None for none.
         rate: the share of inputs that dropout sets to zero.
     """
+    if isinstance(entry, Gated):
+        value = adapted(leaf, entry.factors, key, rate)
+        gate = entry.gate.reshape(*[1] * value.base.ndim, -1)
+        parts = [dataclasses.replace(part, gate=gate) for part in value.parts]
+        return dataclasses.replace(value, parts=tuple(parts))
     variant = variant_of_entry(entry)
     entry = variant.lowered(entry, dense(leaf) if variant.reads_kernel else leaf)
     if isinstance(entry, LoraFactors):

@@ -27,10 +27,10 @@ from .._product.choice import Contraction
 from .._program.inputs import input_stats
 from .._program.trace import Traced, trace
 from .._rules.view import Log
-from .adapt import adapted, evaluated, lazily
+from .adapt import Given, adapted, evaluated, lazily
 from .arguments import FORGOTTEN_KEY
 from .call import Call
-from .mixed import refuse_ragged, run_mixed
+from .mixed import run_mixed
 from .state_dicts import register_if_imported
 
 Materialize = Literal["error", "allow"]
@@ -146,29 +146,28 @@ class Lora:
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
         """
-        return self._apply(params, adapter, args, kwargs, lora_dropout_key)
+        given = Given(adapter, adapter, lambda log: adapter)
+        return self._apply(params, given, args, kwargs, lora_dropout_key)
 
     def _apply(
         self,
         params: PyTree,
-        adapter: Mapping[str, Any],
+        given: Given,
         args: Sequence[Any],
         kwargs: dict[str, Any],
         key: jax.Array | None,
-        check: Callable[[Sequence[Any]], None] = lambda uses: None,
     ) -> Any:
-        """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
+        """Returns what `apply` does, with the entries that are given for the uses."""
         if key is not None:
             check_key(key, "lora_dropout_key")
         flat = FlatParams.of(params)
-        check_adapter(flat, adapter)
-        check_unboxed(adapter)
-        flat = as_varying(flat, adapter)
-        traced, program, log = self._program(flat, params, adapter, args, kwargs)
-        check(log.uses)
+        check_adapter(flat, given.shapes)
+        check_unboxed(given.shapes)
+        flat = as_varying(flat, given.arrays)
+        traced, program, log = self._program(flat, params, given.shapes, args, kwargs)
         inputs = lazily(traced)
         dropout = self._dropout(flat, traced, key)
-        for path, entry in adapter.items():
+        for path, entry in given.entries(log).items():
             place = traced.positions[path]
             inputs[place] = adapted(inputs[place], entry, *dropout(path))
         return traced.rebuild(evaluated(program, inputs, self.backward))
@@ -187,11 +186,14 @@ class Lora:
     ) -> Any:
         """Returns what `apply` returns when each example has an adapter of its own.
 
-        The base product stays one product over all examples; each low-rank product
-        takes the factors of its example. `fn` sees one example at a time, with an axis
-        of size 1 in the place of the examples: what it computes over a batch (a mean
-        loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
-        same shapes (`jlora.put`) and other indices run the same program.
+        The base product stays one product over all examples. Where it is cheaper, as in
+        decoding, the low-rank ones do too: `x·a` of all adapters side by side, of which
+        each example keeps its own columns. Elsewhere (long prompts, many more adapters
+        than examples, convolutions) each example takes a copy of its factors. `fn` sees
+        one example at a time, with an axis of size 1 in the place of the examples: what
+        it computes over a batch (a mean loss, batch statistics) is over that one. Under
+        `jax.jit` other adapters of the same shapes (`jlora.put`) and other indices run
+        the same program.
 
         Args:
             params: the frozen params.
@@ -223,20 +225,7 @@ class Lora:
                 which JAX cannot map over examples.
         """
         call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
-        return run_mixed(self._apply_one, params, stacked, index, *call)
-
-    def _apply_one(
-        self,
-        params: PyTree,
-        adapter: Mapping[str, Any],
-        /,
-        *args: Any,
-        lora_dropout_key: jax.Array | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Returns what `apply` does, but for kernels that JAX cannot map over."""
-        key = lora_dropout_key
-        return self._apply(params, adapter, args, kwargs, key, refuse_ragged)
+        return run_mixed(self._apply, params, stacked, index, *call)
 
     def inputs(
         self, /, *args: Any, lora_sketch: int | None = None, **kwargs: Any

@@ -14,7 +14,7 @@ from .._jax.sharding import explicit_sharding, spec_of, without_axes
 from .._jax.versions import source_line
 from .._params.axes import Roles, Shape, free_axes
 from .._params.lazy import called
-from .adapted import Adapted, Part, complete, part_delta
+from .adapted import Adapted, Part, complete, part_delta, without_gate
 from .channels import Mixing, mix_channels
 from .parts import (
     branch_dtype,
@@ -87,7 +87,7 @@ def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value = operands
     (y,) = called(eqn, [x, value.base], derive)
-    for part in value.parts:
+    for part in map(without_gate, value.parts):
         convolve = _depthwise if _is_depthwise(eqn) else _low_rank
         dropped = dropped_input(part, x, part_words(part, ()), ())
         delta = convolve(eqn, dropped, value.base, part, y, derive)

@@ -22,7 +22,7 @@ from .._product.branch import Arrays, Static, add_branch
 from .._product.choice import ByPlatform
 from .._product.group import Form, GroupDims, Operands, concatenate
 from .._product.low_rank import low_rank_product
-from .adapted import Adapted
+from .adapted import Adapted, Part
 from .dot_einsum import add_labelled
 from .dot_general import dot_dims, group_dims
 from .parts import contracted_first, dropped_input, factor_matrix, part_words, times
@@ -151,7 +151,19 @@ def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | 
         return None
     a, b, scaling = matrices
     dims = group_dims(eqn, operand, scaling)
-    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,)))
+    gate = _gate_of(kernel.parts, x.ndim - len(contract))
+    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,), (gate,)))
+
+
+def _gate_of(parts: Sequence[Part], before: int) -> jax.Array | None:
+    """Returns the gate of joined parts, with so many axes before that of the rank."""
+    if all(part.gate is None for part in parts):
+        return None
+    gates = [
+        jnp.ones(part.a.shape[-1]) if part.gate is None else part.gate.reshape(-1)
+        for part in parts
+    ]
+    return concatenate(_alike(gates)).reshape(*[1] * before, -1)
 
 
 def _type_of(a: jax.Array) -> Any:
@@ -170,6 +182,7 @@ def _join(members: Sequence[_Member]) -> tuple[GroupDims, Operands]:
             operands.kernels + more.kernels,
             operands.a + more.a,
             operands.b + more.b,
+            operands.gates + more.gates,
         )
     return dims, operands
 
@@ -226,5 +239,6 @@ def _apart(
             continue
         a, b, scaling = matrices
         static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
-        y = add_branch(static, Arrays(x, a, b, words), y, derive=derive)
+        gate = _gate_of((part,), x.ndim - len(contract))
+        y = add_branch(static, Arrays(x, a, b, words, gate), y, derive=derive)
     return y
