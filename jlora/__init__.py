@@ -17,6 +17,8 @@ from ._adapter.factors import delta as delta
 from ._adapter.merge import merge as merge
 from ._adapter.shardings import shardings as shardings
 from ._adapter.shardings import state_shardings as state_shardings
+from ._adapter.variants.core import CoreFactors as CoreFactors
+from ._adapter.variants.fixed import FixedFactors as FixedFactors
 from ._adapter.variants.hadamard import HadamardFactors as HadamardFactors
 from ._adapter.variants.layers import LayerFactors as LayerFactors
 from ._adapter.variants.rows import TrainedRows as TrainedRows

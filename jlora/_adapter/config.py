@@ -70,9 +70,10 @@ class LoraConfig:
             first batch axis of a kernel.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
-        variant: "loha" for `HadamardFactors`, or the name of another variant that has
-            been added to `jlora/_adapter/variants`; "lora" for those that are told by
-            the fields above.
+        variant: "loha" for `HadamardFactors`, "lora_fa" for `FixedFactors`, "lora_xs"
+            for `CoreFactors`, or the name of another variant that has been added to
+            `jlora/_adapter/variants`; "lora" for those that are told by the fields
+            above. Those without a factor `a` that is drawn do not look at `init`.
 
     Raises:
         ValueError: if a value is out of its range or a pattern is no regex.

@@ -62,7 +62,8 @@ class Target:
     @property
     def trainable(self) -> int:
         """The number of trained values."""
-        return sum(map(math.prod, self.array_shapes.values()))
+        frozen, shapes = variant_of(self).frozen, self.array_shapes
+        return sum(math.prod(s) for name, s in shapes.items() if name not in frozen)
 
     @property
     def array_shapes(self) -> dict[str, Shape]:

@@ -10,7 +10,9 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..factors import exportable
+from .core import CORE
 from .factors import FACTORS
+from .fixed import FIXED
 from .hadamard import HADAMARD
 from .layers import LAYERS
 from .rows import ROWS
@@ -25,6 +27,8 @@ VARIANTS: tuple[Variant, ...] = (
     SLICED,
     LAYERS,
     HADAMARD,
+    FIXED,
+    CORE,
     FACTORS,
     WHOLE_LEAF,
 )
