@@ -216,7 +216,8 @@ def trainable_mask(tree: PyTree, *, collection: str = "lora") -> PyTree:
         keys = [keystr((key,), simple=True) for key in path]
         trained = _is_factors(node) or collection in keys
         if trained and _holds_frozen(node):
-            return jax.tree.map(lambda label: label != "frozen", factor_labels(node))
+            (labels,) = factor_labels([node])
+            return jax.tree.map(lambda label: label != "frozen", labels)
         return jax.tree.map(lambda _: trained, node)
 
     is_entry = lambda node: _is_factors(node) or _holds_frozen(node)
