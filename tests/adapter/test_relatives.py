@@ -11,7 +11,7 @@ from case import Case, adapt, check_gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import assert_close
-from relatives import RELATIVES, delta, filled, reference
+from relatives import RELATIVES, delta, filled, reference, uniform
 from use import ALPHA, RANK, Kernel
 from uses import USES
 
@@ -19,11 +19,15 @@ import jlora
 import jlora.checkpoint
 import jlora.optim
 import jlora.peft
+from jlora._adapter.variants.vectors import random_sides
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 NAMED = {use.name: use for use in USES}
-CHOSEN = ("matmul_left", "dense_general_two_batch", "scan_stack", "experts_ragged")
-CHOSEN += ("conv_2d_groups_nchw", "tied")
+CHOSEN = ("matmul_left", "dense_general_two_batch", "conv_2d_groups_nchw", "tied")
+# These take longest; each of them meets half of the variants.
+PAIRS = [(name, use) for name in RELATIVES for use in CHOSEN]
+PAIRS += [("lora_fa", "experts_ragged"), ("lora_xs", "scan_stack")]
+PAIRS += [("vera", "scan_stack"), ("lokr", "experts_ragged")]
 each = pytest.mark.parametrize("name", RELATIVES)
 
 
@@ -37,8 +41,7 @@ def made(name: str, use_name: str, key: jax.Array) -> Case:
     return Case(use, lora, params, filled(adapter, keys[3]), inputs)
 
 
-@pytest.mark.parametrize("use_name", CHOSEN)
-@each
+@pytest.mark.parametrize("name, use_name", PAIRS)
 def test_values_and_gradients_are_those_of_the_equation(
     name: str, use_name: str, getkey: Any
 ) -> None:
@@ -96,7 +99,7 @@ def test_sharded(
 
 
 # What needs more of the kernel than a part of it tells.
-WHOLE: set[str] = set()
+WHOLE = {"vera", "lokr"}
 
 
 @each
@@ -246,3 +249,115 @@ def test_lora_xs_needs_the_values_of_its_kernel(getkey: Any) -> None:
     shapes = {"w": jax.ShapeDtypeStruct((4, 5), jnp.float32)}
     with pytest.raises(jlora.TargetError, match=r"singular vectors .* as arrays"):
         lora.init(getkey(), shapes, jnp.ones((3, 4)))
+
+
+# --- VeRA ---
+
+
+def test_vera_has_the_same_matrices_whatever_is_asked_of_them(getkey: Any) -> None:
+    """A part of them is the part of a larger one, in every kernel and each layer."""
+    config = jlora.LoraConfig("q|v", rank=16, variant="vera", projection_seed=7)
+    model = lambda p, x: (
+        x @ p["q"],
+        jnp.einsum("lni,lio->lno", x[None, :, :5], p["v"]),
+    )
+    params = {"q": jnp.ones((9, 3)), "v": jnp.ones((1, 5, 8))}
+    lora, x = jlora.lora(model, config), jnp.ones((4, 9))
+    one, other = lora.init(getkey(), params, x).values()
+    plan = lora.plan(params, x)
+    assert [target.trainable for target in plan.targets] == [16 + 3, 16 + 8]
+    (a, b), (c, d) = one.projections(), other.projections()
+    assert (a.shape, b.shape) == ((9, 16), (16, 3))
+    scale = np.sqrt(5 / 9)
+    np.testing.assert_allclose(a[:5] / scale, c, rtol=1e-6)
+    assert np.array_equal(b, d[:, :3])
+    assert np.abs(np.corrcoef(np.ravel(a[:3]), np.ravel(b.T))[0, 1]) < 0.5
+    unlike = dataclasses.replace(one, projection_seed=8).projections()
+    assert all(np.abs(x - y).max() > 0.1 for x, y in zip((a, b), unlike, strict=True))
+
+
+def test_vera_draws_uniform_values_the_same_for_ever() -> None:
+    values = np.asarray(random_sides(3, 400, 600, 128)[0])
+    rows, columns = np.indices((2, 3))
+    assert np.array_equal(values[:2, :3], uniform(3, rows, columns))
+    kept = [-0.7223888635635376, -0.22520864009857178]
+    kept += [-0.5235919952392578, 0.9817591905593872]
+    assert np.ravel(random_sides(0, 2, 2, 2)[0]).tolist() == kept
+    assert abs(values.mean()) < 0.01 and abs(values.var() - 1 / 3) < 0.01
+    assert values.min() >= -1 and values.max() < 1
+    spectrum = np.linalg.svd(values * np.sqrt(3 / 400), compute_uv=False)
+    edges = 1 - np.sqrt(128 / 400), 1 + np.sqrt(128 / 400)  # Marchenko and Pastur
+    np.testing.assert_allclose((spectrum.min(), spectrum.max()), edges, atol=0.05)
+
+
+# --- LoKr ---
+
+KERNELS = {
+    "ni,io->no": ((4, 12), (12, 20)),
+    "nj,jo->no": ((4, 20), (20, 12)),
+    "bni,bio->bno": ((3, 4, 12), (3, 12, 20)),
+    "nij,ijhd->nhd": ((4, 2, 6), (2, 6, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("factor", [-1, 2, 5])
+@pytest.mark.parametrize("equation", KERNELS)
+def test_lokr_is_a_kronecker_product(equation: str, factor: int, getkey: Any) -> None:
+    rows, shape = KERNELS[equation]
+    x, params = jax.random.normal(getkey(), rows), {"w": jnp.zeros(shape)}
+    model = lambda params, x: jnp.einsum(equation, x, params["w"])
+    config = jlora.LoraConfig(
+        "w", rank=RANK, alpha=ALPHA, variant="lokr", decompose_factor=factor
+    )
+    lora = jlora.lora(model, config)
+    adapter = filled(lora.init(getkey(), params, x), getkey())
+    entry = adapter["w"]
+    parts = [np.asarray(v, np.float64) for v in (entry.c, entry.a, entry.b)]
+    parts = zip(*parts, strict=True) if len(shape) == 3 else [parts]
+    change = np.stack([np.kron(c, a @ b) for c, a, b in parts]).reshape(shape)
+    dense = {"w": jnp.asarray(ALPHA / RANK * change, jnp.float32)}
+    assert_close(lora.apply(params, adapter, x), model(dense, x), 1e-5)
+    assert_close(jlora.merge(params, adapter), dense, 1e-6)
+    assert entry.lowered().rank == RANK * min(entry.c.shape[-2:])
+
+
+@pytest.mark.parametrize("contraction", ["merged", "factored"])
+def test_lokr_under_another_contraction(contraction: str, getkey: Any) -> None:
+    x, params = jnp.ones((3, 12)), {"w": jax.random.normal(getkey(), (12, 20))}
+    config = jlora.LoraConfig("w", rank=4, variant="lokr")
+    model = lambda params, x: x @ params["w"]
+    lora = jlora.lora(model, config, contraction=contraction)
+    adapter = filled(lora.init(getkey(), params, x), getkey())
+    expected = model(jlora.merge(params, adapter), x)
+    assert_close(lora.apply(params, adapter, x), expected, 1e-5)
+
+
+def test_the_plan_says_what_lokr_costs() -> None:
+    params = {"w": jnp.ones((64, 256)), "v": jnp.ones((256, 36))}
+    model = lambda params, x: x @ params["w"] @ params["v"]
+    config = jlora.LoraConfig(rank=4, variant="lokr")
+    table = jlora.lora(model, config).plan(params, jnp.ones((3, 64))).table(width=None)
+    assert "4 lokr, 32 as two factors  " in table
+    assert "4 lokr, 24 as two factors" in table
+    config = jlora.LoraConfig(rank=8, variant="lokr")
+    table = jlora.lora(model, config).plan(params, jnp.ones((3, 64))).table(width=None)
+    assert "64 as two factors, more than the kernel's work" in table
+
+
+def test_settings_belong_to_their_variant() -> None:
+    model = lambda params, x: x @ params["w"]
+    for settings, match in (
+        ({"projection_seed": 1}, "`variant='vera'`, and the config has 'lora'"),
+        ({"decompose_factor": 4, "variant": "vera"}, "goes with `variant='lokr'`"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            jlora.lora(model, jlora.LoraConfig(**settings))
+    for settings, error in (
+        ({"projection_seed": -1}, ValueError),
+        ({"projection_seed": 2**32}, ValueError),
+        ({"projection_seed": 1.0}, TypeError),
+        ({"decompose_factor": 0}, ValueError),
+        ({"decompose_factor": True}, TypeError),
+    ):
+        with pytest.raises(error, match=next(iter(settings))):
+            jlora.LoraConfig(variant="lokr", **settings)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from use import ALPHA, RANK, Kernel, Use
 
 SCALING = ALPHA / RANK
@@ -27,7 +28,40 @@ def _core(entry: Any, inputs: int, outputs: int) -> jax.Array:
     return a.reshape(inputs, -1) @ entry.core @ b.reshape(-1, outputs)
 
 
-RELATIVES: dict[str, Delta] = {"lora_fa": _fixed, "lora_xs": _core}
+def _vectors(entry: Any, inputs: int, outputs: int) -> jax.Array:
+    rank = entry.d.shape[-1]
+    grid = lambda rows, columns: np.indices((rows, columns), np.uint32)
+    a = uniform(0, *grid(inputs, rank)) * np.sqrt(6 / inputs)
+    b = uniform(0x9E3779B9, *grid(outputs, rank)).T * np.sqrt(6 / rank)
+    a, b = (jnp.asarray(side, jnp.float32) for side in (a, b))
+    return a @ jnp.diag(entry.d) @ b @ jnp.diag(entry.b.reshape(-1))
+
+
+def mixed(bits: np.ndarray) -> np.ndarray:
+    """Wellons' `lowbias32`, by Python's numbers of 64 bits."""
+    bits = bits.astype(np.uint64)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D % 2**32
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B % 2**32
+    return bits ^ (bits >> 16)
+
+
+def uniform(seed: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """What a seed gives for some places of a matrix, within -1 and 1."""
+    start = np.full(rows.shape, seed % 2**32 ^ 0x5BD1E995)
+    bits = mixed((mixed((mixed(start) + rows) % 2**32) + columns) % 2**32)
+    return (bits >> 8) / 2**23 - 1
+
+
+def _kronecker(entry: Any, inputs: int, outputs: int) -> jax.Array:
+    return jnp.kron(entry.c, entry.a @ entry.b)
+
+
+RELATIVES: dict[str, Delta] = {
+    "lora_fa": _fixed,
+    "lora_xs": _core,
+    "vera": _vectors,
+    "lokr": _kronecker,
+}
 
 
 def delta(name: str, kernel: Kernel, entry: Any) -> jax.Array:
