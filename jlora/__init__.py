@@ -23,6 +23,7 @@ from ._adapter.variants.hadamard import HadamardFactors as HadamardFactors
 from ._adapter.variants.kronecker import KroneckerFactors as KroneckerFactors
 from ._adapter.variants.layers import LayerFactors as LayerFactors
 from ._adapter.variants.rows import TrainedRows as TrainedRows
+from ._adapter.variants.scale import KernelScale as KernelScale
 from ._adapter.variants.sliced import SlicedFactors as SlicedFactors
 from ._adapter.variants.vectors import VectorFactors as VectorFactors
 from ._algebra.combine import combine as combine

@@ -81,12 +81,14 @@ class LoraConfig:
             biases, heads); their adapter entry is a plain array.
         variant: "loha" for `HadamardFactors`, "lora_fa" for `FixedFactors`, "lora_xs"
             for `CoreFactors`, "vera" for `VectorFactors`, "lokr" for
-            `KroneckerFactors`, or the name of another variant that has been added to
-            `jlora/_adapter/variants`; "lora" for those that are told by the fields
-            above. Those without a factor `a` that is drawn do not look at `init`.
+            `KroneckerFactors`, "ia3" for `KernelScale`, or the name of another variant
+            that has been added to `jlora/_adapter/variants`; "lora" for those that are
+            told by the fields above. Those without a factor `a` that is drawn do not
+            look at `init`.
         projection_seed: with "vera", what the random matrices follow from.
         decompose_factor: with "lokr", how many parts inputs and outputs are cut into,
             each where it divides them; -1 for near their square roots.
+        scale_side: with "ia3", whether inputs ("in") or outputs ("out") are scaled.
 
     Raises:
         ValueError: if a value is out of its range or a pattern is no regex.
@@ -127,6 +129,7 @@ class LoraConfig:
     variant: str = "lora"
     projection_seed: int = 0
     decompose_factor: int = -1
+    scale_side: str = "out"
 
     def __post_init__(self) -> None:
         """Normalises patterns and dtype, and checks every field."""
@@ -153,6 +156,10 @@ class LoraConfig:
         object.__setattr__(self, "batch", _axes(self.batch))
         check_seed("projection_seed", self.projection_seed)
         check_factor(self.decompose_factor)
+        if self.scale_side not in ("in", "out"):
+            raise ValueError(
+                f'`LoraConfig.scale_side` is "in" or "out", got {self.scale_side!r}'
+            )
         if not isinstance(self.variant, str):
             raise TypeError(f"`LoraConfig.variant` is a name, got {self.variant!r}")
         _check_one_kind(self)
@@ -182,6 +189,7 @@ class LoraConfig:
         plain = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
         # So that a jlora that knows neither can read it.
         late = ("variant", "layers", "projection_seed", "decompose_factor")
+        late += ("scale_side",)
         return {
             name: value
             for name, value in plain.items()

@@ -40,7 +40,7 @@ class Target:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it has factors of its own: it is no leaf or rows trained whole."""
+        """Whether it has factors: it is no scale, leaf or rows trained whole."""
         return variant_of(self).rank is not None
 
     @property

@@ -17,6 +17,7 @@ from .hadamard import HADAMARD
 from .kronecker import KRONECKER
 from .layers import LAYERS
 from .rows import ROWS
+from .scale import SCALE
 from .sliced import SLICED
 from .variant import Variant
 from .vectors import VECTORS
@@ -33,6 +34,7 @@ VARIANTS: tuple[Variant, ...] = (
     CORE,
     VECTORS,
     KRONECKER,
+    SCALE,
     FACTORS,
     WHOLE_LEAF,
 )

@@ -118,6 +118,10 @@ class Variant:
         leaf: what its leaf is called.
         merged: the adapted kernel, from the kernel and an entry, where it is another
             than the kernel with the factors' ΔW.
+        scaled_side: "in" or "out" where an entry is no sum but a scale of that side of
+            its kernel, in an array called `scale`, from a config or an entry; else
+            None. `lowered` gives the scaled kernel then, and the program is evaluated
+            with the scale beside the kernel.
         problem: why an entry does not fit a kernel of a shape, in words that follow
             it, where there is more to say than that shapes differ.
         note: what a table says of an entry beside its rank, or in place of it.
@@ -148,6 +152,7 @@ class Variant:
     reads_kernel: bool = False
     leaf: str = "leaf"
     merged: Callable[[jax.Array, Any], jax.Array] | None = None
+    scaled_side: Callable[[Any], str | None] = _nothing
     problem: Callable[[Any, Shape], str | None] | None = None
     note: Callable[[Any], str] = lambda entry: ""
     plural: str = ""
