@@ -64,6 +64,12 @@ def as_lora(
     own, rest = _by_module(tensors, relative.part)
     if kind == "VERA":
         own = _with_projections(own, where)
+    strange = [key for key in rest if ".lora_" in key]
+    if strange or not own:
+        raise AdapterError(
+            f"{where} is of {kind}, whose tensors have {relative.part!r} in their "
+            f"names, and holds {strange[:3] or sorted(tensors)[:3]}"
+        )
     _check_no_tucker(own, where)
     found, ranks, problems = {}, {}, []
     for module, parts in own.items():

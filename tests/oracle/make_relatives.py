@@ -1,19 +1,22 @@
 """Writes `tests/data/peft_relatives`: adapters of LoRA's relatives, by real PEFT.
 
-    python tests/oracle/make_relatives.py
+    python tests/oracle/make_relatives.py [folder]
 
-Needs torch and peft, and no JAX. Each case is a folder with the two files that PEFT
-saves and `arrays.npz`: the weights under torch's names, `x`, and the output with the
-adapter, `y`.
+Needs torch and peft, and no JAX. With the folder of an adapter and `arrays.npz` it
+prints the output that PEFT computes with it instead. Each case is a folder with the two
+files that PEFT saves and `arrays.npz`: the weights under torch's names, `x`, and the
+output with the adapter, `y`.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "data" / "peft_relatives"
@@ -82,7 +85,33 @@ def make(name: str, config: peft.PeftConfig) -> None:
         np.savez(folder / "arrays.npz", **found)
 
 
-if __name__ == "__main__":
+@torch.no_grad()
+def output_of(folder: Path) -> list[list[float]]:
+    """Returns what PEFT computes with an adapter, every tensor of which it loads."""
+    with np.load(folder / "arrays.npz") as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file}
+    base = Model()
+    base.load_state_dict({key: arrays[key] for key in base.state_dict()})
+    model = peft.PeftModel.from_pretrained(base, folder)
+    kept = peft.get_peft_model_state_dict(model)
+    given = load_file(folder / "adapter_model.safetensors")
+    assert {key: v.shape for key, v in kept.items()} == {
+        key: v.shape for key, v in given.items()
+    }
+    for key, value in given.items():
+        assert torch.equal(kept[key], value), key
+    return model(arrays["x"]).tolist()
+
+
+def main(folders: list[str]) -> None:
+    """Prints an output, or writes the fixtures."""
     torch.set_num_threads(1)
-    for each, settings in {**CASES, **REFUSED}.items():
-        make(each, settings)
+    if folders:
+        print(json.dumps(output_of(Path(folders[0]))))
+        return
+    for name, config in {**CASES, **REFUSED}.items():
+        make(name, config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -156,4 +156,5 @@ KRONECKER = Variant(
     along=lambda axes: dict.fromkeys(("c", "a", "b"), (*axes.batch, None, None)),
     labels={"c": "b"},
     note=_note,
+    peft="LOKR",
 )

@@ -107,4 +107,5 @@ VECTORS = Variant(
     },
     labels={"d": "a"},
     note=lambda entry: " vera",
+    peft="VERA",
 )
