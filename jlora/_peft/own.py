@@ -205,6 +205,12 @@ def _same_of_all(kind: str, what: str, values: Mapping[str, Any]) -> Any:
     return next(iter(values.values()))
 
 
+def _setting(entry: Any) -> Any:
+    """Returns the one setting of an entry that its variant has."""
+    (value,) = variant_of_entry(entry).settings_of(entry).values()
+    return value
+
+
 def _as_module(module: TorchModule, entry: Any, scaling: float) -> TorchModule:
     """Returns a module whose config has the rank and the scaling of an entry."""
     a, b = (np.repeat(v, entry.rank, axis=i) for v, i in ((module.a, 1), (module.b, 0)))
@@ -219,12 +225,13 @@ def _vera(
     entries: Mapping[str, Any], base: Base
 ) -> tuple[Tensors, list[TorchModule], Fields]:
     rank = _same_of_all("VERA", "rank", {p: e.rank for p, e in entries.items()})
-    seeds = {path: entry.projection_seed for path, entry in entries.items()}
+    seeds = {path: _setting(entry) for path, entry in entries.items()}
     seed = _same_of_all("VERA", "seed", seeds)
     fans = [entry.axes.fans(entry.kernel_shape) for entry in entries.values()]
     widest = [max(sizes) for sizes in zip(*fans, strict=True)]
-    a, b = (np.asarray(side) for side in random_sides(seed, *widest, rank))
-    bound = _bound(widest[0])
+    inputs, outputs = widest
+    a, b = (np.asarray(side) for side in random_sides(seed, inputs, outputs, rank))
+    bound = _bound(inputs)
     tensors: Tensors = {}
     modules = []
     for module, entry, index in _located("VERA", entries, base):
@@ -242,7 +249,7 @@ def _vera(
 def _lokr(
     entries: Mapping[str, Any], base: Base
 ) -> tuple[Tensors, list[TorchModule], Fields]:
-    factors = {path: entry.decompose_factor for path, entry in entries.items()}
+    factors = {path: _setting(entry) for path, entry in entries.items()}
     factor = _same_of_all("LOKR", "`decompose_factor`", factors)
     tensors: Tensors = {}
     modules = []

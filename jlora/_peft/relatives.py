@@ -157,7 +157,8 @@ def _scalings(
     """Returns LoRA's fields for the scalings that the config gives each module."""
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0
     given = {"r": values.get("r", 8), "alpha": values.get("alpha", 8)}
-    patterns = {n: values.get(n) or {} for n in ("rank_pattern", "alpha_pattern")}
+    fields = ("rank_pattern", "alpha_pattern")
+    patterns: dict[str, Any] = {name: values.get(name) or {} for name in fields}
     fine = all(map(number, given.values())) and all(
         isinstance(p, dict) and all(map(number, p.values())) for p in patterns.values()
     )
@@ -185,22 +186,27 @@ def _ones(ranks: Mapping[str, int]) -> dict[str, Any]:
 def _loha(parts: Tensors) -> Pair:
     """`(a₁·b₁) ∘ (a₂·b₂)`: the products of columns, and of rows."""
     a1, b1, a2, b2 = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    _check_product(a1, b1)
+    _check_product(a2, b2)
     columns = np.einsum("oi,oj->oij", a1, a2).reshape(len(a1), -1)
     rows = np.einsum("in,jn->ijn", b1, b2).reshape(-1, b1.shape[1])
-    _product(a1, b1), _product(a2, b2)
     return columns, rows
 
 
 def _lokr(parts: Tensors) -> Pair:
     """`C ⊗ (a·b)`, with the smaller side of `C` in a unit matrix."""
-    c = parts["w1"] if "w1" in parts else _product(parts["w1_a"], parts["w1_b"])
+    if "w1" in parts:
+        c = parts["w1"]
+    else:
+        _check_product(parts["w1_a"], parts["w1_b"])
+        c = parts["w1_a"] @ parts["w1_b"]
     if "w2" in parts:  # its window among the columns
         whole = parts["w2"].reshape(len(parts["w2"]), -1)
         one = np.eye(min(whole.shape), dtype=whole.dtype)
         a, b = (one, whole) if len(one) == len(whole) else (whole, one)
     else:
         a, b = parts["w2_a"], parts["w2_b"]
-        _product(a, b)
+        _check_product(a, b)
     one = np.eye(min(c.shape), dtype=c.dtype)
     left, right = (c, one) if c.shape[0] >= c.shape[1] else (one, c)
     return np.kron(left, a), np.kron(right, b)
@@ -214,11 +220,9 @@ def _vera(parts: Tensors) -> Pair:
     return b[:, None] * parts["B"][: len(b)], d[:, None] * parts["A"]
 
 
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the product of two matrices, or says that there is none."""
+def _check_product(a: np.ndarray, b: np.ndarray) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"{a.shape} and {b.shape} have no product")
-    return a @ b
 
 
 _LYCORIS = frozenset({

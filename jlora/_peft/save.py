@@ -181,15 +181,17 @@ def _own_files(
     about: Mapping[str, str | None],
 ) -> dict[str, bytes]:
     """Returns the files of an adapter as PEFT's own of its variant."""
+    if not adapter:
+        raise AdapterError("the adapter cannot be saved: it is empty")
     entries = {p: jax.tree.map(on_host, e) for p, e in sorted(adapter.items())}
     axes = {p: a for p, e in entries.items() if (a := axes_of(e)) is not None}
     base = Base.of(params_or_plan, names, axes)
     check_adapter(base.params, adapter)
-    bind_all(entries, names)
+    bind_all([*entries], names)
     check_finite(named_arrays(entries), "the adapter")
     tensors, fields = own_files(kind, entries, configs, base)
     if not tensors:
-        raise AdapterError("the adapter cannot be saved: it is empty, or all zero")
+        raise AdapterError("the adapter cannot be saved: all of it is zero")
     weights = file_bytes(tensors, lambda dense: {"format": "pt"})
     return {WEIGHTS: weights, CONFIG: own_json(fields, **about)}
 

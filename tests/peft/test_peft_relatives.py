@@ -261,6 +261,8 @@ def test_own_files_are_of_one_variant(arrays: Any, tmp_path: Path) -> None:
         save(kind="IA3")
     with pytest.raises(ValueError, match="for 'peft'"):
         save(kind="VERA", profile="vllm")
+    with pytest.raises(jlora.AdapterError, match="it is empty"):
+        save({}, kind="VERA")
     other = dataclasses.replace(adapter["up/kernel"], projection_seed=6)
     with pytest.raises(unsupported, match="one seed for all modules"):
         save({**adapter, "up/kernel": other}, kind="VERA")
