@@ -30,6 +30,10 @@ from .._torch.names import Names
 Configs = LoraConfig | tuple[LoraConfig, ...]
 _OF_MLX = "adapters.safetensors"
 _BIASES = (".bias", ".base_layer.bias")
+_NO_SHAPES = (
+    "how many inputs a module has its files do not tell, nor whether it is a "
+    "convolution"
+)
 
 
 def holds(path: Path) -> bool:
@@ -64,6 +68,8 @@ def read(
     files, base = read_files(path, ignore=ignore), base_given(params, names)
     if base is not None:
         return configured_adapter(files, base)
+    if files.kind != "LORA":
+        raise UnsupportedFeatureError(f"{path} is of {files.kind}: {_NO_SHAPES}")
     sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
     own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
@@ -122,6 +128,8 @@ def write(
 def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
     """Returns what the files of PEFT do not tell of an adapter without its params."""
     files, load = read_files(path, ignore=ignore), "`jlora.peft.load`"
+    if files.kind != "LORA":
+        return f"{_NO_SHAPES}; load them with their params by {load}"
     if files.rows:
         return (
             f"of {list(files.rows)[:5]} the files have some rows, and not how many the "

@@ -11,7 +11,7 @@ from .._adapter.dora import output_scale
 from .._adapter.factors import LoraFactors
 from .._adapter.variants import variant_of_entry
 from .._jax.versions import manual_axes, vary
-from .._params.axes import expand
+from .._params.axes import KernelAxes, expand
 from .._params.lazy import Lazy, check_frozen, dense
 from .._params.quantized import Quantized
 from .._product.dropout import key_words
@@ -62,6 +62,9 @@ def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
         parts = [dataclasses.replace(part, gate=gate) for part in value.parts]
         return dataclasses.replace(value, parts=tuple(parts))
     variant = variant_of_entry(entry)
+    if side := variant.scaled_side(entry):
+        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
+        return with_scale(leaf, entry.axes, side, entry.scale)
     entry = variant.lowered(entry, dense(leaf) if variant.reads_kernel else leaf)
     if isinstance(entry, LoraFactors):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
@@ -87,6 +90,14 @@ def with_factors(
     scale: Any = output_scale(dense(kernel), factors)
     scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
     return dataclasses.replace(value, scale=scale)
+
+
+def with_scale(
+    kernel: jax.Array | Lazy, axes: KernelAxes, side: str, scale: jax.Array
+) -> Adapted:
+    """Returns a kernel with a scale of its inputs or outputs, and nothing to add."""
+    along = axes.batch + (axes.in_ if side == "in" else axes.out)
+    return Adapted(kernel, (), expand(scale[..., None], along, axes.ndim))
 
 
 def lazily(traced: Traced) -> list[Any]:

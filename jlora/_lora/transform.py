@@ -12,6 +12,7 @@ from .._adapter.config import LoraConfig
 from .._adapter.entries import axes_of
 from .._adapter.factors import Adapter
 from .._adapter.instead import check_unboxed
+from .._adapter.variants import variant_of_entry
 from .._errors import LeftOutWarning
 from .._jax.keys import key_of
 from .._params.given import check_key
@@ -21,7 +22,7 @@ from .._params.quantized import Quantized
 from .._plan.new_entry import new_entry
 from .._plan.plan import Plan
 from .._plan.problems import left_out
-from .._plan.program import program_of
+from .._plan.program import program_of, scale_of
 from .._plan.select import dropout_rates
 from .._product.choice import Contraction
 from .._program.inputs import input_stats
@@ -300,12 +301,15 @@ class Lora:
         call = [*args[: self.argnum], params, *args[self.argnum :]]
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: a for p, e in adapter.items() if (a := axes_of(e)) is not None}
-        dora = {
-            p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
+        has_magnitude = lambda e: getattr(e, "magnitude", None) is not None
+        scales = {
+            p: scale
+            for p, e in adapter.items()
+            if (scale := scale_of(variant_of_entry(e), e, has_magnitude(e)))
         }
         whole = adapter.keys() - axes.keys()
         how = self.materialize, self.contraction
-        found = program_of(traced, axes, *how, dora, whole)
+        found = program_of(traced, axes, *how, scales, whole)
         return traced, *found
 
     def _dropout(

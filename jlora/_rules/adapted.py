@@ -51,8 +51,9 @@ class Adapted:
     Attributes:
         base: the frozen value.
         parts: what is added.
-        scale: with DoRA what the sum is multiplied by, laid out like a factor of rank
-            one; it varies along the batch and output axes of the kernel.
+        scale: with DoRA or IA3 what the sum is multiplied by, laid out like a factor of
+            rank one; it varies along the batch axes of the kernel and one side of it,
+            which is that of the outputs with DoRA.
     """
 
     base: jax.Array | Lazy

@@ -141,9 +141,10 @@ def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
 def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
     """Returns a product as a group of one.
 
-    None if its parts are no two matrices, or have dropout and so an `x` of their own.
+    None if its parts are no two matrices, or have dropout and so an `x` of their own,
+    or if it has none.
     """
-    if any(part.dropout for part in kernel.parts):
+    if not kernel.parts or any(part.dropout for part in kernel.parts):
         return None
     contract, batch, _, _ = dot_dims(eqn, operand)
     matrices = _as_matrices(kernel, contract, batch)
