@@ -10,7 +10,7 @@ import numpy as np
 
 from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
-from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
+from .._adapter.variants import variant_of_config, variant_of_entry, variants
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._files.patterns import layer_of
 from .._torch.modules import TorchModule, by_name
@@ -29,7 +29,7 @@ def check_writable(adapter: Mapping[str, Any]) -> None:
         UnsupportedFeatureError: with their paths.
     """
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
-    for variant in VARIANTS:
+    for variant in variants():
         paths = [path for path, kind in kinds.items() if kind is variant]
         if variant.reads_kernel and not variant.peft and paths:
             raise UnsupportedFeatureError(
