@@ -19,7 +19,13 @@ from .._program.trace import Traced
 from .._rules.adapted import Adapted
 
 
-def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
+def adapted(
+    leaf: Any,
+    entry: Any,
+    key: jax.Array | None,
+    rate: float,
+    cut: tuple[str, ...] = (),
+) -> Any:
     """Returns a leaf with its entry: adapted by factors, or what is trained whole.
 
     Args:
@@ -27,17 +33,22 @@ def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
         entry: what the adapter holds of it.
         key: a PRNG key of its own for dropout, or None for none.
         rate: the share of inputs that dropout sets to zero.
+        cut: the axes of a shard_map that the input axes of a DoRA kernel are cut along.
     """
     variant = variant_of_entry(entry)
-    entry = variant.lowered(entry, dense(leaf) if variant.reads_kernel else leaf)
+    entry = variant.lowered(entry, dense(leaf) if variant.reads(entry) else leaf)
     if isinstance(entry, LoraFactors):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
-        return with_factors(leaf, entry, key, rate)
+        return with_factors(leaf, entry, key, rate, cut)
     return vary(entry.astype(leaf.dtype), manual_axes(leaf))
 
 
 def with_factors(
-    kernel: jax.Array | Lazy, factors: LoraFactors, key: jax.Array | None, rate: float
+    kernel: jax.Array | Lazy,
+    factors: LoraFactors,
+    key: jax.Array | None,
+    rate: float,
+    cut: tuple[str, ...] = (),
 ) -> Adapted:
     """Returns a kernel with its factors, DoRA's scale and a key for dropout."""
     axes = factors.axes
@@ -51,7 +62,7 @@ def with_factors(
         value = dataclasses.replace(value, parts=(part,))
     if factors.magnitude is None:
         return value
-    scale: Any = output_scale(dense(kernel), factors)
+    scale: Any = output_scale(dense(kernel), factors, cut)
     scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
     return dataclasses.replace(value, scale=scale)
 

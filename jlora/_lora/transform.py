@@ -31,6 +31,7 @@ from .adapt import adapted, evaluated, lazily
 from .arguments import FORGOTTEN_KEY
 from .call import Call
 from .mixed import refuse_ragged, run_mixed
+from .shards import Given, input_cuts
 from .state_dicts import register_if_imported
 
 Materialize = Literal["error", "allow"]
@@ -123,6 +124,7 @@ class Lora:
         /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
+        lora_input_shards: Given = None,
         **kwargs: Any,
     ) -> Any:
         """Returns what `fn` returns with `W + ΔW` for each adapted kernel `W`.
@@ -138,6 +140,11 @@ class Lora:
             lora_dropout_key: a PRNG key, typed or legacy, another for each step: the
                 input of each low-rank branch then has its config's dropout. None is
                 evaluation, without dropout.
+            lora_input_shards: inside of a `jax.shard_map`, for DoRA: from patterns of
+                paths to the mesh axes (a name, a tuple, `()` for none) along which the
+                input axes of those kernels are cut, and their norms are summed. Needed
+                where kernel and `a` both differ along a mesh axis; with
+                `check_vma=False` nothing tells where that is.
             **kwargs: the keyword arguments of `fn`.
 
         Raises:
@@ -145,8 +152,10 @@ class Lora:
                 it gives to axes are not those of `fn` and keep it from being evaluated.
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
+            UnsupportedFeatureError: if a DoRA kernel may be one of several shards.
         """
-        return self._apply(params, adapter, args, kwargs, lora_dropout_key)
+        key, shards = lora_dropout_key, lora_input_shards
+        return self._apply(params, adapter, args, kwargs, key, shards=shards)
 
     def _apply(
         self,
@@ -156,6 +165,7 @@ class Lora:
         kwargs: dict[str, Any],
         key: jax.Array | None,
         check: Callable[[Sequence[Any]], None] = lambda uses: None,
+        shards: Given = None,
     ) -> Any:
         """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
         if key is not None:
@@ -163,6 +173,7 @@ class Lora:
         flat = FlatParams.of(params)
         check_adapter(flat, adapter)
         check_unboxed(adapter)
+        cuts = input_cuts(flat, adapter, shards)
         flat = as_varying(flat, adapter)
         traced, program, log = self._program(flat, params, adapter, args, kwargs)
         check(log.uses)
@@ -170,7 +181,9 @@ class Lora:
         dropout = self._dropout(flat, traced, key)
         for path, entry in adapter.items():
             place = traced.positions[path]
-            inputs[place] = adapted(inputs[place], entry, *dropout(path))
+            inputs[place] = adapted(
+                inputs[place], entry, *dropout(path), cuts.get(path, ())
+            )
         return traced.rebuild(evaluated(program, inputs, self.backward))
 
     def apply_mixed(

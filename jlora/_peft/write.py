@@ -30,10 +30,13 @@ def check_writable(adapter: Mapping[str, Any]) -> None:
     """
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     for variant in variants():
-        paths = [path for path, kind in kinds.items() if kind is variant]
-        if variant.reads_kernel and not variant.peft and paths:
+        own = {path for path, kind in kinds.items() if kind is variant}
+        paths = sorted(path for path in own if variant.reads(adapter[path]))
+        if not variant.peft and paths:
             raise UnsupportedFeatureError(
-                f"{variant.plural or variant.name}, {paths[:5]}, have no place in the "
+                f"{variant.plural or variant.name}"
+                f"{'' if variant.reads_kernel else f' with a {variant.reads_for}'}, "
+                f"{paths[:5]}, have no place in the "
                 "files that jlora writes for PEFT; merge them instead"
             )
 
