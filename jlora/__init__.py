@@ -15,6 +15,9 @@ from ._adapter.factors import Adapter as Adapter
 from ._adapter.factors import LoraFactors as LoraFactors
 from ._adapter.factors import delta as delta
 from ._adapter.merge import merge as merge
+from ._adapter.own import VariantEntry as VariantEntry
+from ._adapter.own import register_variant as register_variant
+from ._adapter.own import variant_names as variant_names
 from ._adapter.shardings import shardings as shardings
 from ._adapter.shardings import state_shardings as state_shardings
 from ._adapter.variants.core import CoreFactors as CoreFactors

@@ -60,7 +60,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from ._adapter.variants import VARIANTS, variant_of_entry
+from ._adapter.variants import variant_of_entry, variants
 from ._adapter.variants.variant import Variant
 from ._algebra.norms import adapter_norms as adapter_norms
 from ._algebra.norms import delta_norms as delta_norms
@@ -285,7 +285,7 @@ def _variant_of(node: Any) -> Variant | None:
     names = set(node) if isinstance(node, Mapping) else set()
     needed = lambda v: {*v.names} - {*v.optional}
     fits = lambda v: v.has_roles and needed(v) <= names <= {*v.names}
-    return next((v for v in VARIANTS if fits(v)), None)
+    return next((v for v in variants() if fits(v)), None)
 
 
 def _is_factors(node: Any) -> bool:

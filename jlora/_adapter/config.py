@@ -45,10 +45,12 @@ class LoraConfig:
         alpha: the numerator of the scaling.
         rslora: scale by `alpha/√rank` instead of `alpha/rank`.
         dora: train the norm of each output of the kernel besides: the kernel is
-            `magnitude · (W + ΔW) / ‖W + ΔW‖`, the norm taken over the input axes.
+            `magnitude · (W + ΔW) / ‖W + ΔW‖`, the norm taken over the input axes. With
+            `slices` or `layers` that holds for their outputs, and others stay as they
+            are.
         dropout: the share of the inputs of the low-rank branch that are set to zero, in
             [0, 1), where `apply` gets a `lora_dropout_key`; without a key nothing is
-            dropped. Lookups have no dropout: their input is an index.
+            dropped. Lookups have no dropout, as in PEFT: their input is an index.
         init: the initialiser: "kaiming_uniform" or "gaussian" for `a` (`b` is zero);
             "zero_a" for `b` (`a` is zero); "orthogonal" for both, with `a·b = 0` and
             an even rank. Values are drawn as for `rank` where a kernel gets less of it.
@@ -294,7 +296,13 @@ def _check_one_kind(config: "LoraConfig") -> None:
         "variant": config.variant != "lora",
     }
     chosen = [kind for kind, is_chosen in kinds.items() if is_chosen]
-    if len(chosen) > 1:
+    if chosen in (["rows", "dora"], ["full", "dora"]):
+        raise ValueError(
+            f"`LoraConfig` takes one of {chosen} at a time: what is trained whole has "
+            "its norms with it, and DoRA's would scale what is frozen beside it"
+        )
+    # Norms are those of the outputs of the slices, or of the layers.
+    if len(chosen) > 1 and chosen not in (["slices", "dora"], ["layers", "dora"]):
         raise ValueError(f"`LoraConfig` takes one of {chosen} at a time")
     whole = config.full or config.rows is not None
     for field, is_given in (

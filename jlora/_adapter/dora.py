@@ -22,7 +22,9 @@ from .factors import LoraFactors
 _HIGHEST = lax.Precision.HIGHEST
 
 
-def output_scale(kernel: jax.Array, factors: LoraFactors) -> jax.Array | None:
+def output_scale(
+    kernel: jax.Array, factors: LoraFactors, cut: tuple[str, ...] | None = None
+) -> jax.Array | None:
     """Returns `magnitude / ‖W + s·a·b‖`, by which DoRA scales each output.
 
     The norm is a constant of the gradient (section 4.3 of the paper). An output whose
@@ -31,13 +33,17 @@ def output_scale(kernel: jax.Array, factors: LoraFactors) -> jax.Array | None:
     Args:
         kernel: the frozen kernel `W`.
         factors: its factors.
+        cut: inside of a shard_map, the mesh axes along which the input axes of a larger
+            kernel are cut, over which its norm is summed; None for a kernel that must
+            be whole.
 
     Returns:
         An array of shape `(*batch, *out)` in float32 at least; None without a
         magnitude.
 
     Raises:
-        UnsupportedFeatureError: if the kernel is one shard of a larger one.
+        UnsupportedFeatureError: if the kernel is one shard of a larger one, and must be
+            whole.
 
     References:
         Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation,
@@ -45,14 +51,13 @@ def output_scale(kernel: jax.Array, factors: LoraFactors) -> jax.Array | None:
     """
     if factors.magnitude is None:
         return None
-    if shards := manual_axes(kernel):
+    if cut is None and (shards := manual_axes(kernel)):
         raise UnsupportedFeatureError(
-            f"a DoRA kernel of shape {kernel.shape} enters `lora.apply` as one of the "
-            f"shards along {sorted(shards)}; its norm needs the whole kernel. Call "
-            "`lora.apply` outside of `jax.shard_map`, which may stand inside of the "
-            "adapted function"
+            f"a DoRA kernel of shape {kernel.shape} is one of the shards along "
+            f"{sorted(shards)}, and its norm needs the whole kernel; do this outside "
+            "of `jax.shard_map`"
         )
-    norm = lax.stop_gradient(adapted_norm(kernel, factors))
+    norm = lax.stop_gradient(adapted_norm(kernel, factors, cut or ()))
     magnitude = beside(factors.magnitude.astype(norm.dtype), norm)
     return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
 
@@ -62,11 +67,19 @@ def kernel_norm(kernel: jax.Array, axes: KernelAxes) -> jax.Array:
     return jnp.sqrt(_squares(_workable(kernel), axes))
 
 
-def adapted_norm(kernel: jax.Array, factors: LoraFactors) -> jax.Array:
-    """Returns ‖W + s·a·b‖ over the input axes, of shape `(*batch, *out)`."""
+def adapted_norm(
+    kernel: jax.Array, factors: LoraFactors, cut: tuple[str, ...] = ()
+) -> jax.Array:
+    """Returns ‖W + s·a·b‖ over the input axes, of shape `(*batch, *out)`.
+
+    Each of the three parts is a sum over inputs, so that those of shards are summed
+    over the mesh axes `cut`.
+    """
     old, mixed, new = _products(kernel, factors)
+    total = old + 2 * mixed + new
+    total = lax.psum(total, cut) if cut else total
     # Rounding may leave a sum just below zero where the two cancel each other.
-    return jnp.sqrt(jnp.maximum(old + 2 * mixed + new, 0))
+    return jnp.sqrt(jnp.maximum(total, 0))
 
 
 def change_squares(kernel: jax.Array, factors: LoraFactors) -> jax.Array:

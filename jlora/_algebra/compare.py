@@ -13,11 +13,14 @@ from .spectrum import distance, singular_values
 def difference(one: Any, other: Any) -> tuple[str, str] | None:
     """Returns the relative distance of two entries, and what differs, if at all."""
     variants = variant_of_entry(one), variant_of_entry(other)
-    apart = [variant for variant in variants if variant.reads_kernel]
+    pairs = zip(variants, (one, other), strict=True)
+    apart = [variant for variant, entry in pairs if variant.reads(entry)]
     if apart and variants[0] is not variants[1]:
         return "", f"{apart[0].name} and a whole {apart[0].leaf}"
     if apart and _static(one) != _static(other):
         return "", apart[0].name
+    if apart and _names(one) != _names(other):
+        return "", ", ".join(sorted(_names(one) ^ _names(other)))
     one, other = told(one), told(other)
     kinds = [isinstance(entry, LoraFactors) for entry in (one, other)]
     if kinds[0] != kinds[1]:
@@ -38,6 +41,10 @@ def _static(entry: Any) -> Any:
     """Returns the settings of an entry, and the kernel that it is of."""
     settings = variant_of_entry(entry).settings_of(entry)
     return settings, entry.kernel_shape, entry.axes
+
+
+def _names(entry: Any) -> set[str]:
+    return set(variant_of_entry(entry).arrays(entry))
 
 
 def _relative(one: Any, other: Any) -> str:
@@ -61,7 +68,7 @@ def told(entry: Any) -> Any:
     array([1., 1., 1.])
     """
     variant = variant_of_entry(entry)
-    if not variant.reads_kernel:
+    if not variant.reads(entry):
         return variant.lowered(entry, None)
     values = list(variant.arrays(entry).values())
     flat = lambda: np.concatenate([np.ravel(value) for value in values])

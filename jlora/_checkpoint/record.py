@@ -13,7 +13,7 @@ import numpy as np
 
 from .._adapter.config import LoraConfig
 from .._adapter.entries import arrays_of, axes_of
-from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
+from .._adapter.variants import variant_of_config, variant_of_entry, variants
 from .._adapter.variants.variant import Variant
 from .._errors import CorruptFileError, FormatVersionError
 from .._files.untrusted import parse_json
@@ -210,13 +210,10 @@ def _config(values: Any, where: str) -> LoraConfig:
     return config
 
 
-_NAMED = {variant.name: variant for variant in VARIANTS if variant.is_named}
-
-
 def _unknown(where: str, name: Any) -> FormatVersionError:
     return FormatVersionError(
         f"{where} has the variant {str(name)[:80]!r}, which this jlora does not know; "
-        "read it with one that has it"
+        "read it with one that has it, or import the module that registers it first"
     )
 
 
@@ -246,11 +243,13 @@ def _variant(values: Any, where: str) -> Variant:
     """Returns the variant of an entry: named, or told by the fields that it has."""
     has = set(values) if isinstance(values, dict) else set()
     if "variant" in has:
-        if str(values["variant"]) not in _NAMED:
-            raise _unknown(where, values["variant"])
-        return _NAMED[values["variant"]]
+        name = str(values["variant"])
+        named = (v for v in variants() if v.is_named and v.name == name)
+        if (variant := next(named, None)) is None:
+            raise _unknown(where, name)
+        return variant
     needs = lambda v: {*v.settings, "axes"} if v.has_roles else set()
-    return next(v for v in VARIANTS if not v.is_named and needs(v) <= has)
+    return next(v for v in variants() if not v.is_named and needs(v) <= has)
 
 
 def _value(

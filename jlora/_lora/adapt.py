@@ -47,7 +47,13 @@ class Gated(NamedTuple):
     gate: jax.Array
 
 
-def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
+def adapted(
+    leaf: Any,
+    entry: Any,
+    key: jax.Array | None,
+    rate: float,
+    cut: tuple[str, ...] = (),
+) -> Any:
     """Returns a leaf with its entry: adapted by factors, or what is trained whole.
 
     Args:
@@ -55,6 +61,7 @@ def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
         entry: what the adapter holds of it, or `Gated` factors.
         key: a PRNG key of its own for dropout, or None for none.
         rate: the share of inputs that dropout sets to zero.
+        cut: the axes of a shard_map that the input axes of a DoRA kernel are cut along.
     """
     if isinstance(entry, Gated):
         value = adapted(leaf, entry.factors, key, rate)
@@ -65,15 +72,19 @@ def adapted(leaf: Any, entry: Any, key: jax.Array | None, rate: float) -> Any:
     if side := variant.scaled_side(entry):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
         return with_scale(leaf, entry.axes, side, entry.scale)
-    entry = variant.lowered(entry, dense(leaf) if variant.reads_kernel else leaf)
+    entry = variant.lowered(entry, dense(leaf) if variant.reads(entry) else leaf)
     if isinstance(entry, LoraFactors):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
-        return with_factors(leaf, entry, key, rate)
+        return with_factors(leaf, entry, key, rate, cut)
     return vary(entry.astype(leaf.dtype), manual_axes(leaf))
 
 
 def with_factors(
-    kernel: jax.Array | Lazy, factors: LoraFactors, key: jax.Array | None, rate: float
+    kernel: jax.Array | Lazy,
+    factors: LoraFactors,
+    key: jax.Array | None,
+    rate: float,
+    cut: tuple[str, ...] = (),
 ) -> Adapted:
     """Returns a kernel with its factors, DoRA's scale and a key for dropout."""
     axes = factors.axes
@@ -87,7 +98,7 @@ def with_factors(
         value = dataclasses.replace(value, parts=(part,))
     if factors.magnitude is None:
         return value
-    scale: Any = output_scale(dense(kernel), factors)
+    scale: Any = output_scale(dense(kernel), factors, cut)
     scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
     return dataclasses.replace(value, scale=scale)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._adapter.variants import VARIANTS
+from .._adapter.variants import variants
 from .._algebra.triplets import SvdFactors
 
 
@@ -18,7 +18,7 @@ def register_if_imported() -> None:
     """Makes entries of all kinds known to `flax.serialization`, if that is imported."""
     serialization = sys.modules.get("flax.serialization")
     if serialization is not None:
-        entries = [v.entry for v in VARIANTS if dataclasses.is_dataclass(v.entry)]
+        entries = [v.entry for v in variants() if dataclasses.is_dataclass(v.entry)]
         register(serialization, [*entries, SvdFactors])
 
 

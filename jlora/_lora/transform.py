@@ -32,6 +32,7 @@ from .adapt import Given, adapted, evaluated, lazily
 from .arguments import FORGOTTEN_KEY
 from .call import Call
 from .mixed import run_mixed
+from .shards import InputShards, input_cuts
 from .state_dicts import register_if_imported
 
 Materialize = Literal["error", "allow"]
@@ -124,6 +125,7 @@ class Lora:
         /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
+        lora_input_shards: InputShards = None,
         **kwargs: Any,
     ) -> Any:
         """Returns what `fn` returns with `W + ΔW` for each adapted kernel `W`.
@@ -139,6 +141,11 @@ class Lora:
             lora_dropout_key: a PRNG key, typed or legacy, another for each step: the
                 input of each low-rank branch then has its config's dropout. None is
                 evaluation, without dropout.
+            lora_input_shards: inside of a `jax.shard_map`, for DoRA: from patterns of
+                paths to the mesh axes (a name, a tuple, `()` for none) along which the
+                input axes of those kernels are cut, and their norms are summed. Needed
+                where kernel and `a` both differ along a mesh axis; with
+                `check_vma=False` nothing tells where that is.
             **kwargs: the keyword arguments of `fn`.
 
         Raises:
@@ -146,9 +153,11 @@ class Lora:
                 it gives to axes are not those of `fn` and keep it from being evaluated.
             MaterializationError: if a kernel reaches an operation without a low-rank
                 rule.
+            UnsupportedFeatureError: if a DoRA kernel may be one of several shards.
         """
         given = Given(adapter, adapter, lambda log: adapter)
-        return self._apply(params, given, args, kwargs, lora_dropout_key)
+        key, shards = lora_dropout_key, lora_input_shards
+        return self._apply(params, given, args, kwargs, key, shards)
 
     def _apply(
         self,
@@ -157,6 +166,7 @@ class Lora:
         args: Sequence[Any],
         kwargs: dict[str, Any],
         key: jax.Array | None,
+        shards: InputShards = None,
     ) -> Any:
         """Returns what `apply` does, with the entries that are given for the uses."""
         if key is not None:
@@ -164,13 +174,16 @@ class Lora:
         flat = FlatParams.of(params)
         check_adapter(flat, given.shapes)
         check_unboxed(given.shapes)
+        cuts = input_cuts(flat, given.shapes, shards)
         flat = as_varying(flat, given.arrays)
         traced, program, log = self._program(flat, params, given.shapes, args, kwargs)
         inputs = lazily(traced)
         dropout = self._dropout(flat, traced, key)
         for path, entry in given.entries(log).items():
             place = traced.positions[path]
-            inputs[place] = adapted(inputs[place], entry, *dropout(path))
+            inputs[place] = adapted(
+                inputs[place], entry, *dropout(path), cuts.get(path, ())
+            )
         return traced.rebuild(evaluated(program, inputs, self.backward))
 
     def apply_mixed(

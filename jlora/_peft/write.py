@@ -10,7 +10,7 @@ import numpy as np
 
 from .._adapter.config import LoraConfig
 from .._adapter.factors import LoraFactors
-from .._adapter.variants import VARIANTS, variant_of_config, variant_of_entry
+from .._adapter.variants import variant_of_config, variant_of_entry, variants
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._files.patterns import layer_of
 from .._torch.modules import TorchModule, by_name
@@ -29,11 +29,14 @@ def check_writable(adapter: Mapping[str, Any]) -> None:
         UnsupportedFeatureError: with their paths.
     """
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
-    for variant in VARIANTS:
-        paths = [path for path, kind in kinds.items() if kind is variant]
-        if variant.reads_kernel and not variant.peft and paths:
+    for variant in variants():
+        own = {path for path, kind in kinds.items() if kind is variant}
+        paths = sorted(path for path in own if variant.reads(adapter[path]))
+        if not variant.peft and paths:
             raise UnsupportedFeatureError(
-                f"{variant.plural or variant.name}, {paths[:5]}, have no place in the "
+                f"{variant.plural or variant.name}"
+                f"{'' if variant.reads_kernel else f' with a {variant.reads_for}'}, "
+                f"{paths[:5]}, have no place in the "
                 "files that jlora writes for PEFT; merge them instead"
             )
 

@@ -5,11 +5,18 @@ that is folded from it. The state of these keys travels with the factors, so tha
 slices it along with the layers. A mask is made again in the backward pass: what is kept
 is the key.
 
+Keys are JAX's; what decides of each value is a hash of its place under the words of the
+key. `jax.random.bernoulli` would take a block of Threefry for each value, some hundred
+operations, where a mask needs no more than that nothing in it repeats.
+
 References:
     Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
     <https://arxiv.org/abs/2106.09685>, 2021, appendix D (dropout of the branch).
     Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from
     Overfitting, JMLR 15, 2014.
+    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (random numbers
+    as a function of a counter and a key).
+    Appleby, MurmurHash3, 2011 (the finalizer of 32 bits).
 """
 
 import dataclasses
@@ -20,8 +27,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from .._jax.dots import as_laid_out
+from .._jax.sharding import explicit_sharding, spec_of, without_axes
+from .._params.axes import free_axes
+
+_ALL = 1 << 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +42,18 @@ class Dropout:
     """What is static about the dropout of one target.
 
     Attributes:
-        rate: the share of inputs that are set to zero; the others are divided by
-            `1 - rate`.
+        rate: the share of inputs that are set to zero, to within 2⁻³³; the others are
+            divided by what is left of 1.
         impl: the implementation of the key.
     """
 
     rate: float
     impl: str
+
+    @property
+    def kept(self) -> int:
+        """Of 2³² values of a hash, those with which an input is kept."""
+        return min(max(round((1 - self.rate) * _ALL), 1), _ALL - 1)
 
 
 def key_words(
@@ -90,8 +108,9 @@ def _drop(
     static: tuple[Dropout, tuple[int, ...]], x: jax.Array, words: jax.Array
 ) -> jax.Array:
     dropout, batch = static
-    keep = as_laid_out(_mask(x.shape, words, dropout, batch), x)
-    return jnp.where(keep, x / (1 - dropout.rate), 0).astype(x.dtype)
+    kept = bits(x, words, batch) < np.uint32(dropout.kept)
+    scaled = x * (_ALL / dropout.kept)
+    return jnp.where(as_laid_out(kept, x), scaled, 0).astype(x.dtype)
 
 
 def _forward(static: Any, x: jax.Array, words: jax.Array) -> tuple[jax.Array, Any]:
@@ -106,21 +125,70 @@ def _backward(static: Any, words: jax.Array, dy: jax.Array) -> tuple[Any, None]:
 _drop.defvjp(_forward, _backward)
 
 
-def _mask(
-    shape: tuple[int, ...],
-    words: jax.Array,
-    dropout: Dropout,
-    batch: tuple[int, ...],
-) -> jax.Array:
-    """Returns which values are kept."""
-    keys = jax.random.wrap_key_data(words, impl=dropout.impl)
-    keep = 1 - dropout.rate
-    if not batch:
-        return jax.random.bernoulli(keys, keep, shape)
-    rest = [i for i in range(len(shape)) if i not in batch]
-    sizes = tuple(shape[i] for i in rest)
-    draw = jax.vmap(lambda key: jax.random.bernoulli(key, keep, sizes))
-    count = math.prod(shape[i] for i in batch)
-    drawn = draw(keys.reshape(count)).reshape([shape[i] for i in (*batch, *rest)])
-    order = [*batch, *rest]
-    return jnp.transpose(drawn, [order.index(i) for i in range(len(shape))])
+def bits(x: jax.Array, words: jax.Array, batch: tuple[int, ...] = ()) -> jax.Array:
+    """Returns 32 random bits for each place of an array, as uint32, laid out as it is.
+
+    A place has the hash of its number under the first and the last word of its key.
+    Under one key no two of 2³² places have the same bits. All of it is elementwise, and
+    so becomes a part of what reads the bits, on as many devices as there are.
+
+    Args:
+        x: the array, of which shape and layout are looked at.
+        words: the state of the keys, `(*sizes of the batch axes, words)`.
+        batch: the axes along which the keys differ, in the order of `words`.
+    """
+    low, high = numbers(x, [i for i in range(x.ndim) if i not in batch])
+    first, last = (_beside(words[..., i], x.ndim, batch) for i in (0, -1))
+    mixed = _mix(low ^ _mix(first)) + _mix(last)
+    # Farther places are far apart: they have another key, as it were.
+    return _mix(mixed if high is None else _mix(mixed) + high)
+
+
+def numbers(
+    x: jax.Array, axes: Sequence[int], limit: int = _ALL
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the number of each place along some axes of an array, as uint32.
+
+    Args:
+        x: the array.
+        axes: the axes that are counted along.
+        limit: how many places one number tells apart.
+
+    Returns:
+        The number; where there are more places, it begins again, and what tells them
+        apart is the second one. Else that is None.
+    """
+    inner = list(axes)
+    while len(inner) > 1 and math.prod(x.shape[i] for i in inner) > limit:
+        inner = inner[1:]
+    outer = [i for i in axes if i not in inner]
+    return _count(x, inner), _count(x, outer) if outer else None
+
+
+def _count(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    number, stride = jnp.zeros((1,) * x.ndim, jnp.uint32), 1
+    sharding = explicit_sharding(x)
+    for axis in reversed(axes):
+        others = free_axes(x.ndim, [axis])
+        sizes = [1 if i in others else n for i, n in enumerate(x.shape)]
+        place = lax.broadcasted_iota(jnp.uint32, sizes, axis)
+        if sharding is not None:  # each device counts its own places
+            own = without_axes(sharding, spec_of(x), others)
+            place = jax.sharding.reshard(place, own)
+        number, stride = number + place * np.uint32(stride), stride * x.shape[axis]
+    return number
+
+
+def _beside(word: jax.Array, ndim: int, batch: tuple[int, ...]) -> jax.Array:
+    """Lays a word of each key out along the batch axes of an array."""
+    order = sorted(range(len(batch)), key=batch.__getitem__)
+    sizes = dict(zip(batch, word.shape, strict=True))
+    laid = [sizes.get(i, 1) for i in range(ndim)]
+    return jnp.transpose(word, order).reshape(laid).astype(jnp.uint32)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """Returns a bijection of uint32 in which each bit depends on all."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

@@ -318,7 +318,8 @@ def _check_factors(
     adapter: Mapping[str, Any], names: Names, convolutions: bool
 ) -> None:
     kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
-    bare = [p for p, kind in kinds.items() if not kind.has_roles or kind.reads_kernel]
+    reads = lambda p, kind: not kind.has_roles or kind.reads(adapter[p])
+    bare = [path for path, kind in kinds.items() if reads(path, kind)]
     if bare or (names is None and (bare := in_doubt(adapter, convolutions))):
         raise UnsupportedFeatureError(
             f"{bare[:5]} are no factors of dense kernels, and the format has no place "

@@ -248,7 +248,8 @@ def test_what_are_no_layers(layers: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"dora": True}, {"slices": [(0, 2)]}, {"full": True}, {"bias": "all"}]
+    "other",
+    [{"variant": "loha"}, {"slices": [(0, 2)]}, {"full": True}, {"bias": "all"}],
 )
 def test_layers_alone(other: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="layers"):

@@ -1,7 +1,7 @@
 """What holds for every variant of the table, one's own among them.
 
 A variant that is added to `jlora/_adapter/variants` is tested here without a line: the
-same functions take every kind of entry.
+same functions take every kind of entry. So is one that is defined outside of jlora.
 """
 
 import json
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from variant_of_tests import OwnFactors
 
 import jlora
 import jlora.checkpoint
@@ -31,7 +32,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "full": {"full": True},
 }
 # Layers are those of a stack, which a table is not: they have `test_layers.py`.
-OF_A_TABLE = [variant for variant in VARIANTS if variant.name != "layers"]
+OWN = variant_of_entry(object.__new__(OwnFactors))
+OF_A_TABLE = [v for v in (*VARIANTS, OWN) if v.name != "layers"]
 each_variant = pytest.mark.parametrize("variant", OF_A_TABLE, ids=lambda v: v.name)
 
 

@@ -13,6 +13,7 @@ PAGE = blocks((ROOT / "docs" / "add_a_variant.md").read_text(encoding="utf-8"))
 FILES = {one.title: one.text for one in PAGE if one.language == "python"}
 (PATCH,) = (one.text for one in PAGE if one.language == "diff")
 (PRINTED,) = (one.text for one in PAGE if one.title == "with the variant")
+(PRINTED_OUTSIDE,) = (one.text for one in PAGE if one.title == "in your own code")
 
 pytestmark = pytest.mark.docs
 
@@ -29,6 +30,13 @@ def printed(patched: Path) -> str:
     done = run(patched, sys.executable, "quickstart.py", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_in_ones_own_code_it_is_a_class(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FILES["own.py"], encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import own"
+    done = run(ROOT, sys.executable, "-c", code, JAX_PLATFORMS="cpu")
+    assert done.stdout == PRINTED_OUTSIDE, done.stderr
 
 
 def test_it_is_a_file_and_an_entry_of_the_table() -> None:

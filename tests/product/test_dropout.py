@@ -21,6 +21,7 @@ from uses import USES
 
 import jlora
 from jlora._plan import kernels
+from jlora._product.dropout import Dropout, bits, drop, numbers
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 NAMED = {use.name: use for use in USES}
@@ -219,7 +220,10 @@ def test_on_a_mesh(kind: AxisType, getkey):
         adapter = {"w": jlora.LoraFactors(a, b, axes, 1.0)}
         step = jax.jit(lambda *args: lora.apply(*args, lora_dropout_key=KEY))
         actual = step(params, adapter, x)
+        text = step.lower(params, adapter, x).compile().as_text()
     assert_close(np.asarray(actual), np.asarray(wanted), 1e-6)
+    assert f"u32[4,{N}]" in text
+    assert f"u32[8,{N}]" not in text, "each device draws for all of them"
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, True, "0.1", float("nan")])
@@ -244,3 +248,96 @@ def test_targets_are_not_looked_for_again_to_know_the_rate(monkeypatch, getkey):
     assert float(jnp.abs(wanted - agree.apply(params, adapter, index)).max()) > 0.1
     monkeypatch.setattr(kernels, "discover", lambda *args: pytest.fail("discovered"))
     np.testing.assert_array_equal(run(agree), wanted)
+
+
+def hashed(number: int, first: int, last: int) -> int:
+    """The bits of one place, in integers of Python."""
+    mod = 1 << 32
+
+    def mix(h: int) -> int:
+        h = (h ^ h >> 16) * 0x85EBCA6B % mod
+        h = (h ^ h >> 13) * 0xC2B2AE35 % mod
+        return h ^ h >> 16
+
+    return mix((mix(number ^ mix(first)) + mix(last)) % mod)
+
+
+def test_the_bits_are_a_hash_of_place_and_key():
+    words = jnp.array([[7, 11], [2**32 - 1, 3]], jnp.uint32)
+    found = np.asarray(bits(jnp.ones((3, 2, 5)), words, batch=(1,)))
+    for (i, j, k), value in np.ndenumerate(found):
+        assert value == hashed(5 * i + k, *map(int, words[j]))
+    more = words[:, None] + jnp.zeros((1, 3, 1), jnp.uint32)
+    swapped = bits(jnp.ones((2, 5, 3)), more, (0, 2))
+    assert np.array_equal(swapped[:, :, 2], found[0])
+
+
+def test_places_beyond_the_limit_are_told_apart_by_a_second_number():
+    low, high = numbers(jnp.ones((4, 3, 2, 5)), [0, 2, 3], limit=10)
+    assert np.array_equal(low, np.arange(10).reshape(1, 1, 2, 5))
+    assert np.array_equal(high, np.arange(4).reshape(4, 1, 1, 1))
+    low, high = numbers(jnp.ones((4, 3, 5)), [0, 1, 2], limit=60)
+    assert high is None
+    assert np.array_equal(np.ravel(low), np.arange(60))
+    # 2**33 places, of which none is made.
+    many = jax.ShapeDtypeStruct((1 << 16, 1 << 17), jnp.float32)
+    numbered = jax.eval_shape(lambda x: numbers(x, [0, 1]), many)
+    assert [v.shape for v in numbered] == [(1, 1 << 17), (1 << 16, 1)]
+
+
+@pytest.mark.parametrize("rate", [1e-12, 0.1, 0.5, 0.9, 1 - 1e-12])
+def test_the_rate_is_exact_to_the_resolution(rate: float):
+    kept = Dropout(rate, "threefry2x32").kept
+    assert 0 < kept < 1 << 32
+    assert abs(kept / 2**32 - (1 - rate)) <= 2**-33 + 2**-32 * (
+        rate in (1e-12, 1 - 1e-12)
+    )
+
+
+# The words of keys that nobody has hashed: those of `key(0)` to `key(63)`.
+RAW = np.stack([np.zeros(64), np.arange(64)], axis=-1).astype(np.uint32)
+PLACES = 1 << 14
+
+
+def kept_by(words: np.ndarray, rate: float) -> np.ndarray:
+    draw = lambda w: drop(jnp.ones(PLACES), w, Dropout(rate, "threefry2x32"))
+    return np.asarray(jax.vmap(draw)(jnp.asarray(words))) != 0
+
+
+@pytest.mark.parametrize("words", [RAW, RAW[:, ::-1]], ids=["last", "first"])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_masks_are_random_and_independent(words: np.ndarray, rate: float):
+    """Shares, neighbours and pairs of keys, within 5.5 standard deviations."""
+    kept = kept_by(words, rate) - (1 - rate)
+    variance = rate * (1 - rate)
+    shares = kept.mean(axis=1) / np.sqrt(variance / PLACES)
+    assert np.abs(shares).max() < 5.5
+    assert 0.7 < shares.std() < 1.3  # as much scatter as is due, no more and no less
+    apart = [1, 2, 3, 64, 1000]
+    neighbours = [(kept[:, d:] * kept[:, :-d]).mean(1) for d in apart]
+    assert np.abs(neighbours).max() * np.sqrt(PLACES - 1000) / variance < 5.5
+    pairs = (kept @ kept.T / PLACES)[np.triu_indices(len(words), 1)]
+    pairs = pairs * np.sqrt(PLACES) / variance
+    assert np.abs(pairs).max() < 5.5
+    assert 0.9 < pairs.std() < 1.1
+
+
+def test_each_bit_is_one_half_of_the_time_and_none_copies_another():
+    found = np.asarray(bits(jnp.ones(PLACES), jnp.asarray(RAW[1])))
+    ones = (found[:, None] >> np.arange(32)) & 1
+    centred = 2.0 * ones - 1
+    assert np.abs(centred.mean(0)).max() * np.sqrt(PLACES) < 5
+    table = centred.T @ centred / np.sqrt(PLACES)
+    assert np.abs(table[np.triu_indices(32, 1)]).max() < 5
+    assert len(np.unique(found)) == PLACES
+
+
+def test_no_block_of_a_generator_is_drawn_for_each_value():
+    """What is drawn from a generator is the key of a target, not its mask."""
+    model = lambda params, x: x @ params["w"]
+    params, x = {"w": jnp.zeros((N, N))}, jnp.ones((500, N))
+    lora, adapter = adapted(model, params, x)
+    loss = lambda a, x: jnp.sum(lora.apply(params, a, x, lora_dropout_key=KEY) ** 2)
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(adapter, x))
+    assert "random_wrap" in text or "random_fold_in" in text
+    assert "random_bits" not in text

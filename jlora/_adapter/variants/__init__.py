@@ -39,9 +39,24 @@ VARIANTS: tuple[Variant, ...] = (
     WHOLE_LEAF,
 )
 
+# Those that were defined outside of jlora, the newest first.
+_OWN: list[Variant] = []
+
 for _variant in VARIANTS:
     if _variant.has_roles:
         exportable(_variant.entry, f"jlora.{_variant.entry.__name__}")
+
+
+def variants() -> tuple[Variant, ...]:
+    """Returns the table with those defined outside of jlora, whole leaves last."""
+    *table, whole = VARIANTS
+    return (*table, *_OWN, whole)
+
+
+def register(variant: Variant) -> None:
+    """Adds a variant that was defined outside of jlora."""
+    _OWN.insert(0, variant)
+    _of_class.cache_clear()  # its class was that of any object
 
 
 def variant_of_config(config: LoraConfig, *, has_roles: bool = True) -> Variant:
@@ -58,11 +73,11 @@ def variant_of_config(config: LoraConfig, *, has_roles: bool = True) -> Variant:
     """
     if not has_roles:
         return next(v for v in VARIANTS if not v.has_roles)
-    for variant in VARIANTS:
+    for variant in variants():
         if variant.is_chosen(config):
             _check_settings(config, variant)
             return variant
-    known = ["lora", *(v.name for v in VARIANTS if v.is_named)]
+    known = ["lora", *(v.name for v in variants() if v.is_named)]
     raise ValueError(f"`LoraConfig.variant` is one of {known}, got {config.variant!r}")
 
 
@@ -85,4 +100,4 @@ def variant_of_entry(entry: Any) -> Variant:
 
 @functools.cache
 def _of_class(kind: type) -> Variant:
-    return next(v for v in VARIANTS if issubclass(kind, v.entry))
+    return next(v for v in variants() if issubclass(kind, v.entry))

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._jax.dtypes import widest
+from ..._jax.sharding import whole_along
 from ..._params.axes import KernelAxes, Shape
+from ..dora import kernel_norm
 from ..factors import LoraFactors
 from ..initializers import INITIALIZERS
 from .variant import New, Variant
@@ -31,6 +34,8 @@ class LayerFactors:
         scaling: alpha/rank (or alpha/√rank), a Python float.
         layers: the index of each layer, in ascending order.
         count: how many layers the stack has.
+        magnitude: with DoRA the norm that each output of the layers has, of shape
+            `(layers, *other batch axes, *out)`; else None. Other layers are not scaled.
     """
 
     a: jax.Array
@@ -39,6 +44,7 @@ class LayerFactors:
     scaling: float = dataclasses.field(metadata={"static": True})
     layers: Layers = dataclasses.field(metadata={"static": True})
     count: int = dataclasses.field(metadata={"static": True})
+    magnitude: jax.Array | None = None
 
     @property
     def rank(self) -> int:
@@ -57,10 +63,33 @@ class LayerFactors:
         )
         return tuple(sizes[order.index(i)] for i in range(len(order)))
 
-    def lowered(self) -> LoraFactors:
-        """Returns the same change as factors of all layers, most of them zero."""
+    def lowered(self, kernel: Any = None) -> LoraFactors:
+        """Returns the same change as factors of all layers, most of them zero.
+
+        Args:
+            kernel: the frozen stack, whose norms are those of the other layers. They
+                are asked for with a magnitude alone.
+
+        Raises:
+            ValueError: if there is a magnitude and no kernel.
+        """
         a, b = self._spread(self.a), self._spread(self.b)
-        return LoraFactors(a, b, self.axes, self.scaling)
+        whole = self._whole_magnitude(kernel)
+        return LoraFactors(a, b, self.axes, self.scaling, whole)
+
+    def _whole_magnitude(self, kernel: Any) -> jax.Array | None:
+        if self.magnitude is None:
+            return None
+        if kernel is None:
+            raise ValueError(
+                "`LayerFactors` with DoRA's magnitude are lowered beside their kernel: "
+                "`factors.lowered(kernel)`"
+            )
+        norm = jax.lax.stop_gradient(kernel_norm(kernel, self.axes))
+        norm = whole_along(norm, (0,))
+        own = self._spread(self.magnitude.astype(norm.dtype))
+        has = np.isin(np.arange(self.count), self.layers)
+        return jnp.where(has.reshape(-1, *[1] * (norm.ndim - 1)), own, norm)
 
     def _spread(self, factor: jax.Array) -> jax.Array:
         placed = []
@@ -114,15 +143,21 @@ def _picked(axes: KernelAxes, shape: Shape, count: int) -> Shape:
 def _shapes(
     axes: KernelAxes, shape: Shape, rank: int, layers: Layers
 ) -> dict[str, Shape]:
-    a, b = axes.factor_shapes(_picked(axes, shape, len(layers)), rank)
-    return {"a": a, "b": b}
+    picked = _picked(axes, shape, len(layers))
+    a, b = axes.factor_shapes(picked, rank)
+    return {"a": a, "b": b, "magnitude": axes.magnitude_shape(picked)}
 
 
 def _new(new: New, leaf: Any) -> dict[str, Any]:
-    shape = _picked(new.axes, new.shape, len(new.config.layers or ()))
+    layers = new.config.layers or ()
+    shape = _picked(new.axes, new.shape, len(layers))
     wanted = dataclasses.replace(new.wanted(), shape=shape)
     a, b = INITIALIZERS[new.config.init](new.key, wanted)
-    return {"a": a, "b": b}
+    if not new.config.dora:
+        return {"a": a, "b": b}
+    norm = whole_along(kernel_norm(leaf, new.axes), (0,))
+    magnitude = jnp.concatenate([norm[i : i + 1] for i in layers])
+    return {"a": a, "b": b, "magnitude": magnitude.astype(widest(a))}
 
 
 def _misfit(axes: KernelAxes, shape: Shape, layers: Layers) -> str | None:
@@ -143,15 +178,24 @@ LAYERS = Variant(
     LayerFactors,
     _shapes,
     _new,
-    lambda entry, kernel: entry.lowered(),
+    lambda entry, kernel: entry.lowered(kernel),
     statics=lambda axes, shape: {"count": shape[axes.batch[0]]},
     settings=("layers",),
     chosen=lambda config: config.layers is not None,
     misfit=_misfit,
+    from_leaf=lambda config: "has DoRA's magnitude, which" if config.dora else None,
+    optional={"magnitude": lambda config: config.dora},
+    wide=("magnitude",),
+    reads_for="magnitude",
     # The layers that are picked need not divide among devices as all of them do.
     along=lambda axes: {
         "a": (None, *axes.batch[1:], *axes.in_, None),
         "b": (None, *axes.batch[1:], None, *axes.out),
+        "magnitude": (None, *axes.batch[1:], *axes.out),
     },
-    note=lambda entry: f" in {len(entry.layers)}/{entry.count} layers",
+    note=lambda entry: (
+        f" in {len(entry.layers)}/{entry.count} layers"
+        f"{'' if entry.magnitude is None else ', dora'}"
+    ),
+    plural="layers",
 )

@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..._jax.dtypes import widest
+from ..._jax.sharding import whole_along
 from ..._params.axes import KernelAxes, Shape
 from ..config import LoraConfig
+from ..dora import kernel_norm
 from ..factors import LoraFactors
 from ..initializers import INITIALIZERS
 from .variant import New, Variant, capped_rank
@@ -32,6 +35,8 @@ class SlicedFactors:
         scaling: alpha/rank (or alpha/√rank), a Python float.
         slices: the first output of each slice, and the one behind its last.
         out: the sizes of the output axes.
+        magnitude: with DoRA the norm that each output of the slices has, of shape
+            `(*batch, outputs of slices)`; else None. Other outputs are not scaled.
 
     References:
         `MergedLinear` of loralib, <https://github.com/microsoft/LoRA>.
@@ -43,6 +48,7 @@ class SlicedFactors:
     scaling: float = dataclasses.field(metadata={"static": True})
     slices: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
     out: Shape = dataclasses.field(metadata={"static": True})
+    magnitude: jax.Array | None = None
 
     @property
     def rank(self) -> int:
@@ -56,8 +62,16 @@ class SlicedFactors:
         sizes = self.a.shape[:-1] + self.out
         return tuple(sizes[order.index(i)] for i in range(len(order)))
 
-    def lowered(self) -> LoraFactors:
-        """Returns the same change as factors: `b` is block-diagonal."""
+    def lowered(self, kernel: Any = None) -> LoraFactors:
+        """Returns the same change as factors: `b` is block-diagonal.
+
+        Args:
+            kernel: the frozen kernel, whose norms are those of outputs that no slice
+                has. They are asked for with a magnitude alone.
+
+        Raises:
+            ValueError: if there is a magnitude and no kernel.
+        """
         batch, width = self.b.shape[: len(self.axes.batch)], math.prod(self.out)
         rows, start = [], 0
         for first, stop in self.slices:
@@ -67,7 +81,26 @@ class SlicedFactors:
             rows.append(jnp.pad(block, sides))
         b = jnp.concatenate(rows, axis=-2)
         b = b.reshape(*batch, b.shape[-2], *self.out)
-        return LoraFactors(self.a, b, self.axes, self.scaling)
+        whole = self._whole_magnitude(kernel)
+        return LoraFactors(self.a, b, self.axes, self.scaling, whole)
+
+    def _whole_magnitude(self, kernel: Any) -> jax.Array | None:
+        if self.magnitude is None:
+            return None
+        if kernel is None:
+            raise ValueError(
+                "`SlicedFactors` with DoRA's magnitude are lowered beside their kernel:"
+                " `factors.lowered(kernel)`"
+            )
+        norm = jax.lax.stop_gradient(kernel_norm(kernel, self.axes))
+        shape, n = norm.shape, len(self.axes.batch)
+        norm = whole_along(norm, range(n, norm.ndim)).reshape(*shape[:n], -1)
+        own, pieces, start, done = self.magnitude.astype(norm.dtype), [], 0, 0
+        for first, stop in self.slices:
+            pieces += [norm[..., done:first], own[..., start : start + stop - first]]
+            start, done = start + stop - first, stop
+        pieces.append(norm[..., done:])
+        return jnp.concatenate(pieces, axis=-1).reshape(shape)
 
 
 def _shapes(
@@ -75,7 +108,12 @@ def _shapes(
 ) -> dict[str, Shape]:
     a, b = axes.factor_shapes(shape, rank)
     width = sum(stop - first for first, stop in slices)
-    return {"a": (*a[:-1], len(slices) * rank), "b": (*b[: len(axes.batch) + 1], width)}
+    batch = b[: len(axes.batch)]
+    return {
+        "a": (*a[:-1], len(slices) * rank),
+        "b": (*batch, rank, width),
+        "magnitude": (*batch, width),
+    }
 
 
 def _rank(config: LoraConfig, axes: KernelAxes, shape: Shape) -> int:
@@ -100,7 +138,14 @@ def _new(new: New, leaf: Any) -> dict[str, Any]:
         for i, (first, stop) in enumerate(slices or ())
     ]
     a, b = zip(*made, strict=True)
-    return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-1)}
+    a, b = jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-1)
+    if not new.config.dora:
+        return {"a": a, "b": b}
+    norm = kernel_norm(leaf, axes)
+    norm = whole_along(norm, range(n, norm.ndim)).reshape(*norm.shape[:n], -1)
+    own = [norm[..., first:stop] for first, stop in slices or ()]
+    magnitude = jnp.concatenate(own, axis=-1).astype(widest(a))
+    return {"a": a, "b": b, "magnitude": magnitude}
 
 
 def _misfit(axes: KernelAxes, shape: Shape, slices: Slices) -> str | None:
@@ -115,16 +160,24 @@ SLICED = Variant(
     SlicedFactors,
     _shapes,
     _new,
-    lambda entry, kernel: entry.lowered(),
+    lambda entry, kernel: entry.lowered(kernel),
     statics=lambda axes, shape: {"out": tuple(shape[i] for i in axes.out)},
     settings=("slices",),
     chosen=lambda config: config.slices is not None,
     rank=_rank,
     misfit=_misfit,
+    from_leaf=lambda config: "has DoRA's magnitude, which" if config.dora else None,
+    optional={"magnitude": lambda config: config.dora},
+    wide=("magnitude",),
+    reads_for="magnitude",
     # Slices cut across the output axes, which have no layout of theirs to follow.
     along=lambda axes: {
         "a": (*axes.batch, *axes.in_, None),
         "b": (*axes.batch, None, None),
+        "magnitude": (*axes.batch, None),
     },
-    note=lambda entry: f" × {len(entry.slices)} slices",
+    note=lambda entry: (
+        f" × {len(entry.slices)} slices{'' if entry.magnitude is None else ', dora'}"
+    ),
+    plural="slices",
 )

@@ -115,6 +115,7 @@ class Variant:
         has_roles: whether it needs the roles of the axes of a kernel. One that does
             not trains its leaf whole, and its entry is a plain array.
         reads_kernel: whether `lowered` looks at the values of the kernel.
+        reads_for: the optional array with which it does, if it does not always.
         leaf: what its leaf is called.
         merged: the adapted kernel, from the kernel and an entry, where it is another
             than the kernel with the factors' ΔW.
@@ -150,6 +151,7 @@ class Variant:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     has_roles: bool = True
     reads_kernel: bool = False
+    reads_for: str = ""
     leaf: str = "leaf"
     merged: Callable[[jax.Array, Any], jax.Array] | None = None
     scaled_side: Callable[[Any], str | None] = _nothing
@@ -166,6 +168,10 @@ class Variant:
     def is_chosen(self, config: LoraConfig) -> bool:
         """Returns whether a config asks for it."""
         return self.chosen(config) if self.chosen else config.variant == self.name
+
+    def reads(self, entry: Any) -> bool:
+        """Returns whether `lowered` looks at the values of the kernel of an entry."""
+        return self.reads_kernel or self.reads_for in self.arrays(entry)
 
     def settings_of(self, owner: Any) -> Arrays:
         """Returns the settings of a config, or of an entry, by name."""
