@@ -4,9 +4,11 @@ This file is also the script that they run.
 """
 
 import builtins
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +28,7 @@ import jlora.peft
 from jlora._files.processes import packed, unpacked
 
 CONFIG = jlora.LoraConfig("w", rank=3, alpha=5.0)
-NAME = "someone/adapter"
+NAME, LIBRARY = "someone/adapter", "huggingface_hub"
 
 
 def values(sign: int = 1) -> dict[str, Any]:
@@ -59,6 +61,21 @@ def refused(kind: type[Exception], word: str, call: Any) -> None:
         raise AssertionError(f"no {kind.__name__} of {word!r}")
 
 
+@contextlib.contextmanager
+def without_hub(here: bool) -> Iterator[None]:
+    """As if the library were not installed; what else is imported stays."""
+    before = sys.modules.pop(LIBRARY, None)
+    if before or here:
+        sys.modules[LIBRARY] = None if here else before  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if here:
+            del sys.modules[LIBRARY]
+            if before:
+                sys.modules[LIBRARY] = before
+
+
 def work(folder: Path) -> None:
     """What each of the processes does."""
     adapter = sharded(values())
@@ -71,14 +88,12 @@ def work(folder: Path) -> None:
     refused(NotADirectoryError, "plain", lambda: save("plain/below"))
     refused(jlora.UnsafeFormatError, "is a link", lambda: save("link"))
     # Where only the first process lacks the library:
-    lacking = {"huggingface_hub": None} if jax.process_index() == 0 else {}
-    with mock.patch.dict(sys.modules, lacking):
+    with without_hub(jax.process_index() == 0):
         word = "huggingface_hub is needed"
         refused(jlora.HubError, word, lambda: save("two", push_to=NAME))
     assert not (folder / "two").exists()
     # And where all lack it but the first, which sends:
-    lacking = {} if jax.process_index() == 0 else {"huggingface_hub": None}
-    with mock.patch.dict(sys.modules, lacking):
+    with without_hub(jax.process_index() != 0):
         save("two", push_to=NAME)
     refused(FileExistsError, "on the Hub has", lambda: save("three", push_to=NAME))
     with mock.patch.dict(os.environ, HF_TOKEN=hub_server.READ):
