@@ -20,6 +20,7 @@ from use import Use
 from uses import USES
 
 import jlora
+from jlora._lora import mixed_entries
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 Tree = dict[str, Any]
@@ -72,14 +73,22 @@ def check_use(use: Use, getkey: Callable[[], jax.Array]) -> None:
         assert_close(own, jax.jit(run)(*args, *each[i]), 1e-2 if use.loose else 1e-5)
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["side by side", "gathered"])
 @pytest.mark.parametrize("name", CHOSEN)
-def test_each_example_gets_its_own_kernel(name: str, getkey) -> None:
+def test_each_example_gets_its_own_kernel(
+    name: str, joined: bool, getkey, monkeypatch
+) -> None:
+    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *sizes: joined)
     check_use(BY_NAME[name], getkey)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("joined", [True, False], ids=["side by side", "gathered"])
 @pytest.mark.parametrize("use", REST, ids=lambda use: use.name)
-def test_each_example_gets_its_own_kernel_in_all_uses(use: Use, getkey) -> None:
+def test_each_example_gets_its_own_kernel_in_all_uses(
+    use: Use, joined: bool, getkey, monkeypatch
+) -> None:
+    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *sizes: joined)
     check_use(use, getkey)
 
 
