@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--variants", nargs="+", help="which ones; all by default")
-    add("--steps", type=int, default=40, help="training steps of each run")
+    add("--steps", type=int, default=30, help="training steps of each run")
     add("--seeds", type=int, default=2, help="runs at each learning rate")
     add("--rates", type=float, nargs="+", default=[3e-3, 1e-2], help="of Adam")
     add("--rank", type=int, default=4, help="rank of LoRA, which sets the budget")
