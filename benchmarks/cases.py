@@ -56,12 +56,14 @@ class Case:
         label: says model, size and what is changed of it.
         model: the model.
         only: the contenders that run, all where empty.
+        devices: how many it runs on.
         targets: ratio -> what is expected of it.
     """
 
     label: str
     model: Any
     only: tuple[str, ...] = ()
+    devices: int = 1
     targets: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -93,7 +95,7 @@ def case(name: str, size: str, changes: Mapping[str, Any]) -> Case:
     label = ", ".join([f"{name} {size}", *map(worded, changed.items())])
     only = (FROZEN, JLORA, PORTABLE) if size == "8b" else ()
     model = dataclasses.replace(base, **changed)
-    return Case(label, model, only, TARGETS.get(label, {}))
+    return Case(label, model, only, targets=TARGETS.get(label, {}))
 
 
 def worded(change: tuple[str, Any]) -> str:

@@ -74,7 +74,8 @@ class LinenDecoder(nn.Module):
         """Returns the mean cross-entropy of tokens (batch, seq + 1)."""
         model, init = self.model, nn.initializers.lecun_normal()
         own = lambda name, *shape: self.param(name, init, shape, model.dtype)
-        x = own("embedding", model.vocab, model.d)[tokens[:, :-1]]
+        embedding = own("embedding", model.vocab, model.d)
+        x = model.embed({"embedding": embedding}, tokens)
         layer = LinenLayer
         if model.remat:
             layer = nn.remat(layer, prevent_cse=not model.scan)

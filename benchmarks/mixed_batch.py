@@ -1,22 +1,29 @@
-"""Serving one batch whose sequences use different adapters; `many_adapters.py` runs it.
+"""Serving one batch whose sequences use different adapters.
 
-The sequences of an adapter are equally many and known beforehand, which favours the
-runs one by one: they need no padding, no second compilation and no sorting.
+`python benchmarks/mixed_batch.py` measures one token for each sequence, from a cache of
+keys and values, with 1 to 128 adapters: the base, `lora.apply_mixed`, which chooses
+between two forms, and the form in which each sequence has a copy of its factors.
+
+`many_adapters.py` runs whole prompts. There the sequences of an adapter are equally
+many and known beforehand, which favours the runs one by one: they need no padding, no
+second compilation and no sorting.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from forwards import prefill, served
+from forwards import decode, decoder, empty_cache, parser, prefill, served
 from models import Decoder, Params
 from steps import adapter_of
-from timing import Contender
+from timing import Contender, interleave, summarize, table, write
 
 import jlora
 
-MIXED = "jlora, a gathered adapter per sequence"
+MIXED = "jlora, an adapter per sequence"
+GATHERED = "a copy of its factors per sequence"
 GROUPED = "jlora, vmapped over adapters, sorted"
 SEPARATE = "one adapter after the other"
 MERGED = "merged copies, one after the other"
@@ -108,3 +115,76 @@ def agreement(made: list[Contender], adapters: int) -> float:
     logits.pop(BASE)
     worst = max(float(jnp.abs(flat(other) - first).max()) for other in logits.values())
     return worst / float(jnp.abs(first).max())
+
+
+# --- one token more ---
+
+
+def decode_contenders(
+    model: Decoder, params: Params, adapters: int, length: int
+) -> list[Contender]:
+    """Returns what gives each of `model.batch` sequences its next token."""
+    tokens = jnp.arange(model.batch) % model.vocab
+    cache, position = empty_cache(model, length), jnp.int32(length - 1)
+    given = tokens, cache, position
+    lora = served(model, decode(model))
+    # The kernels, and so their adapters, are those of whole prompts.
+    whole, prompts = served(model, prefill(model)), model.data(jax.random.key(1))
+    each = [adapter_of(whole, params, prompts, seed) for seed in range(adapters)]
+    stacked, index = jlora.stack(each), jnp.arange(model.batch) % adapters
+
+    def mixed(params: Params, stacked: Any, index: jax.Array, *given: Any) -> Any:
+        axes = {"in_axes": (0, 1, None), "out_axes": (0, 1)}
+        return lora.apply_mixed(params, stacked, index, *given, **axes)
+
+    def gathered(params: Params, stacked: Any, index: jax.Array, *given: Any) -> Any:
+        def one(row: Any, token: jax.Array, cache: Any) -> Any:
+            cache = jax.tree.map(lambda v: v[:, None], cache)
+            token, cache = lora.apply(params, row, token[None], cache, given[2])
+            return token[0], jax.tree.map(lambda v: v[:, 0], cache)
+
+        rows = jax.tree.map(lambda v: v[index], stacked)
+        return jax.vmap(one, (0, 0, 1), (0, 1))(rows, *given[:2])
+
+    own = params, stacked, index, *given
+    return [
+        contender(BASE, decode(model), params, *given),
+        contender(MIXED, mixed, *own),
+        contender(GATHERED, gathered, *own),
+    ]
+
+
+def flags_of() -> argparse.Namespace:
+    """Returns the flags."""
+    cpu = jax.default_backend() == "cpu"
+    made = parser(str(__doc__).splitlines()[0], rounds=12 if cpu else 30)
+    counts = [1, 8, 64] if cpu else [1, 2, 4, 8, 16, 32, 64, 128]
+    made.add_argument("--adapters", type=int, nargs="+", default=counts)
+    made.add_argument("--sequences", type=int, default=64)
+    made.add_argument("--cache", type=int, default=128 if cpu else 512)
+    return made.parse_args()
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    flags = flags_of()
+    model = decoder(flags, batch=flags.sequences, seq=1)
+    params = jax.jit(model.init)(jax.random.key(0))
+    print(model)
+    seconds, rows = {}, []
+    for count in flags.adapters:
+        made = decode_contenders(model, params, count, flags.cache)
+        times = summarize(interleave(made, rounds=flags.rounds))
+        same = jnp.mean(made[1].state[0][0] == made[2].state[0][0])
+        seconds[count] = {"seconds": times, "equal tokens": float(same)}
+        base = times[BASE]["median"]
+        for name, t in times.items():
+            ratio = f"{t['median'] / base:.2f}"
+            rows.append([str(count), name, f"{t['median'] * 1e3:.2f}", ratio])
+        print(f"{count} adapters: {same:.1%} of the tokens are those of the copies")
+    print(table(["adapters", "", "median ms", "/ base"], rows))
+    write("mixed_batch", {"model": str(model), "adapters": seconds}, flags.out)
+
+
+if __name__ == "__main__":
+    main()

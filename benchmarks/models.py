@@ -29,7 +29,8 @@ class Decoder:
     """A dense Llama-like decoder: RMS norms, rotary attention, a gated MLP.
 
     `loss_chunks` splits the tokens of the head's loss, so that the logits of one chunk
-    exist at a time.
+    exist at a time. On a mesh, `rows` is the layout of the embedded tokens, and
+    `features` theirs as they come out of the table (`placing.on_mesh`).
     """
 
     d: int = 512
@@ -44,6 +45,8 @@ class Decoder:
     scan: bool = True
     remat: bool = False
     loss_chunks: int = 1
+    rows: Any = dataclasses.field(default=None, repr=False)
+    features: Any = dataclasses.field(default=None, repr=False)
 
     kernels = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -93,7 +96,11 @@ class Decoder:
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Returns the inputs of the first layer, (batch, seq, d)."""
-        return params["embedding"][tokens[:, :-1]]
+        x = params["embedding"][tokens[:, :-1]]
+        if self.rows is None:
+            return x
+        x = lax.with_sharding_constraint(x, self.features)
+        return lax.with_sharding_constraint(x, self.rows)
 
     def loss(
         self,

@@ -1,7 +1,7 @@
 """Whether all low-rank contenders of `train_step.py` compute the same.
 
 On small decoders, the same weights, factors and tokens: the loss, and the norm of its
-gradient by the factors.
+gradient by the factors. On a mesh, too, if one is given: the values of one device.
 """
 
 import importlib.util
@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from models import Decoder, Params
+from placing import drawn, on_mesh
 from rivals import RIVALS
 from steps import adapter_of, lora_of, low_rank_losses
 from timing import table
@@ -25,11 +27,11 @@ TOLERANCE = 1e-5 if jax.default_backend() == "cpu" else 1e-2
 Values = dict[str, tuple[float, float]]
 
 
-def check(torch_python: str, without: list[str]) -> None:
+def check(torch_python: str, without: list[str], mesh: Mesh | None) -> None:
     """Prints the values of all contenders.
 
     Raises:
-        SystemExit: if one is further than the tolerance from jlora's.
+        SystemExit: if one is further than the tolerance from jlora's on one device.
     """
     wrong = []
     for scan, remat in ((True, True), (False, False)):
@@ -46,8 +48,8 @@ def check(torch_python: str, without: list[str]) -> None:
             remat=remat,
         )
         print(f"\n{'scanned' if scan else 'unrolled'}{', remat' if remat else ''}")
-        values = compared(model, torch_python, without)
-        wanted = values["jlora"]
+        wanted = ours(model)
+        values = compared(model, torch_python, without, mesh)
         rows = [(n, f"{loss:.6f}", f"{norm:.6f}") for n, (loss, norm) in values.items()]
         print(table(("contender", "loss", "gradient norm"), rows))
         wrong += [name for name, value in values.items() if not close(value, wanted)]
@@ -56,9 +58,19 @@ def check(torch_python: str, without: list[str]) -> None:
     print(f"\nall the same, to a relative {TOLERANCE}")
 
 
-def compared(model: Decoder, torch_python: str, without: list[str]) -> Values:
+def ours(model: Decoder) -> tuple[float, float]:
+    """Returns loss and gradient norm of jlora on one device."""
+    params, tokens = drawn(model, None)
+    adapter = adapter_of(lora_of(model), params, tokens)
+    return evaluated(low_rank_losses(model)["jlora"], adapter, params, tokens)
+
+
+def compared(
+    model: Decoder, torch_python: str, without: list[str], mesh: Mesh | None
+) -> Values:
     """Returns name -> loss and gradient norm."""
-    params, tokens = model.init(jax.random.key(0)), model.data(jax.random.key(1))
+    model = model if mesh is None else on_mesh(model, mesh)
+    params, tokens = drawn(model, mesh)
     adapter = adapter_of(lora_of(model), params, tokens)
     values = {
         name: evaluated(loss, adapter, params, tokens)
@@ -72,7 +84,7 @@ def compared(model: Decoder, torch_python: str, without: list[str]) -> Values:
             made = maker(model, params, adapter, tokens)
             values[name] = evaluated(made.loss, made.trained, made.frozen, tokens)
     # PyTorch's decoder has its layers in a list.
-    if not model.scan and not left_out("PyTorch PEFT"):
+    if not model.scan and mesh is None and not left_out("PyTorch PEFT"):
         values |= torch_values(model, params, adapter, tokens, torch_python)
     return values
 

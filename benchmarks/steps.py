@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from cases import PORTABLE
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from models import Layer, Linears, Params, plain
 from timing import Contender
 
@@ -22,17 +24,29 @@ from jlora._product.hopper_probe import fault
 RANK, ALPHA = 16, 32.0
 SCALING = ALPHA / RANK
 OPTIMIZER = optax.adamw(1e-4)
+SPREAD = "jlora, spread"  # on a mesh, with its factors in parts
 
 
 def adapter_of(
-    lora: jlora.Lora, params: Params, batch: Any, seed: int = 2
+    lora: jlora.Lora, params: Params, batch: Any, seed: int = 2, **options: Any
 ) -> jlora.Adapter:
-    """Returns an adapter whose every factor has random values."""
+    """Returns an adapter whose every factor has random values.
+
+    Beside params on a mesh it is laid out by `jlora.shardings`, to which options go.
+    """
     adapter = lora.init(jax.random.key(seed), params, batch)
     leaves, treedef = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     draw = lambda k, leaf: leaf + 0.01 * jax.random.normal(k, leaf.shape, leaf.dtype)
-    return treedef.unflatten(list(map(draw, keys, leaves)))
+    adapter = treedef.unflatten(list(map(draw, keys, leaves)))
+    if not on_a_mesh(params):
+        return adapter
+    return jax.device_put(adapter, jlora.shardings(params, adapter, **options))
+
+
+def on_a_mesh(tree: Any) -> bool:
+    """Returns whether arrays lie on several devices."""
+    return any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(tree))
 
 
 def lora_of(
@@ -136,8 +150,15 @@ def compiled(step: Callable[..., Any], state: Sequence[Any], donated: int) -> An
     run would write the frozen params once more.
     """
     changed = lambda *state: step(*state)[:donated]
-    jitted = jax.jit(changed, donate_argnums=tuple(range(donated)))
-    return jitted.lower(*state).compile()
+    given: dict[str, Any] = {"donate_argnums": tuple(range(donated))}
+    if on_a_mesh(state):  # What comes out is what goes in next.
+        given["out_shardings"] = where(tuple(state[:donated]))
+    return jax.jit(changed, **given).lower(*state).compile()
+
+
+def where(tree: Any) -> Any:
+    """Returns the sharding of each array."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def contenders(model: Any, params: Params, batch: jax.Array) -> dict[str, Contender]:
@@ -160,13 +181,18 @@ def makers(
         loss = lambda trained, _, batch: model.loss(trained, batch, linears=plain)
         return contender("full fine-tuning", loss, own, None, batch)
 
-    def low_rank(name: str) -> Contender:
-        adapter = adapter_of(lora_of(model), params, batch)
-        return contender(name, losses[name], adapter, params, batch)
+    def low_rank(
+        name: str, loss: Callable[..., jax.Array], **options: Any
+    ) -> Contender:
+        adapter = adapter_of(lora_of(model), params, batch, **options)
+        return contender(name, loss, adapter, params, batch)
 
-    losses = low_rank_losses(model)
     made = {"frozen limit": frozen}
-    made |= {name: functools.partial(low_rank, name) for name in losses}
+    losses = low_rank_losses(model)
+    for name, loss in losses.items():
+        made[name] = functools.partial(low_rank, name, loss)
+    if on_a_mesh(params):
+        made[SPREAD] = functools.partial(low_rank, SPREAD, losses["jlora"], spread=True)
     return made | {"full fine-tuning": full}
 
 
@@ -174,5 +200,15 @@ def contender(
     name: str, loss: Callable[..., jax.Array], trained: Any, params: Any, batch: Any
 ) -> Contender:
     """Returns the AdamW step of `loss(trained, params, batch)`, compiled."""
-    state = (trained, OPTIMIZER.init(trained), params, batch)
+    state = (trained, started(trained), params, batch)
     return Contender(name, compiled(trained_step(loss), state, 2), state)
+
+
+def started(trained: Any) -> Any:
+    """Returns the first state of the optimizer: its moments are where factors are."""
+    state = OPTIMIZER.init(trained)
+    if not on_a_mesh(trained):
+        return state
+    everywhere = NamedSharding(jax.tree.leaves(trained)[0].sharding.mesh, P())
+    place = lambda leaf: leaf if on_a_mesh(leaf) else jax.device_put(leaf, everywhere)
+    return jax.tree.map(place, state)

@@ -25,6 +25,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import jax
 import jax.numpy as jnp
 from memory import counted
+from models import Decoder
 from plan_scale import LLAMA, SIZES
 from programs import FROZEN, FULL, JLORA, cells, ratio_lines
 from timing import RESULTS, bars, machine, table, write
@@ -33,7 +34,6 @@ from tpu_programs import (
     OF_A_LAYER,
     OF_A_MODEL,
     Experts,
-    Placed,
     layer_of,
     layer_step,
     model_step,
@@ -57,19 +57,19 @@ class Case:
 
     topology: str
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    model: Placed | None = None
+    model: Decoder | None = None
     width: int = 2048
     tokens: int = 8192
     contenders: tuple[str, ...] = OF_A_LAYER
 
 
-def llama(size: str, batch: int) -> Placed:
+def llama(size: str, batch: int) -> Decoder:
     """Returns a Llama of a size, one of the rows of `plan_scale.py`."""
     fields: dict[str, Any] = LLAMA | SIZES[size] | {"batch": batch}
-    return Placed(**fields, scan=True, remat=True)
+    return Decoder(**fields, scan=True, remat=True)
 
 
-def large(topology: str, model: Placed, **mesh: int) -> Case:
+def large(topology: str, model: Decoder, **mesh: int) -> Case:
     """Returns the case of a whole model."""
     return Case(topology, mesh, model, contenders=OF_A_MODEL)
 
@@ -87,7 +87,7 @@ EXPERTS = Experts(
     dtype=jnp.bfloat16,
     remat=True,
 )
-SMALL = Placed(d=512, layers=4, batch=8, dtype=jnp.bfloat16, remat=True)
+SMALL = Decoder(d=512, layers=4, batch=8, dtype=jnp.bfloat16, remat=True)
 CASES = {
     "layer, d = 2048, v5e": Case("v5e:2x2"),
     "layer, d = 4096, v5e": Case("v5e:2x2", width=4096),

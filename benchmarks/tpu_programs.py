@@ -5,8 +5,6 @@ whole models on meshes, scanned and rematerialized, with AdamW.
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from linen_decoder import LinenLayer, linen_factors, linen_layer, plain_dense
 from models import Decoder, plain
 from other_models import MixtureOfExperts
+from placing import mesh_of, on_mesh, placed, places_of, rows_of, whole_on
 from programs import FACTORED, FROZEN, FULL, JLORA, MERGED, abstract_key, shapes_of
 from rivals import QWIX_NAMES, joined, qwix_provider
 from steps import (
     OPTIMIZER,
+    SPREAD,
     as_layers,
     factored,
     frozen_step,
@@ -34,29 +34,14 @@ from steps import (
 
 import jlora
 
-QWIX, SPREAD = "Qwix, Linen", "jlora, spread"
+QWIX = "Qwix, Linen"
 OF_A_LAYER = (FROZEN, JLORA, FACTORED, MERGED, QWIX, FULL)
 OF_A_MODEL = (FROZEN, JLORA, SPREAD, FULL)
-# The axes of a mesh that the axes of each kernel lie along, its last two.
-COLUMNS, ROWS = ("fsdp", "tensor"), ("tensor", "fsdp")
-LAYOUT = dict.fromkeys(("q", "k", "v", "gate", "up", "head"), COLUMNS)
-LAYOUT |= dict.fromkeys(("o", "down", "embedding"), ROWS)
 
 
 def chips_of(topology: str) -> list[Any]:
     """Returns the chips of a topology; none of them is there."""
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-def placed(tree: Any, places: Any) -> Any:
-    """Returns shapes with places: one for all, or a tree of them."""
-    if isinstance(places, NamedSharding):
-        places = jax.tree.map(lambda _: places, tree)
-    return jax.tree.map(
-        lambda v, place: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place),
-        tree,
-        places,
-    )
 
 
 # One layer on one chip.
@@ -130,27 +115,7 @@ def _qwix_arguments(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Placed(Decoder):
-    """A decoder that says where its embedded tokens are.
-
-    Attributes:
-        rows: their layout; `features`: their layout as they come out of the table.
-    """
-
-    rows: Any = None
-    features: Any = None
-
-    def embed(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """Returns the inputs of the first layer, each chip's own rows of the batch."""
-        x = super().embed(params, tokens)
-        if self.rows is None:
-            return x
-        x = jax.lax.with_sharding_constraint(x, self.features)
-        return jax.lax.with_sharding_constraint(x, self.rows)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experts(MixtureOfExperts, Placed):
+class Experts(MixtureOfExperts):
     """Experts by ragged products: each has an equal share of the tokens."""
 
     def mlp(self, x: jax.Array, layer: Any, linears: Any) -> jax.Array:
@@ -163,38 +128,20 @@ class Experts(MixtureOfExperts, Placed):
         return dot(y, "down").reshape(x.shape)
 
 
-def mesh_of(topology: str, sizes: dict[str, int]) -> Mesh:
-    """Returns the mesh of a topology's chips, or of one of them, with Auto axes.
-
-    Raises:
-        ValueError: if the sizes are not those of the topology.
-    """
-    chips, count = chips_of(topology), math.prod(sizes.values())
-    if count not in (1, len(chips)):
-        raise ValueError(
-            f"the mesh {sizes} has {count} chips, but {topology} has {len(chips)}"
-        )
-    chips = chips[:count]
-    auto = (AxisType.Auto,) * len(sizes)
-    return Mesh(np.array(chips).reshape(*sizes.values()), tuple(sizes), axis_types=auto)
-
-
 def model_step(
-    name: str, model: Placed, topology: str, sizes: dict[str, int]
+    name: str, model: Decoder, topology: str, sizes: dict[str, int]
 ) -> tuple[Any, tuple[Any, ...]]:
     """Returns a contender's jitted step, and its arguments as shapes with places."""
-    mesh = mesh_of(topology, sizes)
-    on = lambda *spec: NamedSharding(mesh, P(*spec))
-    rows, features = on("fsdp"), on(None, None, "fsdp")
-    model = dataclasses.replace(model, rows=rows, features=features)
+    mesh = mesh_of(chips_of(topology), sizes)
+    model, rows = on_mesh(model, mesh), rows_of(mesh)
     *state, params, batch = shapes_of(JLORA if name == SPREAD else name, model)
     batch = placed(batch, rows)
     full = name == FULL
     base = state[0] if full else params
-    places = jax.tree.map_with_path(functools.partial(_place, on), base)
+    places = places_of(base, mesh)
     if name == FROZEN:
         (value, inputs), step = state[0], frozen_step(model)
-        state = [(placed(value, on()), placed(inputs, rows))]
+        state = [(placed(value, whole_on(mesh)), placed(inputs, rows))]
     elif full:
         step = trained_step(lambda p, _, batch: model.loss(p, batch))
         state = _with_moments(base, places)
@@ -205,16 +152,6 @@ def model_step(
     params = None if full else placed(params, places)
     args = (*state, params, batch)
     return _jitted(step, args, len(state)), args
-
-
-def _place(on: Callable[..., Any], path: Any, leaf: Any) -> Any:
-    """Returns the place of a leaf of a decoder: matrices in parts, vectors whole."""
-    name = path[-1].key
-    if name not in LAYOUT or leaf.ndim < 2:
-        return on()
-    mesh = on().mesh
-    last = [axis if axis in mesh.shape else None for axis in LAYOUT[name]]
-    return on(*[None] * (leaf.ndim - 2), *last)
 
 
 def _with_moments(trained: Any, places: Any) -> list[Any]:

@@ -4,10 +4,15 @@
 limit that LoRA cannot beat is the frozen model's forward and backward pass to its
 inputs; full fine-tuning is what LoRA should be faster than. PyTorch with PEFT runs in
 a process of its own (`--torch-python`), its steps between those of JAX.
+
+`--mesh fsdp=4,tensor=2` runs all on a mesh of devices, Auto axes, each case with as
+many times the rows as there are devices: the work of each device is that of one alone.
+PyTorch is not there then.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,7 +29,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 from cases import FROZEN, MODELS, SIZES, Case, Times, cases, ratios, utilization
+from jax.sharding import Mesh
 from models import Decoder, Params
+from placing import drawn, mesh_of, on_mesh, sizes_of
 from programs import ratio_lines
 from rivals import RIVALS, Maker
 from same_loss import check
@@ -59,6 +66,8 @@ def flags_of() -> argparse.Namespace:
     made.add_argument(
         "--budget", type=float, default=150, help="seconds for each model"
     )
+    made.add_argument("--mesh", help="such as data, or fsdp=4,tensor=2")
+    made.add_argument("--devices", type=int, help="of the mesh, all by default")
     made.add_argument("--without", nargs="+", default=[], help="parts of names")
     made.add_argument("--torch-python", default=sys.executable, metavar="PATH")
     made.add_argument("--out", type=Path, default=RESULTS)
@@ -66,12 +75,22 @@ def flags_of() -> argparse.Namespace:
         "--check", action="store_true", help="compare values, time nothing"
     )
     flags = made.parse_args()
+    if flags.mesh or flags.devices:
+        count = flags.devices or jax.device_count()
+        try:
+            sizes = sizes_of(flags.mesh or "data", count)
+            flags.mesh = mesh_of(jax.devices()[:count], sizes)
+        except ValueError as error:
+            made.error(str(error))
     cpu = jax.default_backend() == "cpu"
-    models = flags.model or (["decoder", "chain"] if cpu else ["decoder"])
+    alone = not cpu or flags.mesh
+    models = flags.model or (["decoder"] if alone else ["decoder", "chain"])
     flags.model = MODELS if "all" in models else tuple(models)
     flags.size = tuple(flags.size or (["cpu"] if cpu else ["d2048", "d4096"]))
     if "8b" in flags.size and set(flags.model) != {"decoder"}:
         made.error("size 8b is that of the decoder only")
+    if flags.mesh and set(flags.model) != {"decoder"}:
+        made.error("on a mesh there is the decoder only")
     return flags
 
 
@@ -109,6 +128,16 @@ def rival(
     return contender(name, made.loss, made.trained, made.frozen, tokens)
 
 
+def laid_out(case: Case, mesh: Mesh) -> Case:
+    """Returns a case on a mesh, with as much work for each device; no targets."""
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    batch = case.model.batch * mesh.size
+    model = on_mesh(dataclasses.replace(case.model, batch=batch), mesh)
+    return dataclasses.replace(
+        case, label=f"{case.label}, {axes}", model=model, devices=mesh.size, targets={}
+    )
+
+
 def prepared(
     makes: Mapping[str, Make],
 ) -> tuple[list[Contender], dict[str, str], float]:
@@ -144,7 +173,7 @@ def reason(error: Exception) -> str:
 @contextlib.contextmanager
 def torch_of(case: Case, flags: argparse.Namespace) -> Iterator[TorchProcess | None]:
     """Gives PyTorch's process where the case has use for one."""
-    wanted = any(chosen(name, case, flags.without) for name in NAMES)
+    wanted = any(chosen(name, case, flags.without) for name in NAMES) and not flags.mesh
     if type(case.model) is not Decoder or not wanted:
         yield None
         return
@@ -169,8 +198,7 @@ def chosen(name: str, case: Case, without: list[str]) -> bool:
 def run(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     """Times one case, prints it and returns what is written."""
     print(f"\n{case.label}: {case.model}")
-    params = case.model.init(jax.random.key(0))
-    batch = case.model.data(jax.random.key(1))
+    params, batch = drawn(case.model, flags.mesh)
     trained = jax.eval_shape(lora_of(case.model).init, jax.random.key(2), params, batch)
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
     with torch_of(case, flags) as torch:
@@ -186,23 +214,25 @@ def run(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     result = {"label": case.label, "model": repr(case.model), "machine": machine()}
     result["machine"]["versions"] |= versions
     result |= {"rounds": rounds, "trained": size, "skipped": skipped}
+    result |= {"devices": case.devices}
     return result | {"seconds": summary, "tokens": case.model.tokens, "times": times}
 
 
 def described(case: Case, summary: Times, adapter_params: int) -> str:
     """Returns the table of a case."""
-    head = ("contender", "median ms", "min ms", "of frozen", "tokens/s", "MFU")
+    head = ("contender", "median ms", "min ms", "of frozen", "tokens/s each", "MFU")
     limit, rows = summary.get(FROZEN), []
     for name, each in summary.items():
         of_frozen = f"{each['median'] / limit['median']:.2f}" if limit else "-"
-        mfu = utilization(name, case.model, adapter_params, each["median"])
+        whole = each["median"] * case.devices
+        mfu = utilization(name, case.model, adapter_params, whole)
         rows.append(
             (
                 name,
                 f"{each['median'] * 1e3:.2f}",
                 f"{each['min'] * 1e3:.2f}",
                 of_frozen,
-                f"{case.model.tokens / each['median']:,.0f}",
+                f"{case.model.tokens / whole:,.0f}",
                 "-" if mfu is None or "merged" in name else f"{mfu:.1%}",
             )
         )
@@ -224,10 +254,11 @@ def main() -> None:
     """Runs all cases."""
     flags = flags_of()
     if flags.check:
-        check(flags.torch_python, flags.without)
+        check(flags.torch_python, flags.without, flags.mesh)
         return
     lines = []
     for case in cases(flags.model, flags.size, changes_of(flags)):
+        case = laid_out(case, flags.mesh) if flags.mesh else case
         result = run(case, flags)
         result |= {"ratios": ratios(result["seconds"]), "targets": dict(case.targets)}
         keep(result, flags.out)

@@ -20,10 +20,15 @@ from ._adapter.own import register_variant as register_variant
 from ._adapter.own import variant_names as variant_names
 from ._adapter.shardings import shardings as shardings
 from ._adapter.shardings import state_shardings as state_shardings
+from ._adapter.variants.core import CoreFactors as CoreFactors
+from ._adapter.variants.fixed import FixedFactors as FixedFactors
 from ._adapter.variants.hadamard import HadamardFactors as HadamardFactors
+from ._adapter.variants.kronecker import KroneckerFactors as KroneckerFactors
 from ._adapter.variants.layers import LayerFactors as LayerFactors
 from ._adapter.variants.rows import TrainedRows as TrainedRows
+from ._adapter.variants.scale import KernelScale as KernelScale
 from ._adapter.variants.sliced import SlicedFactors as SlicedFactors
+from ._adapter.variants.vectors import VectorFactors as VectorFactors
 from ._algebra.combine import combine as combine
 from ._algebra.spectrum import effective_rank as effective_rank
 from ._algebra.spectrum import energy_kept as energy_kept

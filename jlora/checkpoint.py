@@ -69,6 +69,7 @@ from ._checkpoint.restoring import Arrays, targets
 from ._checkpoint.saving import record_of
 from ._checkpoint.steps import ADAPTER, RECORD, absolute, format_of, read_record
 from ._errors import CorruptFileError
+from ._files.processes import on_first
 from ._params.given import check_path
 from ._params.paths import PyTree
 
@@ -108,6 +109,7 @@ def save(
             saved. All offenders are collected.
         NonFiniteError: if there are NaNs or infinities in the adapter.
         FileExistsError: if there is something at `path` that may not be replaced.
+        OSError: if the folder cannot be made. Of several processes all raise these two.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, jlora, jlora.checkpoint
@@ -248,9 +250,9 @@ def _next_step(folder: str, overwrite: bool) -> int:
     Raises:
         FileExistsError: if something is there that may not be replaced.
     """
-    step = _free_step(folder) if jax.process_index() == 0 else 0
     # One process looks, before any begins to write.
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    seen = on_first(lambda: _free_step(folder))
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(seen or 0)))
     if step < 0:
         raise FileExistsError(
             f"{folder} holds something else than an adapter that `save` wrote, which "
@@ -264,9 +266,13 @@ def _next_step(folder: str, overwrite: bool) -> int:
 
 
 def _free_step(folder: str) -> int:
-    """Returns the step after those of a folder, or -1 if they are not all adapters."""
+    """Returns the step after those of a folder, or -1 if they are not all adapters.
+
+    A folder that is not there is made: where Orbax cannot, other processes wait for it.
+    """
     root = ocp.path.step.build_step_path(folder, _NAMES, 0).parent
     if not root.exists():
+        root.mkdir(parents=True, exist_ok=True)
         return 0
     if not root.is_dir():
         return -1

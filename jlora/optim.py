@@ -73,8 +73,10 @@ MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 def factor_labels(adapter: PyTree) -> PyTree:
     """Returns the adapter's tree with a label in place of each array.
 
-    The label is "a" or "b" for the factors, "magnitude" for that of DoRA, and "full"
-    for a leaf that is trained whole.
+    The label is "a" or "b" for the factors, "magnitude" for that of DoRA, "full" for a
+    leaf that is trained whole, and "frozen" for an array that an entry holds and that
+    is not trained, as `a` of LoRA-FA. Its gradient is zero, which most optimizers leave
+    as it is; weight decay does not, without `decay_mask`.
 
     Args:
         adapter: an adapter, abstract or not; any tree of the same structure
@@ -108,8 +110,7 @@ def factor_labels(adapter: PyTree) -> PyTree:
         if variant is None:
             return "full"
         name = lambda path: keystr(path[:1], simple=True)
-        own = lambda path, _: variant.labels.get(name(path), name(path))
-        return tree_map_with_path(own, node)
+        return tree_map_with_path(lambda path, _: variant.label(name(path)), node)
 
     return jax.tree.map(label, adapter, is_leaf=lambda n: variant_of(n) is not None)
 
@@ -122,8 +123,9 @@ def lora_plus(
     """Returns an optimizer of the adapter in which `b` learns `ratio` times faster.
 
     `b` gets `make_optimizer(ratio · learning_rate)`; `a`, the magnitudes of DoRA, and
-    leaves that are trained whole get `make_optimizer(learning_rate)`. The two groups do
-    not see each other, so a clip by global norm belongs in front:
+    leaves that are trained whole get `make_optimizer(learning_rate)`; what an entry
+    holds frozen stays. The groups do not see each other, so a clip by global norm
+    belongs in front:
     `optax.chain(optax.clip_by_global_norm(1.0), lora_plus(optax.adam, 1e-4))`.
 
     Args:
@@ -159,7 +161,7 @@ def lora_plus(
     rate = learning_rate
     faster = (lambda count: ratio * rate(count)) if callable(rate) else ratio * rate
     groups: Groups = {"slow": make_optimizer(rate), "fast": make_optimizer(faster)}
-    return optax.partition(groups, _speeds)
+    return optax.partition({**groups, "frozen": _no_update()}, _speeds)
 
 
 def decay_mask(adapter: PyTree) -> PyTree:
@@ -191,7 +193,8 @@ def trainable_mask(tree: PyTree, *, collection: str = "lora") -> PyTree:
     """Returns True for each leaf of a tree of base and adapter that is trained.
 
     The rule: a leaf is trained if it lies inside a `LoraFactors`, wherever that stands,
-    or below a key that is called `collection`. The second half is for leaves that are
+    or below a key that is called `collection`, and is not an array that its entry holds
+    frozen (`factor_labels`). The second half is for leaves that are
     trained whole, which are plain arrays; a tree that has some must keep its adapter
     below such a key. Keys are compared whole: "lora" is not found in "my_lora", nor in
     the path "params/lora/kernel" of an adapter.
@@ -212,9 +215,13 @@ def trainable_mask(tree: PyTree, *, collection: str = "lora") -> PyTree:
     def mark(path: tuple[Any, ...], node: Any) -> Any:
         keys = [keystr((key,), simple=True) for key in path]
         trained = _is_factors(node) or collection in keys
+        if trained and _holds_frozen(node):
+            (labels,) = factor_labels([node])
+            return jax.tree.map(lambda label: label != "frozen", labels)
         return jax.tree.map(lambda _: trained, node)
 
-    return tree_map_with_path(mark, tree, is_leaf=_is_factors)
+    is_entry = lambda node: _is_factors(node) or _holds_frozen(node)
+    return tree_map_with_path(mark, tree, is_leaf=is_entry)
 
 
 def frozen_mask(tree: PyTree, *, collection: str = "lora") -> PyTree:
@@ -285,8 +292,14 @@ def _is_factors(node: Any) -> bool:
     return variant_of_entry(node).has_roles
 
 
+def _holds_frozen(node: Any) -> bool:
+    """Whether it is an entry, or its arrays by name, of which some are not trained."""
+    variant = _variant_of(node)
+    return variant is not None and bool(variant.frozen)
+
+
 def _speeds(adapter: PyTree) -> PyTree:
-    """Returns which of the two groups of `lora_plus` each array belongs to."""
+    """Returns which of the groups of `lora_plus` each array belongs to."""
     labels = factor_labels(adapter)
     found = set(jax.tree.leaves(labels))
     if found and "b" not in found:
@@ -294,7 +307,8 @@ def _speeds(adapter: PyTree) -> PyTree:
             f"`lora_plus` found no factors among {len(jax.tree.leaves(adapter))} "
             "leaves; what it optimizes is the adapter, `tx.init(adapter)`"
         )
-    return jax.tree.map(lambda label: "fast" if label == "b" else "slow", labels)
+    speeds = {"b": "fast", "frozen": "frozen"}
+    return jax.tree.map(lambda label: speeds.get(label, "slow"), labels)
 
 
 def _states(tree: PyTree, *, collection: str) -> PyTree:

@@ -47,7 +47,7 @@ LAWS = {
     "_adapter": "_jax _params",
     "_algebra": "_jax _params _adapter",
     "_inits": "_jax _params _adapter _algebra",
-    "_torch": "_params _adapter",
+    "_torch": "_jax _params _adapter",
     "_peft": "_params _adapter _files _torch",
     "_checkpoint": "_params _adapter _files",
     "_formats": "_params _adapter _files _torch _peft",
@@ -271,7 +271,7 @@ NAMED_ELSEWHERE = {
     # Others in other releases.
     "_jax.versions": {"jit", "pjit", "checkpoint", "remat2", "pcast"},
     "_program.siblings": {"convert_element_type"},  # values that differ by a cast
-    "_lora.mixed": {"ragged_dot_general"},  # which JAX has no such `vmap` of
+    "_lora.mixed_entries": {"ragged_dot_general"},  # which JAX has no such `vmap` of
     "_formats": {"checkpoint"},  # the door
     "__init__": {"checkpoint"},  # the door
 }

@@ -9,8 +9,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .initializers import INITIALIZERS
-from .other_names import FROM_DATA, knows_other_names
+from .fields import (
+    check_bool,
+    check_factor,
+    check_init,
+    check_rank,
+    check_seed,
+    floating,
+    positive,
+    rate,
+)
+from .other_names import knows_other_names
 
 
 @knows_other_names
@@ -72,9 +81,16 @@ class LoraConfig:
             first batch axis of a kernel.
         full: train the matched leaves whole instead of adapting them (norm scales,
             biases, heads); their adapter entry is a plain array.
-        variant: "loha" for `HadamardFactors`, or the name of another variant that has
-            been added to `jlora/_adapter/variants`; "lora" for those that are told by
-            the fields above.
+        variant: "loha" for `HadamardFactors`, "lora_fa" for `FixedFactors`, "lora_xs"
+            for `CoreFactors`, "vera" for `VectorFactors`, "lokr" for
+            `KroneckerFactors`, "ia3" for `KernelScale`, or the name of another variant
+            that has been added to `jlora/_adapter/variants`; "lora" for those that are
+            told by the fields above. Those without a factor `a` that is drawn do not
+            look at `init`.
+        projection_seed: with "vera", what the random matrices follow from.
+        decompose_factor: with "lokr", how many parts inputs and outputs are cut into,
+            each where it divides them; -1 for near their square roots.
+        scale_side: with "ia3", whether inputs ("in") or outputs ("out") are scaled.
 
     Raises:
         ValueError: if a value is out of its range or a pattern is no regex.
@@ -113,19 +129,22 @@ class LoraConfig:
     batch: int | Sequence[int] | None = None
     layers: Sequence[int] | None = None
     variant: str = "lora"
+    projection_seed: int = 0
+    decompose_factor: int = -1
+    scale_side: str = "out"
 
     def __post_init__(self) -> None:
         """Normalises patterns and dtype, and checks every field."""
         for field in ("target", "exclude"):
             value = _patterns(field, getattr(self, field))
             object.__setattr__(self, field, value)
-        object.__setattr__(self, "dtype", _floating(self.dtype))
-        object.__setattr__(self, "alpha", _positive("alpha", self.alpha))
-        _check_rank(self.rank)
-        _check_init(self.init, self.rank)
-        object.__setattr__(self, "dropout", _rate(self.dropout))
+        object.__setattr__(self, "dtype", floating(self.dtype))
+        object.__setattr__(self, "alpha", positive("alpha", self.alpha))
+        check_rank(self.rank)
+        check_init(self.init, self.rank)
+        object.__setattr__(self, "dropout", rate(self.dropout))
         for field in ("rslora", "dora", "full"):
-            _check_bool(field, getattr(self, field))
+            check_bool(field, getattr(self, field))
         if self.bias not in BIASES:
             hint = "; PEFT's 'lora_only' is 'adapted' here"
             hint = hint if self.bias == "lora_only" else ""
@@ -137,6 +156,12 @@ class LoraConfig:
         object.__setattr__(self, "layers", layers and tuple(sorted(layers)))
         object.__setattr__(self, "slices", _slices(self.slices))
         object.__setattr__(self, "batch", _axes(self.batch))
+        check_seed("projection_seed", self.projection_seed)
+        check_factor(self.decompose_factor)
+        if self.scale_side not in ("in", "out"):
+            raise ValueError(
+                f'`LoraConfig.scale_side` is "in" or "out", got {self.scale_side!r}'
+            )
         if not isinstance(self.variant, str):
             raise TypeError(f"`LoraConfig.variant` is a name, got {self.variant!r}")
         _check_one_kind(self)
@@ -165,10 +190,13 @@ class LoraConfig:
         """
         plain = {**dataclasses.asdict(self), "dtype": jnp.dtype(self.dtype).name}
         # So that a jlora that knows neither can read it.
-        for name, default in (("variant", "lora"), ("layers", None)):
-            if plain[name] == default:
-                del plain[name]
-        return plain
+        late = ("variant", "layers", "projection_seed", "decompose_factor")
+        late += ("scale_side",)
+        return {
+            name: value
+            for name, value in plain.items()
+            if name not in late or value != getattr(LoraConfig, name)
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
@@ -290,61 +318,3 @@ def _check_one_kind(config: "LoraConfig") -> None:
             raise ValueError(
                 f"`LoraConfig.{field}` goes with a config that adapts kernels"
             )
-
-
-def _check_rank(rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"`LoraConfig.rank` must be an int, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"`LoraConfig.rank` must be at least 1, got {rank}")
-
-
-def _check_init(init: Any, rank: int) -> None:
-    if init not in INITIALIZERS:
-        known = ", ".join(map(repr, INITIALIZERS))
-        from_data = isinstance(init, str) and init.lower() in FROM_DATA
-        hint = f". Call `jlora.{init.lower()}` with a new adapter" if from_data else ""
-        raise ValueError(
-            f"`LoraConfig.init` must be one of {known}; got {init!r}{hint}"
-        )
-    if init == "orthogonal" and rank % 2:
-        raise ValueError(
-            "`LoraConfig(init='orthogonal')` shares an orthogonal matrix between both "
-            f"factors and needs an even rank, got {rank}"
-        )
-
-
-def _check_bool(field: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"`LoraConfig.{field}` must be True or False, got {value!r}")
-
-
-def _positive(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`LoraConfig.{field}` must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"`LoraConfig.{field}` must be finite and greater than 0, got {value!r}"
-        )
-    return float(value)
-
-
-def _rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`LoraConfig.dropout` must be a number, got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"`LoraConfig.dropout` must be at least 0 and less than 1, got {value!r}"
-        )
-    return float(value)
-
-
-def _floating(dtype: Any) -> Any:
-    """Returns the dtype object of a floating dtype."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(f"`LoraConfig.dtype` {dtype!r} is no dtype") from error
-    if not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"`LoraConfig.dtype` must be floating, got {found.name}")
-    return found

@@ -27,6 +27,7 @@ OTHER_NAMES = {
     "lora_bias": "bias",
     "init_lora_weights": "init",
     "trainable_token_indices": "rows",
+    "projection_prng_key": "projection_seed",
     "modules_to_save": "a config of its own, `jlora.LoraConfig(pattern, full=True)`",
     "rank_pattern": "several configs, of which the first that matches decides",
     "alpha_pattern": "several configs, of which the first that matches decides",

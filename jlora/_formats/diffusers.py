@@ -200,7 +200,7 @@ FORMAT = Format(
     read,
     write,
     suffix=".safetensors",
-    options=("prefix",),
+    options=("prefix", "convolutions"),
     placing=("names", "params"),
     of_torch=True,
     modules=modules,

@@ -328,7 +328,7 @@ FORMAT = Format(
     read,
     write,
     suffix=".gguf",
-    options=("architecture", "base"),
+    options=("architecture", "base", "convolutions"),
     placing=("names", "params", "base"),
     told_in_part=told_in_part,
     of_torch=True,

@@ -311,7 +311,7 @@ FORMAT = Format(
     read,
     write,
     suffix=".safetensors",
-    options=("prefix",),
+    options=("prefix", "convolutions"),
     placing=("names", "params", "base"),
     told_in_part=told_in_part,
     of_torch=True,

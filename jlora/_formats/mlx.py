@@ -33,6 +33,11 @@ Configs = LoraConfig | tuple[LoraConfig, ...]
 
 # The modules that hold packed experts.
 _PACKING = ("switch_mlp", "switch_glu", "experts")
+# What torch calls the parts of an expert in some models.
+_PARTS = {
+    "gate_proj": ("w1",), "up_proj": ("w3",), "down_proj": ("w2",),
+    "fc1": ("up_proj",), "fc2": ("down_proj",),
+}  # fmt: skip
 
 # --- reading ---
 
@@ -211,19 +216,22 @@ def lost(path: Path, target: str, *, ignore: Collection[str] = ()) -> str | None
     )
 
 
-def as_peft(path: Path, ignore: Collection[str] = ()) -> AdapterFiles:
+def as_peft(
+    path: Path, ignore: Collection[str] = (), names: Collection[str] = ()
+) -> AdapterFiles:
     """Returns a folder as the files of PEFT that mean the same.
 
+    Args:
+        path: the folder.
+        ignore: as for `read`.
+        names: those of the base's tensors, which tell what it calls its experts.
+
     Raises:
-        UnsupportedFeatureError: if there are experts, which torch has other names for.
+        UnsupportedFeatureError: if there are experts in what torch has no name for.
     """
     files = read_files(path, ignore)
-    if files.experts:
-        raise UnsupportedFeatureError(
-            f"{files.where} has packed experts, {sorted(files.experts)[:3]}, which "
-            "torch calls otherwise; merge the adapter by mlx-lm's `fuse`"
-        )
     modules = {module.name: module for module in files.modules}
+    modules |= {one.name: one for one in _experts_apart(files, names)}
     config = PeftConfig(
         r=files.rank,
         lora_alpha=files.scaling * files.rank,
@@ -233,6 +241,32 @@ def as_peft(path: Path, ignore: Collection[str] = ()) -> AdapterFiles:
     )
     scalings = dict.fromkeys(modules, files.scaling)
     return AdapterFiles(config, modules, {}, files.where, scalings=scalings)
+
+
+def _experts_apart(files: MlxFiles, names: Collection[str]) -> list[TorchModule]:
+    """Returns each expert as a module under the name that torch has for it.
+
+    Torch calls the experts of a layer `experts`, and those that are packed on disk are
+    known by the same names.
+    """
+    strange = [n for n in files.experts if n.split(".")[-2:-1][0] not in _PACKING]
+    if strange:
+        raise UnsupportedFeatureError(
+            f"{files.where} has packed experts, {strange[:3]}, in none of "
+            f"{list(_PACKING)}: torch's names for them are not known; merge the "
+            "adapter by mlx-lm's `fuse`"
+        )
+    found = []
+    for name, (a, b) in files.experts.items():
+        inside, _, part = name.rpartition(".")
+        layer = inside.rpartition(".")[0]
+        owner = f"{layer.removesuffix('.experts')}.experts"
+        others = [n for n in _PARTS.get(part, ()) if f"{owner}.0.{n}.weight" in names]
+        part = next(iter(others), part)
+        for number, pair in enumerate(zip(a, b, strict=True)):
+            own = f"{owner}.{number}.{part}"
+            found.append(TorchModule(own, *pair, files.scaling))
+    return found
 
 
 FORMAT = Format(

@@ -13,6 +13,7 @@ from .._files.shapes import read_shapes
 _DEFAULTS = {
     "names": None, "params": None, "alpha": None, "base": None, "base_model": None,
     "profile": "peft", "model_type": None, "prefix": None, "architecture": None,
+    "convolutions": False,
 }  # fmt: skip
 
 
@@ -83,6 +84,12 @@ def _add_options_of_peft(convert: argparse.ArgumentParser) -> None:
 def _add_options_of_files(convert: argparse.ArgumentParser) -> None:
     """Adds what is said of the files of other libraries that are written."""
     convert.add_argument(
+        "--convolutions",
+        action="store_true",
+        help="writing torch's names from a checkpoint: kernels of several input axes "
+        "are those of convolutions, (*window, in, out), which it does not tell itself",
+    )
+    convert.add_argument(
         "--prefix",
         metavar="NAME",
         help="writing kohya: what stands before names, such as lora_unet; writing "
@@ -142,6 +149,10 @@ def options(
         raise ValueError(
             f"{given.source} is of {source.name} and becomes {target.name}, which has "
             f"no place for {', '.join(vain)}; leave that out"
+        )
+    if {"convolutions", "names"} <= asked.keys():
+        raise ValueError(
+            "--names says what the kernels of a family are; leave --convolutions out"
         )
     if "params" in placing:
         placing["params"] = read_shapes(placing["params"])

@@ -29,6 +29,11 @@ from .._torch.names import Names
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
 _OF_MLX = "adapters.safetensors"
+_BIASES = (".bias", ".base_layer.bias")
+_NO_SHAPES = (
+    "how many inputs a module has its files do not tell, nor whether it is a "
+    "convolution"
+)
 
 
 def holds(path: Path) -> bool:
@@ -63,6 +68,8 @@ def read(
     files, base = read_files(path, ignore=ignore), base_given(params, names)
     if base is not None:
         return configured_adapter(files, base)
+    if files.kind != "LORA":
+        raise UnsupportedFeatureError(f"{path} is of {files.kind}: {_NO_SHAPES}")
     sides = dict.fromkeys(_of_unknown_sides(files), False) | _exchanged(files)
     own = dataclasses.replace(files, whole=_trained_whole(files), exchanged=sides)
     return configured_adapter(own, params_alone(own).base())
@@ -121,10 +128,19 @@ def write(
 def told_in_part(path: Path, *, ignore: Sequence[str] = ()) -> str | None:
     """Returns what the files of PEFT do not tell of an adapter without its params."""
     files, load = read_files(path, ignore=ignore), "`jlora.peft.load`"
+    if files.kind != "LORA":
+        return f"{_NO_SHAPES}; load them with their params by {load}"
     if files.rows:
         return (
             f"of {list(files.rows)[:5]} the files have some rows, and not how many the "
             f"tables have; load them with their params by {load}"
+        )
+    if _may_lack_biases(files):
+        return (
+            f"{path} says that the biases of adapted modules are trained, and has "
+            "none: PEFT before 0.21 does not save those of `lora_only`, and whether "
+            "the modules have biases no file tells. Load it with the params by "
+            f"{load}, which knows, or do without them: --ignore bias"
         )
     if square := _of_unknown_sides(files):
         return (
@@ -154,7 +170,7 @@ FORMAT = Format(
     holds,
     read,
     write,
-    options=("names", "base_model", "profile", "model_type"),
+    options=("names", "base_model", "profile", "model_type", "convolutions"),
     placing=("names", "params"),
     told_in_part=told_in_part,
     lost=lost,
@@ -172,9 +188,18 @@ def _check_layouts(adapter: Mapping[str, Any], convolutions: bool) -> None:
         raise UnsupportedFeatureError(
             f"{', '.join(found)}: a checkpoint does not tell whether these are dense "
             "kernels of several input axes, convolutions, or something else that PEFT "
-            "keeps in another way. Give --names of a family that has them, or call "
-            "`jlora.peft.save` with a plan and rules"
+            "keeps in another way. Give --names of a family that has them, "
+            "--convolutions if they are, or call `jlora.peft.save` with a plan and "
+            "rules"
         )
+
+
+def _may_lack_biases(files: AdapterFiles) -> bool:
+    """Returns whether trained biases may be missing, as PEFT forgets some of them."""
+    told = files.config.bias == "lora_only" and not files.config.decided_by_keys("bias")
+    saves = files.version is not None and files.version >= (0, 21, 0)
+    ends = {f"{name}{end}" for name in files.modules for end in _BIASES}
+    return told and not saves and bool(files.modules) and ends.isdisjoint(files.whole)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from .dtypes import is_workable, summed_in
+from .dtypes import common, is_workable, summed_in
 from .sharding import dot_sharding, explicit_sharding
 from .unless_cpu import unless_cpu
 from .versions import RANK_FIRST_ON_CPU
@@ -82,7 +82,7 @@ def _wide_dot(
     rhs: jax.Array,
 ) -> jax.Array:
     if on_cpu:
-        lhs, rhs = (v.astype(jnp.promote_types(v.dtype, dtype)) for v in (lhs, rhs))
+        lhs, rhs = (v.astype(common(v.dtype, dtype)) for v in (lhs, rhs))
     return dot(lhs, rhs, contract, batch, dtype, precision)
 
 

@@ -1,7 +1,8 @@
 """From the entries of an adapter to what the program is evaluated with."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,40 @@ from .._adapter.dora import output_scale
 from .._adapter.factors import LoraFactors
 from .._adapter.variants import variant_of_entry
 from .._jax.versions import manual_axes, vary
-from .._params.axes import expand
+from .._params.axes import KernelAxes, expand
 from .._params.lazy import Lazy, check_frozen, dense
 from .._params.quantized import Quantized
 from .._product.dropout import key_words
 from .._program.interpret import outputs_of
 from .._program.trace import Traced
 from .._rules.adapted import Adapted
+from .._rules.view import Log
+
+
+class Given(NamedTuple):
+    """An adapter, of which it may still depend on its uses what is evaluated.
+
+    Attributes:
+        shapes: the adapter, or one of the same shapes.
+        arrays: by path what varies, along axes of a `shard_map`, as the entries do.
+        entries: the entries to evaluate with, from what the analysis has seen.
+    """
+
+    shapes: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+    entries: Callable[[Log], Mapping[str, Any]]
+
+
+class Gated(NamedTuple):
+    """Factors of several adapters side by side along the rank, and a gate on it.
+
+    Attributes:
+        factors: the factors.
+        gate: what `x·a` goes through, of shape (rank,), see `_product.gate`.
+    """
+
+    factors: LoraFactors
+    gate: jax.Array
 
 
 def adapted(
@@ -30,12 +58,20 @@ def adapted(
 
     Args:
         leaf: the frozen leaf.
-        entry: what the adapter holds of it.
+        entry: what the adapter holds of it, or `Gated` factors.
         key: a PRNG key of its own for dropout, or None for none.
         rate: the share of inputs that dropout sets to zero.
         cut: the axes of a shard_map that the input axes of a DoRA kernel are cut along.
     """
+    if isinstance(entry, Gated):
+        value = adapted(leaf, entry.factors, key, rate)
+        gate = entry.gate.reshape(*[1] * value.base.ndim, -1)
+        parts = [dataclasses.replace(part, gate=gate) for part in value.parts]
+        return dataclasses.replace(value, parts=tuple(parts))
     variant = variant_of_entry(entry)
+    if side := variant.scaled_side(entry):
+        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
+        return with_scale(leaf, entry.axes, side, entry.scale)
     entry = variant.lowered(entry, dense(leaf) if variant.reads(entry) else leaf)
     if isinstance(entry, LoraFactors):
         leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
@@ -65,6 +101,14 @@ def with_factors(
     scale: Any = output_scale(dense(kernel), factors, cut)
     scale = expand(scale[..., None], axes.batch + axes.out, axes.ndim)
     return dataclasses.replace(value, scale=scale)
+
+
+def with_scale(
+    kernel: jax.Array | Lazy, axes: KernelAxes, side: str, scale: jax.Array
+) -> Adapted:
+    """Returns a kernel with a scale of its inputs or outputs, and nothing to add."""
+    along = axes.batch + (axes.in_ if side == "in" else axes.out)
+    return Adapted(kernel, (), expand(scale[..., None], along, axes.ndim))
 
 
 def lazily(traced: Traced) -> list[Any]:

@@ -1,8 +1,9 @@
 """One batch whose examples use different adapters: the body of `Lora.apply_mixed`.
 
-Every example gets its own row of the stacked adapter and is mapped over by `jax.vmap`,
-which leaves the base, mapped over by nothing, one operand of one product. What that
-takes on a mesh with Explicit axes is in `_lora.mixed_mesh`.
+Every example is mapped over by `jax.vmap`, which leaves the base, mapped over by
+nothing, one operand of one product. What it gets of the stacked adapter is said in
+`_lora.mixed_entries`; what all that takes on a mesh with Explicit axes in
+`_lora.mixed_mesh`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .._adapter.factors import Adapter, LoraFactors
 from .._adapter.instead import check_order
 from .._algebra.stackable import count_of
-from .._errors import UnsupportedFeatureError
-from .._jax.dots import as_laid_out
 from .._params.given import check_key
 from .._params.paths import FlatParams, PyTree, is_array
 from .mixed_arguments import Arguments, Outputs, split_key
-from .mixed_mesh import Examples, take_rows
+from .mixed_entries import Mixture
+from .mixed_mesh import Examples
 
 Axes = Any  # an int, None, or a tree of them that is a prefix of another
 
@@ -37,7 +36,7 @@ def run_mixed(
     in_axes: Axes,
     out_axes: Axes,
 ) -> Any:
-    """Returns `apply(params, adapter, *args, **kwargs)` with an adapter per example."""
+    """Returns `apply(params, given, args, kwargs, key)` with an adapter per example."""
     check_order(params, stacked, _ORDER)
     count = count_of(stacked)
     index = _checked(index, count)
@@ -59,7 +58,7 @@ _ORDER = (
 class _Call(NamedTuple):
     """A call, all arrays of which may be moved to another mesh."""
 
-    apply: Callable[..., Any]
+    apply: Callable[..., Any]  # of params, `Given`, args, kwargs, and a dropout key
     params: PyTree
     stacked: dict[str, Any]
     index: Any
@@ -105,24 +104,25 @@ def _on_any_mesh(call: _Call, outputs: "Outputs") -> list[jax.Array]:
 
 def _mapped(call: _Call, outputs: "Outputs", examples: Examples) -> list[jax.Array]:
     """Returns the outputs of all examples, along axis 0 of each array."""
-    count, arguments = count_of(call.stacked), call.arguments
-    base = FlatParams.of(call.params).by_path()
+    mixture = Mixture(
+        call.stacked,
+        count_of(call.stacked),
+        FlatParams.of(call.params).by_path(),
+        examples,
+        call.index.shape[0],
+    )
 
-    def one(
-        index: jax.Array, row: Adapter, own: Sequence[jax.Array], key: Any
-    ) -> list[jax.Array]:
-        args, kwargs = arguments.of_one(own)
-        adapter = _picked(row, index, count, base)
-        out = call.apply(call.params, adapter, *args, lora_dropout_key=key, **kwargs)
-        return outputs.strip(out)
+    def one(index: jax.Array, own: Sequence[jax.Array], key: Any) -> list[jax.Array]:
+        args, kwargs = call.arguments.of_one(own)
+        given = mixture.of_one(index)
+        return outputs.strip(call.apply(call.params, given, args, kwargs, key))
 
     mapped = [examples.laid_out(*pair) for pair in call.pairs]
     keys = None if call.keys is None else mapped.pop()
     index = jnp.asarray(mapped.pop())
-    rows = take_rows(call.stacked, jnp.clip(index, 0, count - 1), examples)
     # Out axes are known once `one` has been traced: put where they belong afterwards.
-    each = jax.vmap(one, in_axes=(0, 0, arguments.mapped_axes, 0))
-    return each(index, rows, mapped, keys)
+    each = jax.vmap(one, in_axes=(0, call.arguments.mapped_axes, 0))
+    return each(index, mapped, keys)
 
 
 def _mapped_on_split(
@@ -141,30 +141,6 @@ def _mapped_on_split(
         return [examples.from_split(array) for array in found]
 
     return run(arrays)
-
-
-def _picked(
-    row: Adapter, index: jax.Array, count: int, base: Mapping[str, Any]
-) -> Adapter:
-    """Returns one adapter; below 0 one that changes nothing, from `count` on NaNs.
-
-    Out of range `row` is the nearest one.
-    """
-    inside = (index >= 0) & (index < count)
-    fill = jnp.where(index < 0, 0.0, jnp.nan)
-    adapter = dict(row)
-    for path, entry in row.items():
-        if isinstance(entry, LoraFactors):
-            # Both zero: the nearest row, which is read below 0, may hold NaNs in a.
-            a = jnp.where(index < 0, 0, entry.a).astype(entry.a.dtype)
-            b = jnp.where(inside, entry.b, fill.astype(entry.b.dtype))
-            adapter[path] = LoraFactors(a, b, entry.axes, entry.scaling)
-        elif path in base:  # if it is not, `apply` says so
-            own = jnp.asarray(base[path])
-            other = jnp.where(index < 0, own, jnp.nan)
-            entry = as_laid_out(entry.astype(own.dtype), own)
-            adapter[path] = jnp.where(inside, entry, other)
-    return adapter
 
 
 def _checked(index: Any, count: int) -> Any:
@@ -187,14 +163,3 @@ def _checked(index: Any, count: int) -> Any:
             f"{', '.join(wrong)}"
         )
     return index
-
-
-def refuse_ragged(uses: Sequence[Any]) -> None:
-    """Raises if kernels reach a ragged product, which JAX cannot map; names all."""
-    paths = {u.path for u in uses if u.primitive == "ragged_dot_general"}
-    if paths:
-        raise UnsupportedFeatureError(
-            f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
-            "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
-            "i), ...)` with the examples of adapter i"
-        )

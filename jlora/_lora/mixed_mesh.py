@@ -9,10 +9,13 @@ place by that, but for params that are sharded over "data" too: they are gathere
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .._jax.sharding import explicit_sharding, names_of_entry, spec_of
@@ -53,6 +56,19 @@ class Examples:
     def laid_out(self, array: Any, axis: int) -> Any:
         """Returns an array whose examples are where all others are."""
         return array if self.mesh is None else self._moved(array, axis, lambda n: n)
+
+    @property
+    def devices(self) -> int:
+        """The number of devices that the examples are sharded over, as types say it."""
+        return math.prod(self.mesh.shape[name] for name in self.names)
+
+    def whole_across(self, array: jax.Array) -> jax.Array:
+        """Returns an array that is not sharded over the mesh axes of the examples."""
+        if self.mesh is None:
+            return array
+        entries = [_without(entry, self.names) for entry in spec_of(array)]
+        place = NamedSharding(_abstract(self.mesh), PartitionSpec(*entries))
+        return jax.sharding.reshard(array, place)
 
     def split(self) -> "Examples":
         """Returns the examples on a mesh on which no function can have named theirs."""
@@ -97,12 +113,20 @@ def _entry(names: Sequence[str]) -> Any:
 
 def take_rows(stacked: Any, index: jax.Array, examples: Examples) -> Any:
     """Returns the rows of every array for the examples, along axis 0."""
+    return _taken(stacked, index, examples, [examples.entry])
 
+
+def take_row(stacked: Any, index: jax.Array, examples: Examples) -> Any:
+    """Returns one row of every array, laid out as `take_rows` lays out each."""
+    return _taken(stacked, index, examples, [])
+
+
+def _taken(stacked: Any, index: jax.Array, examples: Examples, first: list[Any]) -> Any:
     def of(leaf: jax.Array) -> jax.Array:
         place = None
         if examples.mesh is not None:
             others = [_without(e, examples.names) for e in spec_of(leaf)[1:]]
-            spec = PartitionSpec(examples.entry, *others)
+            spec = PartitionSpec(*first, *others)
             place = NamedSharding(_abstract(examples.mesh), spec)
         return leaf.at[index].get(mode="promise_in_bounds", out_sharding=place)
 
@@ -115,6 +139,24 @@ def _without(entry: Any, names: Sequence[str]) -> Any:
 
 def _abstract(mesh: Any) -> Any:
     return getattr(mesh, "abstract_mesh", mesh)
+
+
+def joined_along(array: jax.Array, axis: int) -> jax.Array:
+    """Returns an array with its first axis merged into another, which comes after it.
+
+    Args:
+        array: an array with neither of the two axes sharded.
+        axis: the place of the other axis in the result.
+    """
+    moved = jnp.moveaxis(array, 0, axis)
+    sizes, spec = list(moved.shape), list(spec_of(moved))
+    sizes[axis : axis + 2], spec[axis : axis + 2] = (
+        [sizes[axis] * sizes[axis + 1]],
+        [None],
+    )
+    sharding = explicit_sharding(moved)
+    place = None if sharding is None else sharding.update(spec=PartitionSpec(*spec))
+    return lax.reshape(moved, sizes, out_sharding=place)
 
 
 def whole_along(array: jax.Array, axis: int) -> jax.Array:

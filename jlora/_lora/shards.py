@@ -18,10 +18,12 @@ from .._params.paths import FlatParams, matching
 
 Cuts = dict[str, tuple[str, ...]]
 # From patterns of paths to the mesh axes, one or several or none, of each kernel.
-Given = Mapping[str, str | tuple[str, ...]] | None
+InputShards = Mapping[str, str | tuple[str, ...]] | None
 
 
-def input_cuts(params: FlatParams, adapter: Mapping[str, Any], given: Given) -> Cuts:
+def input_cuts(
+    params: FlatParams, adapter: Mapping[str, Any], given: InputShards
+) -> Cuts:
     """Returns the mesh axes along which the inputs of each DoRA kernel are cut.
 
     Where `a` is the same along an axis, the inputs are not cut along it.
@@ -66,7 +68,7 @@ def input_cuts(params: FlatParams, adapter: Mapping[str, Any], given: Given) -> 
     return axes
 
 
-def _told(given: Given) -> Cuts:
+def _told(given: InputShards) -> Cuts:
     if given is None:
         return {}
     if not isinstance(given, Mapping):

@@ -12,6 +12,7 @@ from .._adapter.config import LoraConfig
 from .._adapter.entries import axes_of
 from .._adapter.factors import Adapter
 from .._adapter.instead import check_unboxed
+from .._adapter.variants import variant_of_entry
 from .._errors import LeftOutWarning
 from .._jax.keys import key_of
 from .._params.given import check_key
@@ -21,17 +22,17 @@ from .._params.quantized import Quantized
 from .._plan.new_entry import new_entry
 from .._plan.plan import Plan
 from .._plan.problems import left_out
-from .._plan.program import program_of
+from .._plan.program import program_of, scale_of
 from .._plan.select import dropout_rates
 from .._product.choice import Contraction
 from .._program.inputs import input_stats
 from .._program.trace import Traced, trace
 from .._rules.view import Log
-from .adapt import adapted, evaluated, lazily
+from .adapt import Given, adapted, evaluated, lazily
 from .arguments import FORGOTTEN_KEY
 from .call import Call
-from .mixed import refuse_ragged, run_mixed
-from .shards import Given, input_cuts
+from .mixed import run_mixed
+from .shards import InputShards, input_cuts
 from .state_dicts import register_if_imported
 
 Materialize = Literal["error", "allow"]
@@ -124,7 +125,7 @@ class Lora:
         /,
         *args: Any,
         lora_dropout_key: jax.Array | None = None,
-        lora_input_shards: Given = None,
+        lora_input_shards: InputShards = None,
         **kwargs: Any,
     ) -> Any:
         """Returns what `fn` returns with `W + ΔW` for each adapted kernel `W`.
@@ -154,32 +155,31 @@ class Lora:
                 rule.
             UnsupportedFeatureError: if a DoRA kernel may be one of several shards.
         """
+        given = Given(adapter, adapter, lambda log: adapter)
         key, shards = lora_dropout_key, lora_input_shards
-        return self._apply(params, adapter, args, kwargs, key, shards=shards)
+        return self._apply(params, given, args, kwargs, key, shards)
 
     def _apply(
         self,
         params: PyTree,
-        adapter: Mapping[str, Any],
+        given: Given,
         args: Sequence[Any],
         kwargs: dict[str, Any],
         key: jax.Array | None,
-        check: Callable[[Sequence[Any]], None] = lambda uses: None,
-        shards: Given = None,
+        shards: InputShards = None,
     ) -> Any:
-        """Returns what `apply` does, if `check` does not raise at a use of a kernel."""
+        """Returns what `apply` does, with the entries that are given for the uses."""
         if key is not None:
             check_key(key, "lora_dropout_key")
         flat = FlatParams.of(params)
-        check_adapter(flat, adapter)
-        check_unboxed(adapter)
-        cuts = input_cuts(flat, adapter, shards)
-        flat = as_varying(flat, adapter)
-        traced, program, log = self._program(flat, params, adapter, args, kwargs)
-        check(log.uses)
+        check_adapter(flat, given.shapes)
+        check_unboxed(given.shapes)
+        cuts = input_cuts(flat, given.shapes, shards)
+        flat = as_varying(flat, given.arrays)
+        traced, program, log = self._program(flat, params, given.shapes, args, kwargs)
         inputs = lazily(traced)
         dropout = self._dropout(flat, traced, key)
-        for path, entry in adapter.items():
+        for path, entry in given.entries(log).items():
             place = traced.positions[path]
             inputs[place] = adapted(
                 inputs[place], entry, *dropout(path), cuts.get(path, ())
@@ -200,11 +200,14 @@ class Lora:
     ) -> Any:
         """Returns what `apply` returns when each example has an adapter of its own.
 
-        The base product stays one product over all examples; each low-rank product
-        takes the factors of its example. `fn` sees one example at a time, with an axis
-        of size 1 in the place of the examples: what it computes over a batch (a mean
-        loss, batch statistics) is over that one. Under `jax.jit` other adapters of the
-        same shapes (`jlora.put`) and other indices run the same program.
+        The base product stays one product over all examples. Where it is cheaper, as in
+        decoding, the low-rank ones do too: `x·a` of all adapters side by side, of which
+        each example keeps its own columns. Elsewhere (long prompts, many more adapters
+        than examples, convolutions) each example takes a copy of its factors. `fn` sees
+        one example at a time, with an axis of size 1 in the place of the examples: what
+        it computes over a batch (a mean loss, batch statistics) is over that one. Under
+        `jax.jit` other adapters of the same shapes (`jlora.put`) and other indices run
+        the same program.
 
         Args:
             params: the frozen params.
@@ -236,20 +239,7 @@ class Lora:
                 which JAX cannot map over examples.
         """
         call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
-        return run_mixed(self._apply_one, params, stacked, index, *call)
-
-    def _apply_one(
-        self,
-        params: PyTree,
-        adapter: Mapping[str, Any],
-        /,
-        *args: Any,
-        lora_dropout_key: jax.Array | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Returns what `apply` does, but for kernels that JAX cannot map over."""
-        key = lora_dropout_key
-        return self._apply(params, adapter, args, kwargs, key, refuse_ragged)
+        return run_mixed(self._apply, params, stacked, index, *call)
 
     def inputs(
         self, /, *args: Any, lora_sketch: int | None = None, **kwargs: Any
@@ -324,12 +314,15 @@ class Lora:
         call = [*args[: self.argnum], params, *args[self.argnum :]]
         traced = trace(self.fn, self.argnum, call, kwargs, flat)
         axes = {p: a for p, e in adapter.items() if (a := axes_of(e)) is not None}
-        dora = {
-            p for p, e in adapter.items() if getattr(e, "magnitude", None) is not None
+        has_magnitude = lambda e: getattr(e, "magnitude", None) is not None
+        scales = {
+            p: scale
+            for p, e in adapter.items()
+            if (scale := scale_of(variant_of_entry(e), e, has_magnitude(e)))
         }
         whole = adapter.keys() - axes.keys()
         how = self.materialize, self.contraction
-        found = program_of(traced, axes, *how, dora, whole)
+        found = program_of(traced, axes, *how, scales, whole)
         return traced, *found
 
     def _dropout(

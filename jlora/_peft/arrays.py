@@ -25,9 +25,3 @@ def on_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
-
-
-def wait_for_all(what: str) -> None:
-    """Returns when every process is here, so that what one wrote is there for all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

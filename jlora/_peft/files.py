@@ -16,6 +16,7 @@ from .config_file import parse_config
 from .digest import check_seal, seal_of
 from .keys import sort_keys
 from .read import AdapterFiles
+from .relatives import as_lora, is_relative
 from .rows import KEY
 from .sides import version_of
 
@@ -48,8 +49,15 @@ def read_files(
     _check_present(folder)
     text = read_file(config_file, JSON_LIMIT)
     values = parse_json(text, str(config_file))
-    config = parse_config(values, str(config_file), ignore)
-    tensors, metadata = read_tensors(weights_file, max_bytes)
+    kind = "LORA"
+    if is_relative(values):
+        kind = values["peft_type"]
+        tensors, metadata = read_tensors(weights_file, max_bytes)
+        values, tensors = as_lora(values, tensors, str(folder))
+        config = parse_config(values, str(config_file), ignore)
+    else:
+        config = parse_config(values, str(config_file), ignore)
+        tensors, metadata = read_tensors(weights_file, max_bytes)
     scalings = check_seal(metadata, tensors, config, str(folder))
     if not allow_nonfinite:
         check_finite(tensors, str(weights_file))
@@ -66,6 +74,7 @@ def read_files(
         rows,
         scalings,
         version_of(values.get("peft_version")),
+        kind=kind,
     )
 
 

@@ -1,7 +1,7 @@
 """The weights of a model on disk, under the names that an adapter has for them."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -15,6 +15,8 @@ from .._torch.renames import ERAS, halves, is_packed, packs, part_of_pack, renam
 
 # Kinds of packed experts that are not (experts, out, in) on disk.
 _TURNED = frozenset(("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"))
+# Kinds in which the features of gate and up alternate.
+_ALTERNATING = frozenset(("gpt_oss", "openai_privacy_filter"))
 # What is changed of a tensor on disk: of some of its rows, and by which entry.
 Change: TypeAlias = tuple[Any, Any]
 _ALL: Any = ...  # of a tensor without axes, too
@@ -29,11 +31,13 @@ class View:
             other along its rows.
         rows: which rows of a single piece it is.
         packed: whether there is an axis of experts.
+        turned: whether it is `(in, out)`.
     """
 
     pieces: tuple[tuple[str, ...], ...]
     rows: Any = _ALL
     packed: bool = False
+    turned: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -122,6 +126,10 @@ class NamedWeights(Mapping[str, np.ndarray]):
         wide = _struct(first, rows)
         return jax.ShapeDtypeStruct((len(view.pieces), *wide.shape), wide.dtype)
 
+    def is_turned(self, name: str) -> bool:
+        """Returns whether a tensor is known to be `(in, out)`."""
+        return self._views[name].turned
+
     def changes(self, entries: Mapping[str, Any]) -> dict[str, list[Change]]:
         """Returns what entries change, by names on disk."""
         found: dict[str, list[Change]] = {}
@@ -177,8 +185,9 @@ def _best(weights: Weights, types: ModelTypes, wanted: Collection[str]) -> Views
             others |= {own: other[own] for own in tensors.get(name, [name])}
     for name in wanted:
         if not any(name in more for _, more in found):
+            every = [views, *(more for more, _ in found)]
             others |= _renamed(name, types, views) or _expert(
-                name, types, views, weights
+                name, types, every, weights
             )
     whole = {n for view in others.values() if view.rows is _ALL for n in view.names}
     kept = {n: v for n, v in views.items() if whole.isdisjoint(v.names)}
@@ -205,23 +214,44 @@ def _renamed(name: str, types: ModelTypes, views: Views) -> Views:
     return {}
 
 
-def _expert(name: str, types: ModelTypes, views: Views, weights: Weights) -> Views:
-    """Returns the part of a packed parameter that an expert is, `(out, in)`."""
-    if types.experts_in_first() is not False or types.kinds & _TURNED:
+def _expert(
+    name: str, types: ModelTypes, every: Sequence[Views], weights: Weights
+) -> Views:
+    """Returns the part of a packed parameter that an expert is.
+
+    It is `(out, in)`, or `(in, out)` as it is kept on disk.
+    """
+    turned = is_in_first(types)
+    if turned is None:
         return {}
     for era in ERAS:
         owner, _, part = renamer(types, era)(f"{name}.weight")[:-7].rpartition(".")
         owner, _, number = owner.rpartition(".")
         for parameter, (index, count) in part_of_pack(part).items():
-            view = views.get(f"{owner}.{parameter}")
+            own = f"{owner}.{parameter}"
+            view = next((views[own] for views in every if own in views), None)
             if view is None or view.packed or not number.isdigit():
                 continue
             shape = weights.shape(view.names[0]).shape
-            if len(shape) == 3 and int(number) < shape[0] and not shape[1] % count:
-                n = shape[1] // count
-                rows = (int(number), slice(index * n, (index + 1) * n))
-                return {f"{name}.weight": View(view.pieces, rows)}
+            n_outputs = shape[2 if turned else 1] if len(shape) == 3 else 0
+            if n_outputs and int(number) < shape[0] and not n_outputs % count:
+                n = n_outputs // count
+                part = slice(index * n, (index + 1) * n)
+                if count > 1 and types.kinds & _ALTERNATING:
+                    part = slice(index, None, count)
+                rows = (slice(None), part) if turned else (part,)
+                rows = (int(number), *rows)
+                return {f"{name}.weight": View(view.pieces, rows, turned=turned)}
     return {}
+
+
+def is_in_first(types: ModelTypes) -> bool | None:
+    """Returns whether packed experts are `(experts, in, out)` on disk, if it is known.
+
+    Of some kinds PEFT is told otherwise.
+    """
+    known = types.experts_in_first()
+    return True if types.kinds & _TURNED else known
 
 
 def _views(weights: Weights, types: ModelTypes, era: str) -> Views:

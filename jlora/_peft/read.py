@@ -20,6 +20,7 @@ from .config import PeftConfig
 from .experts import parameters_of, unpacked
 from .keys import check_dora
 from .lora_bias import read_lora_biases
+from .relatives import fitted
 from .rows import read_rows
 from .sides import NO_VERSION, Version, exchanged, refuse_square
 from .tables import check_head
@@ -52,6 +53,7 @@ class AdapterFiles:
     scalings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     version: Version | None = None
     exchanged: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    kind: str = "LORA"
 
 
 def without(files: AdapterFiles, left_out: Collection[str]) -> AdapterFiles:
@@ -138,6 +140,7 @@ def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
             with assembly.noting():
                 homes = assembly.homes(module)
                 binding = base.bindings[homes[0].path]
+                module = fitted(module, files.kind, base, binding.path)
                 for one in _as_configured(module, binding, files, base):
                     assembly.place(one, homes)
     assembly.problems += _not_selected(assembly.owners, files.config)

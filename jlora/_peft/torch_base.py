@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -159,7 +159,9 @@ def torch_base(
     _check_biases(leaves, files)
     types = types or ModelTypes()
     chosen = files.config.selects_parameter
-    turned = _turned(leaves, files, types)
+    known = [n for n in leaves if isinstance(weights, NamedWeights)]
+    known = {n for n in known if weights.is_turned(n)}  # type: ignore[union-attr]
+    turned = _turned(leaves, files, types, known)
     rules, axes = [], {}
     for module, tensors in files.modules.items():
         name = module.replace(".base_layer.", ".")
@@ -184,7 +186,10 @@ _WEIGHTS = {"weight": "same", "in_proj_weight": "mha"}
 
 
 def _turned(
-    leaves: Mapping[str, Any], files: AdapterFiles, types: ModelTypes
+    leaves: Mapping[str, Any],
+    files: AdapterFiles,
+    types: ModelTypes,
+    in_first: Collection[str],
 ) -> set[str]:
     """Returns the modules whose weight is `(in, out)`, as that of `Conv1D`.
 
@@ -201,6 +206,9 @@ def _turned(
         if leaf is None or factors.is_table or len(leaf.shape) != 2:
             continue
         given = (factors.a.shape[0], factors.b.shape[1])
+        if f"{name}.weight" in in_first:  # an expert, which is no `Conv1D`
+            turned.add(name)
+            continue
         known = types.is_conv1d(name)
         if given[0] == given[1] and known is None:
             square.append(name)
@@ -308,7 +316,7 @@ def _check_complete(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
 def _check_biases(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
     """Raises if the biases of adapted modules are trained, and the file has them not.
 
-    Releases of PEFT up to 0.19 do not save them where `bias` is "lora_only".
+    Releases of PEFT before 0.21 do not save them where `bias` is "lora_only".
     """
     if files.config.bias == "none":
         return
@@ -319,7 +327,7 @@ def _check_biases(leaves: Mapping[str, Any], files: AdapterFiles) -> None:
     if missing:
         raise AdapterError(
             f"{files.where}: {missing[:5]} are missing ({len(missing)} in all), which "
-            f"`bias`, {files.config.bias!r}, promises; PEFT up to 0.19 does not save "
+            f"`bias`, {files.config.bias!r}, promises; PEFT before 0.21 does not save "
             "them. To do without them, ignore the field `bias`"
         )
 

@@ -50,9 +50,7 @@ def for_vllm(
 def _check(modules: Sequence[TorchModule], whole: Collection[str]) -> None:
     kinds = {
         "drops what is trained whole": whole,
-        "has no adapters of convolutions": [
-            m.name for m in modules if "conv" in m.steps
-        ],
+        "has no adapters of convolutions": [m.name for m in modules if m.window],
         "has no names for the adapters of a fused attention": [
             m.name for m in modules if "mha" in m.steps or m.brought_by
         ],

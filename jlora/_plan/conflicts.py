@@ -12,7 +12,7 @@ from typing import Any
 from .._errors import AdapterError, TargetError
 from .._params.axes import KernelAxes
 from .._product.choice import Contraction
-from .._program.decide import decide
+from .._program.decide import SideScale, decide
 from .._program.discover import discover, settle
 from .._rules.view import Use, Value, View
 
@@ -33,7 +33,7 @@ def conflicts(
     axes: Mapping[str, KernelAxes],
     obstacles: Sequence[Use],
     contraction: Contraction,
-    dora: Collection[str] = (),
+    scales: Mapping[str, SideScale] | None = None,
 ) -> list[str]:
     """Returns a line for each kernel that the roles of the program would evaluate.
 
@@ -43,7 +43,7 @@ def conflicts(
         axes: the roles that it was to be evaluated with.
         obstacles: what had to be materialized for it.
         contraction: as `jlora.lora` takes it.
-        dora: the paths of the kernels that have DoRA's scale.
+        scales: the scales that kernels have, by path.
     """
     first = {use.path: use for use in reversed(obstacles)}
     votes = discover(jaxpr, _only(first, inputs)).votes
@@ -55,7 +55,7 @@ def conflicts(
             if told is None or told == given:
                 continue
             alone = _only([path], inputs)
-            _, log = decide(jaxpr, alone, {path: told}, contraction, dora)
+            _, log = decide(jaxpr, alone, {path: told}, contraction, scales)
             if not log.obstacles:
                 lines.append(_line(view, given, told, first[path]))
     return lines

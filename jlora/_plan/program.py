@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from .._adapter.variants.variant import Variant
 from .._errors import MaterializationError
 from .._jax.versions import OWN_DERIVATIVE
 from .._params.axes import KernelAxes, Shape
 from .._params.quantized import Quantized
 from .._product.choice import Contraction
-from .._program.decide import OF_DORA, OF_SCALE, OF_SUM, decide
+from .._program.decide import DORA, OF_DORA, OF_SCALE, OF_SUM, SideScale, decide
 from .._program.trace import Traced
 from .._rules.view import Flow, Log, Use, Value, View
 from .conflicts import conflicts, other_batch, other_roles
-from .target import Target
+from .target import Target, variant_of
 
 
 def with_uses(
@@ -24,10 +25,14 @@ def with_uses(
 ) -> list[Target]:
     """Adds to each target where the program uses it."""
     axes = {t.path: t.axes for t in targets if t.axes is not None}
-    dora = {t.path for t in targets if "magnitude" in t.array_shapes}
+    scales = {
+        t.path: scale
+        for t in targets
+        if (scale := scale_of(variant_of(t), t.config, "magnitude" in t.array_shapes))
+    }
     whole = {t.path for t in targets if t.axes is None}
     _, log = program_of(
-        traced, axes, materialize, contraction, dora, whole, misfit=other_batch
+        traced, axes, materialize, contraction, scales, whole, misfit=other_batch
     )
     seen = [*log.uses, *log.obstacles]
     return [
@@ -36,12 +41,26 @@ def with_uses(
     ]
 
 
+def scale_of(variant: Variant, owner: Any, has_magnitude: bool) -> SideScale | None:
+    """Returns the scale beside a kernel, of DoRA or of a variant that is one.
+
+    Args:
+        variant: what the adapter has of the kernel.
+        owner: a config, or an entry, with the settings of the variant.
+        has_magnitude: whether it has DoRA's magnitude.
+    """
+    if has_magnitude:
+        return DORA
+    side = variant.scaled_side(owner)
+    return SideScale(("batch", side), OF_SCALE) if side else None
+
+
 def program_of(
     traced: Traced,
     axes: Mapping[str, KernelAxes],
     materialize: str,
     contraction: Contraction,
-    dora: Collection[str] = (),
+    scales: Mapping[str, SideScale] | None = None,
     whole: Collection[str] = (),
     *,
     misfit: Callable[[list[str]], Exception] | None = None,
@@ -53,7 +72,7 @@ def program_of(
         axes: the roles of the axes of the adapted kernels, by path.
         materialize: as `jlora.lora` takes it.
         contraction: likewise.
-        dora: the paths of the kernels that have DoRA's scale.
+        scales: the scales that kernels have, by path.
         whole: the paths of the leaves that are trained whole.
         misfit: makes the error for kernels that could be evaluated with other roles; it
             is about the adapter by default.
@@ -62,13 +81,13 @@ def program_of(
         AdapterError: if the roles in the adapter are not those of the program, and keep
             it from being evaluated.
         MaterializationError: if a kernel reaches an operation without a low-rank rule,
-            or one of `dora` a use that has none for DoRA, and `materialize` is "error".
+            or one of `scales` a use that has none for it, and `materialize` is "error".
     """
     shapes = {p: tuple(traced.inputs[traced.positions[p]].shape) for p in axes}
     inputs = inputs_known(traced, shapes, whole)
-    program, log = decide(traced.jaxpr, inputs, axes, contraction, dora)
+    program, log = decide(traced.jaxpr, inputs, axes, contraction, scales)
     if log.obstacles and materialize == "error":
-        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, dora)
+        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, scales)
         if told:
             raise (misfit or other_roles)(told)
         raise MaterializationError(_obstacles(log.obstacles, shapes))

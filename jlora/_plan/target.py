@@ -40,7 +40,7 @@ class Target:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it has factors of its own: it is no leaf or rows trained whole."""
+        """Whether it has factors: it is no scale, leaf or rows trained whole."""
         return variant_of(self).rank is not None
 
     @property
@@ -62,7 +62,8 @@ class Target:
     @property
     def trainable(self) -> int:
         """The number of trained values."""
-        return sum(map(math.prod, self.array_shapes.values()))
+        frozen, shapes = variant_of(self).frozen, self.array_shapes
+        return sum(math.prod(s) for name, s in shapes.items() if name not in frozen)
 
     @property
     def array_shapes(self) -> dict[str, Shape]:

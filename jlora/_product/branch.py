@@ -16,6 +16,7 @@ from .._jax.dtypes import workable
 from .._jax.versions import manual_axes, vary
 from .dropout import Dropout, drop
 from .forms import expand, shrink, side_by_side
+from .gate import factor_through, through
 from .group import GroupDims, Layout, Operands, compute_dtype
 
 
@@ -34,12 +35,16 @@ class Static(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """The arrays of a branch; `words` is the state of its keys, if it has dropout."""
+    """The arrays of a branch; `words` is the state of its keys, if it has dropout.
+
+    `gate` is as in `Operands.gates`.
+    """
 
     x: Any  # an array; of an integer there is no gradient
     a: jax.Array
     b: jax.Array
     words: jax.Array | None
+    gate: jax.Array | None = None
 
 
 def add_branch(
@@ -63,7 +68,7 @@ def _operands(static: Static, arrays: Arrays) -> Operands:
     # Widened first: dropout divides by what it keeps.
     dtype = compute_dtype(static.dims, arrays.x, (static.kernel,))
     x = _dropped(static, arrays, workable(arrays.x, dtype))
-    return Operands(x, (static.kernel,), (arrays.a,), (arrays.b,))
+    return Operands(x, (static.kernel,), (arrays.a,), (arrays.b,), (arrays.gate,))
 
 
 def _evaluate(static: Static, arrays: Arrays, y: jax.Array) -> jax.Array:
@@ -88,12 +93,14 @@ def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, An
     a, h = side_by_side(dims, operands), shrink(dims, operands)
     layout = Layout.of(dims, one, x, static.kernel)
     g = one.scaling * layout.shrink_cotangent(dy, b.astype(h.dtype), h.dtype)
-    da = as_type_of(layout.grad_a(x, g, arrays.a.dtype), arrays.a)
-    db = layout.grad_b(one.scaling * h, dy, b)
+    g = through(g, arrays.gate)
+    da = factor_through(layout.grad_a(x, g, arrays.a.dtype), arrays.gate)
+    da = as_type_of(da, arrays.a)
+    db = factor_through(layout.grad_b(one.scaling * h, dy, b), arrays.gate)
     if not jnp.issubdtype(arrays.x.dtype, jnp.inexact):
-        return Arrays(None, da, db, None), dy
+        return Arrays(None, da, db, None, None), dy
     dx = _dropped(static, arrays, layout.grad_x_of_delta(g, a, x))
-    return Arrays(as_type_of(dx, arrays.x), da, db, None), dy
+    return Arrays(as_type_of(dx, arrays.x), da, db, None, None), dy
 
 
 _branch.defvjp(_forward, _backward)

@@ -27,6 +27,7 @@ from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
 from .fused import How, Terms, in_parts, sum_by_xla, sum_joined, sum_tiled, sum_whole
+from .gate import factor_through
 from .group import (
     Form,
     GroupDims,
@@ -37,6 +38,7 @@ from .group import (
     compute_dtype,
     concatenate,
     per_kernel,
+    through_gates,
 )
 from .partitioned import Sum, apart, sum_partitioned
 
@@ -58,14 +60,15 @@ def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
 
 
 def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.Array:
-    """Returns `h = x·a` of all kernels, with the rank last."""
+    """Returns `h = x·a` of all kernels, with the rank last, through their gates."""
     a = side_by_side(dims, operands)
     a = apart(a) if form in _APART else a
     x = workable(operands.x, a.dtype)
     n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
     batch = (dims.batch, range(n_batch))
-    return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
+    h = dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
+    return through_gates(operands, h)
 
 
 def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
@@ -127,14 +130,14 @@ def shrink_cotangents(
     cotangents: Sequence[jax.Array],
     form: Form = "separate",
 ) -> jax.Array:
-    """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank."""
+    """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank, through gates."""
     dtype = compute_dtype(dims, operands.x, operands.kernels)
     parts = []
     for one, layout, _, b, dy in _each(dims, operands, cotangents):
         b = apart(b) if form in _APART else b
         g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
         parts.append(one.scaling * g)
-    return concatenate(parts)
+    return through_gates(operands, concatenate(parts))
 
 
 def _sum(parts: Sequence[jax.Array]) -> jax.Array:
@@ -228,7 +231,8 @@ def _extended_backward(
         parts.append(dot(dy, kernel, contract, ((), ()), x.dtype, one.precision))
     total = _sum(parts)
     dx, g = total[..., :features].reshape(x.shape), total[..., features:]
-    return concatenate(scaled(dims, g, operands.ranks)), dx
+    g = concatenate(scaled(dims, g, operands.ranks))
+    return through_gates(operands, g), dx
 
 
 # --- fused, partitioned, ruled ---
@@ -273,7 +277,9 @@ def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
     """Returns `W + s·a·b` of each kernel, summed in float32 and rounded once."""
     batch = tuple(range(len(dims.batch)))
     kernels = []
-    rows = zip(dims.kernels, operands.kernels, operands.a, operands.b, strict=True)
+    gates = operands.gates or (None,) * len(operands.a)
+    every = map(factor_through, operands.a, gates)
+    rows = zip(dims.kernels, operands.kernels, every, operands.b, strict=True)
     for one, w, a, b in rows:
         wide = summed_in(w.dtype)
         a, b = one.scaling * a.astype(wide), b.astype(wide)

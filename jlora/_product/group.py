@@ -21,6 +21,7 @@ from .._jax.dtypes import (
 )
 from .._jax.sharding import place_of_axes
 from .._params.axes import free_axes
+from .gate import through
 
 Axes = tuple[int, ...]
 Form = Literal[
@@ -59,6 +60,11 @@ class KernelDims:
         """The precision of the base product, used for the low-rank ones too."""
         return dict(self.params)["precision"]
 
+    @property
+    def placed(self) -> bool:
+        """Whether the program says how the axes of its product lie."""
+        return dict(self.params).get("out_sharding") is not None
+
     def result_dtype(self, kernel: Any) -> Any:
         """The dtype of the base product, and of its cotangent."""
         return dict(self.params)["preferred_element_type"] or kernel.dtype
@@ -80,13 +86,16 @@ class GroupDims:
 class Operands(NamedTuple):
     """The arrays of a group; `a: (*batch, *contract, r)`, `b: (*batch, *free, r)`.
 
-    Both have the rank last, as they travel through the program (see `align`).
+    Both have the rank last, as they travel through the program (see `align`). `gates`
+    has one entry for each kernel, or none at all: what `x·a` goes through, see `gate`,
+    with as many axes as `x·a` has and the rank as the only one that is not 1; or None.
     """
 
     x: Any
     kernels: tuple[Any, ...]
     a: tuple[Any, ...]
     b: tuple[Any, ...]
+    gates: tuple[Any, ...] = ()
 
     @property
     def ranks(self) -> list[int]:
@@ -124,6 +133,14 @@ def concatenate(pieces: Sequence[jax.Array]) -> jax.Array:
     if len(pieces) == 1:
         return pieces[0]
     return lax.concatenate(pieces, pieces[0].ndim - 1)
+
+
+def through_gates(operands: Operands, value: jax.Array) -> jax.Array:
+    """Returns a rank-sized value of all kernels, each piece through its gate."""
+    if all(gate is None for gate in operands.gates):
+        return value
+    pieces = zip(per_kernel(value, operands.ranks), operands.gates, strict=True)
+    return concatenate([through(piece, gate) for piece, gate in pieces])
 
 
 class Layout(NamedTuple):

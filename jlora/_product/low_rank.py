@@ -38,6 +38,7 @@ from .forms import (
     shrink,
     shrink_cotangents,
 )
+from .gate import factor_through
 from .group import Form, GroupDims, Layout, Operands, per_kernel
 from .lowered import Pass, run_lowered
 
@@ -71,7 +72,9 @@ def low_rank_product(
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
     if derive == "custom":
         return _product((dims, form), operands)
-    plain: Form = "merged" if form == "merged" else "separate"
+    # Mapped over gates, a merged kernel would be one for each example.
+    gated = any(gate is not None for gate in operands.gates)
+    plain: Form = "merged" if form == "merged" and not gated else "separate"
     run = lambda operands: forward(
         plain, dims, _opened(operands), shrink(dims, operands)
     )
@@ -137,7 +140,7 @@ def _run(
     @mapped.def_vmap
     def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
         first = batched[0]
-        factors = jax.tree.leaves((first.a, first.b, first.kernels))
+        factors = jax.tree.leaves((first.a, first.b, first.kernels, first.gates))
         inner: Form = "separate" if any(factors) else form
         axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(batched))
 
@@ -300,8 +303,13 @@ def _backward(
     for i, (one, dy) in enumerate(zip(dims.kernels, dys, strict=True)):
         layout = Layout.of(dims, one, x, operands.kernels[i])
         dw.append(_grad_kernel(layout, x, dy, operands.kernels[i], wants_kernel[i]))
-    each = tuple(map(as_type_of, per_kernel(da, ranks), operands.a))
-    return (Operands(dx, tuple(dw), each, tuple(db)),)
+    gates = operands.gates or (None,) * len(ranks)
+    das = map(factor_through, per_kernel(da, ranks), gates)
+    each = tuple(map(as_type_of, das, operands.a))
+    dbs = tuple(map(factor_through, db, gates))
+    # A gate is made of an index: it has no gradient.
+    none = (None,) * len(operands.gates)
+    return (Operands(dx, tuple(dw), each, dbs, none),)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

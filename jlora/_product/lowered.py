@@ -72,9 +72,10 @@ class _Bodies:
         """Examples that are mapped are rows, unless factors or kernels are mapped too.
 
         Then the base product stays one for all, by way of the portable body: the other
-        forms put factors into a kernel.
+        forms put factors into a kernel. That body it is, too, where the program says
+        how the axes of its product lie, of which it knows no more than its own.
         """
-        if self.one.sums:
+        if self.one.sums or any(k.placed for k in self.one.dims.kernels):
             return None
         mapped = [i is not None for i in axes]
         operands, *_ = jax.tree.unflatten(self.tree, mapped)

@@ -1,7 +1,8 @@
 """The second pass: how each equation is evaluated, once the roles are settled."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._params.axes import KernelAxes, Roles
@@ -29,13 +30,26 @@ from .products import Products
 from .recall import Recall
 
 
+@dataclasses.dataclass(frozen=True)
+class SideScale:
+    """A scale that the adapter has beside a kernel, of one side of it.
+
+    Attributes:
+        roles: those of the axes along which it varies.
+        where: what the name of a use gets where it fits neither side of that.
+    """
+
+    roles: tuple[str, ...]
+    where: str
+
+
 class Decision(Analysis):
     """The pass that gives each equation its action.
 
     Args:
         axes: the settled roles by path.
         contraction: as `jlora.lora` takes it.
-        dora: the paths of the kernels that have DoRA's scale.
+        scales: the scales that kernels have, by path.
         recall: what was found out of jaxprs before.
         ends: the places where kernels come to an end.
     """
@@ -44,17 +58,17 @@ class Decision(Analysis):
         self,
         axes: Mapping[str, KernelAxes],
         contraction: Contraction,
-        dora: Collection[str],
+        scales: Mapping[str, SideScale],
         recall: Recall,
         ends: frozenset[Place],
     ) -> None:
         super().__init__(recall, ends)
-        self.axes, self.dora = axes, dora
+        self.axes, self.scales = axes, scales
         self._products = Products(contraction)
 
     def kind_of(self, path: str) -> Hashable:
-        """Returns the roles of a kernel's axes, and whether it has DoRA's scale."""
-        return self.axes[path], path in self.dora
+        """Returns the roles of a kernel's axes, and its scale, if it has one."""
+        return self.axes[path], self.scales.get(path)
 
     def is_one_sided(self, view: View, axes: Iterable[int]) -> bool:
         """Whether axes of a view are batch axes, or on one side of its kernel."""
@@ -66,7 +80,7 @@ class Decision(Analysis):
         nothing = plain(len(eqn.outvars), any_active(values))
         eqn, along = narrowed(eqn, values)
         if not self._scale_follows(eqn, values):
-            where = _moved(eqn, values) or OF_DORA
+            where = _moved(eqn, values) or self._of_scale(values)
             self.materialized(eqn, values, where)
             return Step("materialize"), nothing
         if self._passes_on(eqn, values):
@@ -80,7 +94,7 @@ class Decision(Analysis):
             return Step("materialize"), nothing
         kinds = self._consumed(eqn, values)
         if kinds and not self._scale_fits(eqn, values):
-            where = _moved(eqn, values) or OF_DORA
+            where = _moved(eqn, values) or self._of_scale(values)
             self.materialized(eqn, values, where)
             return Step("materialize"), nothing
         if kinds:
@@ -140,14 +154,19 @@ class Decision(Analysis):
             roles = self._roles(view)
             if roles is None or not rule.supports(eqn, operand, roles):
                 return []
-            kind = rule.kind + rule.details(eqn)
+            kind = rule.kind + rule.details(eqn, view)
             kinds.append(_kind(kind, rule.roles(eqn, operand), roles))
         return kinds
 
     def _scale_fits(self, eqn: Any, values: list[Value]) -> bool:
-        """Whether DoRA's scale, where there is one, can be applied beside a use."""
+        """Whether a scale, where there is one, can be applied beside a use."""
         rule = CONSUME[eqn.primitive.name]
         return self._all_scales(rule.scale_fits, eqn, values)
+
+    def _of_scale(self, values: Sequence[Value]) -> str:
+        """Returns what is said of a use that a scale does not fit."""
+        paths = (view.path for value in values for view in value.views)
+        return next((self.scales[p].where for p in paths if p in self.scales), OF_DORA)
 
     def _scale_follows(self, eqn: Any, values: list[Value]) -> bool:
         """Whether a scale, where there is one, stays one in a frozen product."""
@@ -172,15 +191,16 @@ class Decision(Analysis):
 
     def _scale_varies(self, eqn: Any, operand: int, value: Value) -> set[int]:
         """Returns the axes of an operand along which a scale of it varies."""
-        scaled = [v for v in value.views if v.path in self.dora or v.scaled]
+        scaled = [v for v in value.views if v.path in self.scales or v.scaled]
         varies = set().union(*map(self._varies, scaled))
         return {i for i in varies if eqn.invars[operand].aval.shape[i] != 1}
 
     def _varies(self, view: View) -> set[int]:
         """Returns the axes of a value along which the scale of a kernel varies."""
-        of_dora = view.path in self.dora
-        roles = enumerate((of_dora and self._roles(view)) or [])
-        return {i for i, role in roles if role in ("batch", "out")} | view.spread
+        scale = self.scales.get(view.path)
+        own = scale.roles if scale else ()
+        roles = enumerate((own and self._roles(view)) or [])
+        return {i for i, role in roles if role in own} | view.spread
 
     def _carried(self, eqn: Any, values: list[Value]) -> list[Value] | None:
         rule = CARRY.get(eqn.primitive.name)
@@ -253,6 +273,7 @@ class Decision(Analysis):
 OF_DORA = " over a part of DoRA's outputs"
 OF_SCALE = " with a scale that the adapter moves, which fits neither side of it"
 OF_SUM = " with a value that the adapter moves"
+DORA = SideScale(("batch", "out"), OF_DORA)
 
 
 def _is_beside(eqn: Any, values: Sequence[Value]) -> bool:
@@ -304,13 +325,13 @@ def decide(
     inputs: Sequence[Value],
     axes: Mapping[str, KernelAxes],
     contraction: Contraction,
-    dora: Collection[str] = (),
+    scales: Mapping[str, SideScale] | None = None,
 ) -> tuple[Program, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it."""
     recall = Recall()
 
     def run(ends: frozenset[Place]) -> tuple[Program, Log]:
-        decision = Decision(axes, contraction, dora, recall, ends)
+        decision = Decision(axes, contraction, scales or {}, recall, ends)
         return decision.whole(jaxpr, inputs), decision.log
 
     program, log = run(frozenset())

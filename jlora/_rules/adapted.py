@@ -12,6 +12,7 @@ from .._jax.dtypes import summed_in
 from .._params.axes import KernelAxes, align, contract_rank
 from .._params.lazy import Lazy, dense
 from .._product.dropout import Dropout
+from .._product.gate import through
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,9 @@ class Part:
     # Where it stands among others along axes that neither factor has: ones there and
     # zeros elsewhere, of rank one. Which factor they multiply is for the use to say.
     places: tuple[jax.Array, ...] = ()
+    # What `x·a` goes through on its way to `b`, see `_product.gate`; it has the rank
+    # alone, and size 1 along all axes of the value.
+    gate: jax.Array | None = None
 
     def each(self, move: Callable[[jax.Array], jax.Array]) -> "Part":
         """Returns the part with all arrays moved in the same way."""
@@ -47,8 +51,9 @@ class Adapted:
     Attributes:
         base: the frozen value.
         parts: what is added.
-        scale: with DoRA what the sum is multiplied by, laid out like a factor of rank
-            one; it varies along the batch and output axes of the kernel.
+        scale: with DoRA or IA3 what the sum is multiplied by, laid out like a factor of
+            rank one; it varies along the batch axes of the kernel and one side of it,
+            which is that of the outputs with DoRA.
     """
 
     base: jax.Array | Lazy
@@ -85,9 +90,15 @@ def times_place(factor: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def whole(part: Part) -> Part:
-    """Returns the part with its places multiplied into `a`."""
+    """Returns the part with its places, and its gate, multiplied into `a`."""
+    part = without_gate(part)
     a = functools.reduce(times_place, part.places, part.a)
     return dataclasses.replace(part, a=a, places=())
+
+
+def without_gate(part: Part) -> Part:
+    """Returns the part with its gate multiplied into `a`, where there is no `x·a`."""
+    return dataclasses.replace(part, a=through(part.a, part.gate), gate=None)
 
 
 def part_delta(part: Part, shape: tuple[int, ...]) -> jax.Array:

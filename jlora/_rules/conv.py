@@ -14,7 +14,7 @@ from .._jax.sharding import explicit_sharding, spec_of, without_axes
 from .._jax.versions import source_line
 from .._params.axes import Roles, Shape, free_axes
 from .._params.lazy import called
-from .adapted import Adapted, Part, complete, part_delta
+from .adapted import Adapted, Part, complete, part_delta, without_gate
 from .channels import Mixing, mix_channels
 from .parts import (
     branch_dtype,
@@ -26,6 +26,7 @@ from .parts import (
     times,
 )
 from .rule import Axes, ConsumeRule, LinearUse
+from .view import View
 from .window import Window, convolve
 
 
@@ -44,7 +45,7 @@ def _roles(eqn: Any, operand: int) -> list[str] | None:
     return ["out" if i == out_feature else "in" for i in range(ndim)]
 
 
-def _details(eqn: Any) -> str:
+def _details(eqn: Any, view: View) -> str:
     """Names what not every library's convolution has."""
     groups = eqn.params["feature_group_count"]
     strides = max(eqn.params["lhs_dilation"], default=1)
@@ -53,7 +54,25 @@ def _details(eqn: Any) -> str:
         ", dilated": max(eqn.params["rhs_dilation"], default=1) > 1,
         ", fractionally strided": strides > 1,
     }
-    return "".join(text for text, holds in told.items() if holds)
+    return "".join(text for text, holds in told.items() if holds) + _order(eqn, view)
+
+
+def _order(eqn: Any, view: View) -> str:
+    """Names the order of the kernel's axes if it is not usual, numbers for the window.
+
+    Usual are `(out, in, *window)`, and `(*window, in)` with the outputs anywhere behind
+    the first. The window has the order of the other operand's axes.
+    """
+    dims = eqn.params["dimension_numbers"]
+    out, in_, *space = dims.rhs_spec
+    space = [axis for _, axis in sorted(zip(dims.lhs_spec[2:], space, strict=True))]
+    names = {out: "out", in_: "in", **{axis: str(i) for i, axis in enumerate(space)}}
+    places = {axis: min(view.origins[axis], default=-1) for axis in names}
+    order = sorted((i for i in names if places[i] >= 0), key=places.__getitem__)
+    usual = [in_, *space] if order[:1] == [out] else [*space, in_]
+    if [i for i in order if i != out] == [i for i in usual if i in order]:
+        return ""
+    return f", axes ({', '.join(names[i] for i in order)})"
 
 
 def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
@@ -68,7 +87,7 @@ def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value = operands
     (y,) = called(eqn, [x, value.base], derive)
-    for part in value.parts:
+    for part in map(without_gate, value.parts):
         convolve = _depthwise if _is_depthwise(eqn) else _low_rank
         dropped = dropped_input(part, x, part_words(part, ()), ())
         delta = convolve(eqn, dropped, value.base, part, y, derive)

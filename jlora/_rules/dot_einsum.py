@@ -22,6 +22,7 @@ from .._jax.dots import as_laid_out, as_type_of, wide_dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.versions import manual_axes, vary
 from .._params.axes import free_axes
+from .._product.gate import factor_through, through
 from .adapted import Part, whole
 
 _RANK = "R"
@@ -130,11 +131,15 @@ class Static(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """The operand and the factors, without the axes that they lack, the rank last."""
+    """The operand and the factors, without the axes that they lack, the rank last.
+
+    `gate` has the rank alone, see `_product.gate`.
+    """
 
     x: jax.Array
     first: jax.Array
     second: jax.Array
+    gate: jax.Array | None = None
 
 
 def add_labelled(
@@ -151,7 +156,8 @@ def add_labelled(
         y: the base product.
         derive: who derives the backward pass.
     """
-    part = whole(part)
+    gate = None if part.gate is None else part.gate.reshape(-1)
+    part = whole(dataclasses.replace(part, gate=None))
     own = [[i for i, n in enumerate(v.shape[:-1]) if n != 1] for v in (part.a, part.b)]
     labels = Labels.of(eqn, operand, *own)
     bare = [
@@ -159,8 +165,9 @@ def add_labelled(
         for v, axes in zip((part.a, part.b), own, strict=True)
     ]
     first, second = bare[::-1] if labels.turned else bare
-    arrays = Arrays(x, first, second)
-    varying = frozenset().union(*map(manual_axes, (*arrays, y)))
+    arrays = Arrays(x, first, second, gate)
+    leaves = jax.tree.leaves((arrays, y))
+    varying = frozenset().union(*map(manual_axes, leaves))
     arrays, y = jax.tree.map(lambda array: vary(array, varying), (arrays, y))
     static = Static(labels, part.scaling, dtype, eqn.params["precision"])
     run = _branch if derive == "custom" else _evaluate
@@ -177,9 +184,11 @@ def _evaluate(static: Static, arrays: Arrays, y: jax.Array) -> jax.Array:
 
 
 def _shrink(static: Static, arrays: Arrays) -> jax.Array:
-    """Returns `h = x·first`."""
-    labels, first = static.labels, arrays.first.astype(static.dtype)
-    return _dot(static, arrays.x, labels.x, first, labels.first, labels.h, static.dtype)
+    """Returns `h = x·first`, through the gate."""
+    labels, dtype = static.labels, static.dtype
+    first = arrays.first.astype(dtype)
+    h = _dot(static, arrays.x, labels.x, first, labels.first, labels.h, dtype)
+    return through(h, arrays.gate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,17 +203,21 @@ def _forward(static: Static, arrays: Arrays, y: jax.Array) -> tuple[jax.Array, A
 def _backward(static: Static, arrays: Arrays, dy: jax.Array) -> tuple[Arrays, Any]:
     """With `g = s·dy·second`: `dx = g·first`, `dfirst = x·g`, `dsecond = s·h·dy`."""
     labels, dtype = static.labels, static.dtype
-    x, first, second = arrays
+    x, first, second, gate = arrays
     own = workable(dy, dtype)
     g = static.scaling * _dot(
         static, own, labels.out, second.astype(dtype), labels.second, labels.h, dtype
     )
+    g = through(g, gate)
     h = static.scaling * _shrink(static, arrays)
     dx = _dot(static, g, labels.h, first.astype(dtype), labels.first, labels.x, dtype)
+    of_first = _gradient(static, x, labels.x, g, labels.h, labels.first, first)
+    of_second = _gradient(static, h, labels.h, own, labels.out, labels.second, second)
     return Arrays(
         as_type_of(jnp.broadcast_to(dx, x.shape), x),
-        _gradient(static, x, labels.x, g, labels.h, labels.first, first),
-        _gradient(static, h, labels.h, own, labels.out, labels.second, second),
+        factor_through(of_first, gate),
+        factor_through(of_second, gate),
+        None,
     ), dy
 
 

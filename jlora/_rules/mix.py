@@ -18,7 +18,7 @@ from jax import lax
 from .._jax.dots import dot
 from .._jax.dtypes import common, summed_in
 from .._params.axes import Roles, Shape
-from .adapted import Adapted, Part, complete, whole
+from .adapted import Adapted, Part, complete, whole, without_gate
 from .rule import CarryRule
 from .view import Passed, Place, View
 
@@ -184,6 +184,8 @@ def _mixed(how: Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part:
     both = [
         i for i in how.contract if part.a.shape[i] == part.b.shape[i] == shape[i] != 1
     ]
+    if both:  # the rank is another one afterwards
+        part = without_gate(part)
     alone = [i for i in how.contract or how.batch if i not in both]
     of_b = any(part.b.shape[i] != 1 == part.a.shape[i] for i in alone)
     side, rest = ("b", "a") if of_b else ("a", "b")
@@ -193,5 +195,6 @@ def _mixed(how: Mix, part: Part, other: jax.Array | None, shape: Shape) -> Part:
         rest: how.follow(getattr(part, rest), both),
     }
     key = None if part.key is None else how.follow(part.key, ())
+    gate = None if part.gate is None else how.follow(part.gate, ())
     places = tuple(how.follow(place, ()) for place in part.places)
-    return dataclasses.replace(part, key=key, places=places, **mixed)
+    return dataclasses.replace(part, key=key, places=places, gate=gate, **mixed)

@@ -22,7 +22,7 @@ from .._product.branch import Arrays, Static, add_branch
 from .._product.choice import ByPlatform
 from .._product.group import Form, GroupDims, Operands, concatenate
 from .._product.low_rank import low_rank_product
-from .adapted import Adapted
+from .adapted import Adapted, Part
 from .dot_einsum import add_labelled
 from .dot_general import dot_dims, group_dims
 from .parts import contracted_first, dropped_input, factor_matrix, part_words, times
@@ -141,9 +141,10 @@ def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
 def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
     """Returns a product as a group of one.
 
-    None if its parts are no two matrices, or have dropout and so an `x` of their own.
+    None if its parts are no two matrices, or have dropout and so an `x` of their own,
+    or if it has none.
     """
-    if any(part.dropout for part in kernel.parts):
+    if not kernel.parts or any(part.dropout for part in kernel.parts):
         return None
     contract, batch, _, _ = dot_dims(eqn, operand)
     matrices = _as_matrices(kernel, contract, batch)
@@ -151,7 +152,19 @@ def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | 
         return None
     a, b, scaling = matrices
     dims = group_dims(eqn, operand, scaling)
-    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,)))
+    gate = _gate_of(kernel.parts, x.ndim - len(contract))
+    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,), (gate,)))
+
+
+def _gate_of(parts: Sequence[Part], before: int) -> jax.Array | None:
+    """Returns the gate of joined parts, with so many axes before that of the rank."""
+    if all(part.gate is None for part in parts):
+        return None
+    gates = [
+        jnp.ones(part.a.shape[-1]) if part.gate is None else part.gate.reshape(-1)
+        for part in parts
+    ]
+    return concatenate(_alike(gates)).reshape(*[1] * before, -1)
 
 
 def _type_of(a: jax.Array) -> Any:
@@ -170,6 +183,7 @@ def _join(members: Sequence[_Member]) -> tuple[GroupDims, Operands]:
             operands.kernels + more.kernels,
             operands.a + more.a,
             operands.b + more.b,
+            operands.gates + more.gates,
         )
     return dims, operands
 
@@ -226,5 +240,6 @@ def _apart(
             continue
         a, b, scaling = matrices
         static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
-        y = add_branch(static, Arrays(x, a, b, words), y, derive=derive)
+        gate = _gate_of((part,), x.ndim - len(contract))
+        y = add_branch(static, Arrays(x, a, b, words, gate), y, derive=derive)
     return y

@@ -14,7 +14,7 @@ from .._jax.sharding import explicit_sharding
 from .._jax.versions import explicit_mesh, source_line
 from .._params.axes import Roles, Shape, free_axes
 from .._params.lazy import called, dense, is_lazy, made_again
-from .adapted import Adapted, Part, base_of
+from .adapted import Adapted, Part, base_of, without_gate
 from .parts import (
     branch_dtype,
     contracted_first,
@@ -71,7 +71,7 @@ def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _scaled(eqn, x, value, sizes)
     y = _base_product(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
-    for part in value.parts:
+    for part in map(without_gate, value.parts):
         dropped = dropped_input(part, x, part_words(part, ()), ())
         delta = _low_rank(eqn, dropped, value.base, sizes, part, y, derive)
         y = y + delta.astype(y.dtype)

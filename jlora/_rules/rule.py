@@ -211,7 +211,7 @@ class ConsumeRule:
             one pass. None for products, of which those that share an operand are
             evaluated together, see `products.py`.
         supports: `(eqn, operand, roles of the value) -> bool`.
-        details: `eqn -> text` that the name of the use gets.
+        details: `(eqn, view) -> text` that the name of the use gets.
         scale_fits: `(eqn, operand, axes) -> bool`: whether a scale of the kernel that
             varies along these axes can be applied to the other operand or the result.
         features: `(eqn, operand) -> bool`: whether the other operand is contracted as
@@ -227,7 +227,7 @@ class ConsumeRule:
     linear: LinearUse
     run: Callable[[Any, list[Any], str], list[Any]] | None = None
     supports: Callable[[Any, int, Roles], bool] = lambda eqn, operand, roles: True
-    details: Callable[[Any], str] = lambda eqn: ""
+    details: Callable[[Any, View], str] = lambda eqn, view: ""
     scale_fits: Callable[[Any, int, Axes], bool] = lambda eqn, operand, varies: True
     features: Callable[[Any, int], bool] = lambda eqn, operand: False
     by_heads: Callable[[Any, int, View], bool] = lambda eqn, operand, view: False

@@ -19,7 +19,7 @@ from .._jax.versions import explicit_mesh, rebind, source_line
 from .._params.axes import Shape, free_axes
 from .._params.lazy import dense, is_lazy
 from .._product.dropout import more_keys
-from .adapted import Adapted, Part, base_of
+from .adapted import Adapted, Part, base_of, without_gate
 from .lazy_moves import remembered
 from .rule import Analysis, ControlFlowRule, Gathered, Run
 from .view import Step, Value, any_active, plain
@@ -89,7 +89,8 @@ def _chosen_bases(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _parts(case: Any) -> tuple[Part, ...]:
-    return case.parts if isinstance(case, Adapted) else ()
+    """The parts of a case; factors are chosen with their gates multiplied into them."""
+    return tuple(map(without_gate, case.parts)) if isinstance(case, Adapted) else ()
 
 
 def _narrow(predicate: jax.Array, along: Sequence[int], ndim: int) -> jax.Array:

@@ -25,6 +25,7 @@ from .modules import TorchModule
 from .named_params import Base, Home, check_parts
 from .names import Binding
 from .stacked import check_fit, stack, stacked_magnitude
+from .window import check_read, check_written
 
 Index: TypeAlias = tuple[int, ...]
 # The factors of a leaf: at each index along its batch axes, those of each slot.
@@ -90,7 +91,10 @@ class Assembly:
         """
         homes = _homes(module, self.base)
         self.owners[module.name] = module.owner
-        self.base.check_use(homes[0].path)
+        path = homes[0].path
+        self.base.check_use(path)
+        if len(homes) == 1:  # one that is fused in torch has no window
+            check_read(self.base, path, module.a.shape[0], bool(module.window))
         return homes
 
     def place(self, module: TorchModule, homes: list[Home]) -> None:
@@ -233,6 +237,7 @@ def modules_of(factors: Mapping[str, LoraFactors], base: Base) -> list[TorchModu
             parts.setdefault(part.name, {}).setdefault(home, []).append(part)
     for path in factors:
         base.check_use(path)
+        check_written(base, path, factors[path].axes)
     return [m for n, places in parts.items() for m in _joined(n, places, factors, base)]
 
 

@@ -132,6 +132,9 @@ _VIT_RULES = (
     ),
 )
 
+# Whose kernels have several input axes, heads and their features, in some models.
+_JOINS = ("self_attn.o_proj", "attention.output.dense", "attention.o_proj")
+
 _STACK = r"(?:.*/)?(?:layers?|blocks?|h)"
 
 
@@ -252,7 +255,8 @@ def _layer_rules(family: _Family, turned: str | None) -> Iterator[Rule]:
         inside = tuple(f"{family.stack}.{{layer}}.{name}" for name in several)
         template = inside[0] if len(inside) == 1 else inside
         rotated = several[0].endswith(("q_proj", "k_proj", "q_norm", "k_norm"))
-        steps = [family.transform, turned if rotated else None]
+        joins = "linear" if several[0] in _JOINS else None
+        steps = [family.transform or joins, turned if rotated else None]
         transform = "+".join(step for step in steps if step) or None
         # A numbered stack names the layer; in a scanned one it is a batch axis.
         yield Rule(rf"{_STACK}[_/](?P<layer>\d+)/{path}", template, transform)

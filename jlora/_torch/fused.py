@@ -5,13 +5,12 @@ others have their `a` side by side and a block-diagonal `b`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from .._errors import UnsupportedFeatureError
+from .._jax.dtypes import common
 from .modules import TorchModule
 
 Array = np.ndarray
@@ -23,8 +22,8 @@ def alike(arrays: Sequence[Array]) -> list[Array]:
     if len(dtypes) < 2:
         return [*arrays]
     # NumPy knows nothing that holds bfloat16 and float16.
-    common = functools.reduce(jnp.promote_types, dtypes)
-    return [array.astype(common) for array in arrays]
+    wide = common(*dtypes)
+    return [array.astype(wide) for array in arrays]
 
 
 def promoted(modules: Sequence[TorchModule]) -> list[TorchModule]:

@@ -135,6 +135,14 @@ class Base:
         """
         steps = self.bindings[path].steps
         for kind in self.uses.get(path, ()):
+            _, odd, order = kind.partition(", axes ")
+            if odd:
+                raise UnsupportedFeatureError(
+                    f"{path!r} is the kernel of a convolution with its axes in the "
+                    f"order {order}, where numbers are those of its window; "
+                    "files have room for (*window, in, out) and (out, in, *window): "
+                    "transpose it in the params, or merge the adapter instead"
+                )
             if kind.startswith("conv, "):
                 raise UnsupportedFeatureError(
                     f"{path!r} is the kernel of a convolution that PEFT gets wrong "
@@ -144,7 +152,7 @@ class Base:
             if kind == "conv" and not {"conv", "same"} & set(steps):
                 raise AdapterError(
                     f"{path!r} is the kernel of a convolution; give its rule the "
-                    'transform "conv"'
+                    'transform "conv", or "same" for (out, in, *window)'
                 )
         self.check_table(path)
 

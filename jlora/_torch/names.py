@@ -13,6 +13,7 @@ TRANSFORMS = (
     "embedding",
     "fan_in_fan_out",
     "experts",
+    "linear",
     "mha",
     "parameter",
     "rope",
@@ -63,6 +64,9 @@ class Rule:
               torch's module defines its parameters. Of a leaf of three axes or more it
               is the batch axis behind those that the name counts, or the first axis
               there where the program does not tell.
+            - "linear": torch has one axis of inputs where the kernel has several, and
+              this is no convolution, as in the last product of an attention. Said only
+              where nothing else tells: neither a plan, nor a query beside it.
             - "mha": a part of the fused input projection of torch's MultiheadAttention,
               `attn[0]`, `attn[1]`, `attn[2]` for queries, keys and values. PEFT adapts
               `attn.out_proj` along with it.

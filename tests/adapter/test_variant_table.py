@@ -6,12 +6,14 @@ same functions take every kind of entry. So is one that is defined outside of jl
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from variant_of_tests import OwnFactors
@@ -47,6 +49,10 @@ def model(params: Any, rows: Any, x: Any) -> Any:
 
 PARAMS = {"table": jax.random.normal(jax.random.key(0), (6, 7))}
 ARGS = jnp.array([1, 2, 5, 1]), jax.random.normal(jax.random.key(1), (4, 6))
+
+
+def leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree)
 
 
 def made(variant: Variant, key: int = 2) -> tuple[jlora.Lora, dict[str, Any]]:
@@ -92,7 +98,8 @@ def test_a_plan_tells_the_arrays_of_an_entry(variant: Variant) -> None:
     arrays = variant.arrays(adapter["table"])
     told = {n: (v.shape, v.dtype) for n, v in target.abstract_arrays.items()}
     assert told == {name: (v.shape, v.dtype) for name, v in arrays.items()}
-    assert target.trainable == sum(v.size for v in arrays.values())
+    trained = [v.size for name, v in arrays.items() if name not in variant.frozen]
+    assert target.trainable == sum(trained)
 
 
 @each_variant
@@ -151,8 +158,28 @@ def test_each_array_has_a_place_and_a_label(variant: Variant) -> None:
     assert jax.tree.leaves(jax.device_put(adapter, placed))
     labels = jlora.optim.factor_labels(adapter)
     assert jax.tree.structure(labels) == jax.tree.structure(adapter)
-    assert {*jax.tree.leaves(labels)} <= {"a", "b", "magnitude", "full"}
-    assert all(jax.tree.leaves(jlora.optim.trainable_mask({"lora": adapter})))
+    trained = {*jax.tree.leaves(labels)} - {"frozen"}
+    assert trained and trained <= {"a", "b", "magnitude", "full"}
+    mask = jlora.optim.trainable_mask({"lora": adapter})
+    assert jax.tree.leaves(mask) == [label != "frozen" for label in leaves(labels)]
+
+
+@each_variant
+def test_what_is_frozen_stays_to_the_bit(variant: Variant) -> None:
+    lora, adapter = random(variant)
+    loss = lambda adapter: jnp.sum(jnp.sin(lora.apply(PARAMS, adapter, *ARGS)))
+    gradient = jax.grad(loss)(adapter)
+    decay = partial(optax.adamw, weight_decay=0.1)
+    ways = [decay(0.1, mask=jlora.optim.decay_mask)]
+    ways += [jlora.optim.freeze_base(decay(0.1), collection="table")]
+    if variant.rank is not None:
+        ways += [jlora.optim.lora_plus(decay, 0.1)]
+    labels = leaves(jlora.optim.factor_labels(adapter))
+    for tx in ways:
+        updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+        new = optax.apply_updates(adapter, updates)
+        for label, old, now in zip(labels, *map(leaves, (adapter, new)), strict=True):
+            assert np.array_equal(old, now) == (label == "frozen")
 
 
 @each_variant

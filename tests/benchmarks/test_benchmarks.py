@@ -20,13 +20,19 @@ RUNS = {
     "plan_scale": "--sizes 1B 8B --modes scanned",
 }
 
+# Compiled quickly, on as many devices as a mesh needs.
+EASY = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+}
+
 
 def run(script: str, *flags: str) -> str:
     """Runs a script of the folder, compiled quickly, and returns what it prints."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", BENCHMARKS / script, *flags],
         cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**os.environ, **EASY},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -51,6 +57,28 @@ def test_all_contenders_compute_the_same() -> None:
     """jlora, those written by hand and, where installed, Qwix: losses and gradients."""
     printed = run("train_step.py", "--check", "--without", "PyTorch")
     assert "all the same" in printed
+
+
+@pytest.mark.examples
+def test_on_a_mesh_all_contenders_compute_what_one_device_does() -> None:
+    flags = "--check --devices 4 --mesh tensor=2,fsdp --without PyTorch hand".split()
+    assert "all the same" in run("train_step.py", *flags)
+
+
+def test_a_mesh_that_the_devices_do_not_make() -> None:
+    code = (
+        "from placing import sizes_of\n"
+        "found = list(sizes_of('tensor=2,fsdp', 8).items())\n"
+        "assert found == [('tensor', 2), ('fsdp', 4)]\n"
+        "assert sizes_of('data', 8) == {'data': 8}\n"
+        "for text in ('fsdp=3', 'fsdp=2', 'data,fsdp', 'model=8', 'tensor=3,fsdp'):\n"
+        "    try: sizes_of(text, 8)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is no mesh of 8 devices; give axes") == 5
 
 
 def test_the_page_quotes_the_results() -> None:

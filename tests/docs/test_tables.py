@@ -6,6 +6,7 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from families import FAMILIES, TOLD
 from paths import ROOT
 from public import DOORS, imported_names
 
@@ -46,6 +47,14 @@ def test_the_row_of_the_result_has_its_methods() -> None:
     told = re.findall(r"`(\w+)`", NAMES["jlora.Lora"][0])
     methods = [n for n, v in vars(jlora.Lora).items() if inspect.isfunction(v)]
     assert sorted(told) == sorted(n for n in methods if not n.startswith("_"))
+
+
+def test_every_family_has_a_row_that_says_what_the_tests_do() -> None:
+    steps = ("load", "merge", "save", "convert")
+    expected = {n: [TOLD.get(n, {}).get(s, "yes") for s in steps] for n in FAMILIES}
+    rows = table("guide/families.md", "family")
+    assert list(rows) == list(FAMILIES)
+    assert {name: cells[1:] for name, cells in rows.items()} == expected
 
 
 def test_every_module_has_a_row() -> None:

@@ -240,7 +240,7 @@ class Without(nnx.Module):
         return self.around(self.own(x))
 
 
-@pytest.mark.parametrize("kept", ["all", "factors", "saved"])
+@pytest.mark.parametrize("kept", ["all", "factors", "split", "saved"])
 def test_nnx_lora_gives_what_it_computes(kept: str, tmp_path: Path) -> None:
     model, x = WithLora(nnx.Rngs(0)), jnp.asarray(np.eye(6)[:4], jnp.float32)
     rng = np.random.default_rng(3)
@@ -251,6 +251,10 @@ def test_nnx_lora_gives_what_it_computes(kept: str, tmp_path: Path) -> None:
         configs, adapter = jlora.tunix.restore(save(tmp_path / "state", state))
     else:
         part = state if kept == "all" else nnx.state(model, nnx.LoRAParam)
+        if kept == "split":  # variables in dicts, as EasyDeL's `split_lora_params`
+            layers = {"own": model.own.lora, "around": model.around}
+            each = {n: (m.lora_a, m.lora_b) for n, m in layers.items()}
+            part = {n: {"lora_a": a, "lora_b": b} for n, (a, b) in each.items()}
         configs, adapter = jlora.tunix.adapter_of(part)
     shapes = {path: entry.kernel_shape for path, entry in adapter.items()}
     assert shapes == {"own/kernel": (6, 5), "around/kernel": (5, 7)}

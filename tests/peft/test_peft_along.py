@@ -1,6 +1,7 @@
 """What PEFT writes along with the factors, without a field that says so."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hub_files import RANK, SCALE, draw, factors, merged, write_adapter, write_m
 
 import jlora
 import jlora.peft
+from jlora.__main__ import FAILED, SAME, main
 
 N, ROWS = 4, 7
 TABLE, HEAD = "model.embed_tokens", "lm_head"
@@ -266,7 +268,7 @@ def test_biases_beside_saved_modules_are_saved(bias: str, tmp_path: Path) -> Non
 def test_biases_that_were_not_saved_are_not_merged_in_silence(
     bias: str, tmp_path: Path
 ) -> None:
-    """PEFT up to 0.19 writes `lora_only` and the factors alone."""
+    """PEFT before 0.21 writes `lora_only` and the factors alone."""
     rand = draw()
     old = {"query.weight": rand(N, N), "query.bias": rand(N), "out.bias": rand(3)}
     base = write_model(tmp_path / "base", old, model_type="bert")
@@ -282,6 +284,48 @@ def test_biases_that_were_not_saved_are_not_merged_in_silence(
     new = {**old, "query.weight": old["query.weight"] + SCALE * b @ a}
     for name, value in new.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+
+
+ONES = np.ones((RANK, N), np.float32)
+FACTORS = factors("query", ONES, ONES.T)
+OWN_BIAS = {"query.base_layer.bias": ONES[0]}
+
+
+@pytest.mark.parametrize(
+    "bias, version, more, told",
+    [
+        ("lora_only", "0.18.1", {}, True),
+        ("lora_only", "0.20.0", {}, True),
+        ("lora_only", ..., {}, True),
+        ("lora_only", "0.21.0", {}, False),  # then the modules have none
+        ("lora_only", ..., OWN_BIAS, False),
+        ("all", "0.18.1", {}, False),
+        ("none", "0.18.1", {}, False),
+    ],
+)
+def test_biases_that_may_be_lost_are_not_converted_in_silence(
+    bias: str,
+    version: Any,
+    more: Any,
+    told: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As real PEFT writes: up to 0.20.0 without the biases of `lora_only`."""
+    said = {"target_modules": ["query"], "bias": bias, "peft_version": version}
+    peft = write_adapter(tmp_path / "peft", {**FACTORS, **more}, **said)
+    convert = ["convert", str(peft), str(tmp_path / "out")]
+    for target in ([], ["--to", "mlx"]):
+        if target and more:  # which MLX has no place for
+            continue
+        assert main([*convert, *target]) == (FAILED if told else SAME)
+        text = "PEFT before 0.21 does not save those of `lora_only`"
+        assert (text in capsys.readouterr().err) is told
+        out = tmp_path / "out"
+        assert out.exists() is not told
+        if told:
+            assert main([*convert, *target, "--ignore", "bias"]) == SAME
+        out.unlink() if out.is_file() else shutil.rmtree(out)
 
 
 def test_two_values_of_one_bias_are_refused(tmp_path: Path) -> None:

@@ -32,12 +32,9 @@ pytestmark = [
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 ERAS = {"now": oracle_python, "4.57": oracle_python_4}
 # What a checkpoint does not tell of some files, so that they are not converted.
-CONVOLUTION = "or something else that PEFT keeps in another way"
-NOT_CONVERTED = {
-    "llama_rows": "the files have some rows",
-    "qwen2_vl": CONVOLUTION,
-    "qwen2_5_vl": CONVOLUTION,
-}
+NOT_CONVERTED = {"llama_rows": "the files have some rows"}
+# Whose adapters have convolutions, of which a checkpoint and bare params do not tell.
+CONVOLVED = ("qwen2_vl", "qwen2_5_vl")
 # What PEFT writes along and does not need: frozen copies.
 ALONG = (".base_layer.weight", ".original_module.bias", ".modules_to_save.bias")
 
@@ -87,21 +84,27 @@ def made(era: str, folder: Path) -> Made:
 def work(own: Path) -> None:
     """Merges an adapter, and takes it to a checkpoint and back."""
     more = own.name.endswith("resized")
-    lost = own.name == "bert_lora_only" and own.parent.name == "4.57"
     jlora.weights.merge_folder(
         own / "base",
         own / "peft",
         own / "jlora",
         extend_tables=more,
-        ignore=["bias"] * lost,
+        ignore=["bias"] * lost_biases(own),
     )
     if own.name in NOT_CONVERTED:
         return
     source, middle, target = (str(own / n) for n in ("peft", "checkpoint", "again"))
     swapped = own.name == "llama4_text" and own.parent.name == "now"
     kind = ["--model-type", kind_of(own)] if swapped else []
-    assert main(["convert", source, middle]) == SAME
+    kind += ["--convolutions"] * (own.name in CONVOLVED)
+    lost = ["--ignore", "bias"] * lost_biases(own)
+    assert main(["convert", *lost, source, middle]) == SAME
     assert main(["convert", *kind, middle, target]) == SAME
+
+
+def lost_biases(own: Path) -> bool:
+    """Whether PEFT trained biases that it did not save."""
+    return own.name == "bert_lora_only" and own.parent.name == "4.57"
 
 
 def kind_of(own: Path) -> str:
@@ -138,8 +141,8 @@ def assert_near(found: Any, wanted: Any, told: str = "") -> None:
 @in_each_era
 def test_a_merge_is_that_of_peft(name: str, era: str, place: Path) -> None:
     own = family(name, era, place)
-    if name == "bert_lora_only" and era == "4.57":
-        with pytest.raises(jlora.AdapterError, match=r"up to 0\.19 does not save"):
+    if lost_biases(own):
+        with pytest.raises(jlora.AdapterError, match=r"before 0\.21 does not save"):
             jlora.weights.merge_folder(own / "base", own / "peft", own / "no")
     base, wanted, found = (tensors(own / f) for f in ("base", "merged", "jlora"))
     assert set(found) == set(wanted)
@@ -179,7 +182,7 @@ def test_params_with_the_adapter_are_those_that_peft_merged(
             jlora.peft.load(own / "peft", params, names)
         return
     ignore: tuple[str, ...] = ()
-    if name == "bert_lora_only" and era == "4.57":  # PEFT did not save them
+    if lost_biases(own):
         with pytest.raises(jlora.AdapterError, match=r"query.bias' is missing"):
             jlora.peft.load(own / "peft", params, names)
         ignore = ("bias",)
@@ -188,8 +191,11 @@ def test_params_with_the_adapter_are_those_that_peft_merged(
     assert set(found) <= set(merged)
     for key, value in found.items():
         assert_near(value, merged[key], key)
-    if NOT_CONVERTED.get(name) == CONVOLUTION:  # params alone do not tell of it
-        return
+    if name in CONVOLVED:
+        told = r"patch_embed/proj/kernel.*whether it is the kernel of a convolution"
+        with pytest.raises(jlora.AdapterError, match=told):
+            jlora.peft.save(tmp_path, params, loaded, config, names)
+        names = rules(tree, kinds, kind, convolutions=True)
     jlora.peft.save(tmp_path, params, loaded, config, names)
     again = jlora.peft.load(tmp_path, params, names)[1]
     assert jax.tree.structure(again) == jax.tree.structure(loaded)
@@ -215,6 +221,14 @@ def test_an_adapter_is_the_same_there_and_back(
         assert codes[-1] == FAILED
         assert NOT_CONVERTED[name] in capsys.readouterr().err
         return
+    if lost_biases(own):
+        assert main(["convert", str(own / "peft"), str(tmp_path / "one")]) == FAILED
+        assert "does not save those of `lora_only`" in capsys.readouterr().err
+    if name in CONVOLVED:
+        assert (
+            main(["convert", str(own / "checkpoint"), str(tmp_path / "one")]) == FAILED
+        )
+        assert "--convolutions if they are" in capsys.readouterr().err
     wanted, found = adapter(own / "peft"), adapter(own / "again")
     assert set(found) == set(wanted)
     for key, tensor in wanted.items():
@@ -256,13 +270,12 @@ def test_an_adapter_is_merged_into_a_base_that_the_other_era_wrote(
 ) -> None:
     other = next(one for one in ERAS if one != era)
     own, base = family(name, era, place), family(name, other, place) / "base"
-    lost = name == "bert_lora_only" and era == "4.57"
     jlora.weights.merge_folder(
         base,
         own / "peft",
         tmp_path / "merged",
         extend_tables=name.endswith("resized"),
-        ignore=["bias"] * lost,
+        ignore=["bias"] * lost_biases(own),
     )
     found, before = on_disk(tmp_path / "merged"), on_disk(base)
     wanted, own_before = on_disk(own / "merged"), on_disk(own / "base")

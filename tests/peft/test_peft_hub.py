@@ -9,6 +9,8 @@ from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
+import huggingface_hub.file_download
+import huggingface_hub.utils
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +74,12 @@ def server(
     with hub() as running:
         files = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        for module in (
+            constants,
+            huggingface_hub.file_download,
+        ):  # which has its own before 1.0
+            name = "HUGGINGFACE_CO_URL_TEMPLATE"
+            monkeypatch.setattr(module, name, files, raising=module is constants)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -80,7 +87,7 @@ def server(
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield running
-        getattr(huggingface_hub, "close_session", lambda: None)()  # since 1.0
+        _forget_sessions()
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
@@ -89,6 +96,15 @@ def log_in(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _forget_sessions()  # before 1.0 one knows from its start whether it is offline
+
+
+def _forget_sessions() -> None:
+    """Ends the client's connections: by one name before its release 1.0, one since."""
+    if hasattr(huggingface_hub, "close_session"):
+        huggingface_hub.close_session()
+    else:
+        huggingface_hub.utils.reset_sessions()
 
 
 # --- fetching ---

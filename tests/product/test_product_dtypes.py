@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from jax import lax
 from oracle import relative_error
+from releases import is_before
 
 import jlora
 from jlora._jax.dtypes import product_dtype
 
 RANK, ALPHA = 2, 3.0
 HALF, F16, F8, E5 = jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2
-pytestmark = pytest.mark.usefixtures("fast_compile")
+pytestmark = [pytest.mark.usefixtures("fast_compile")]
+if is_before("jax", "0.10"):
+    # JAX's own derivative of a real kernel among complex values warns there.
+    pytestmark += [pytest.mark.filterwarnings("ignore:Casting complex values to real")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import qwix
 from flax import nnx
+from releases import is_before
 
 RANK, ALPHA = 2, 6.0
 
@@ -71,6 +73,8 @@ def plain() -> Model:
 
 def adapted(model: Any = None, x: Any = None, **rule: Any) -> Any:
     """A model that Qwix has adapted, with all its factors off zero."""
+    if is_before("qwix", "0.1.5"):
+        pytest.skip("Qwix before 0.1.5 hands its `rngs` on to the model's own call")
     model = plain() if model is None else model
     rule = {"module_path": ".*", "rank": RANK, "alpha": ALPHA, **rule}
     provider = qwix.LoraProvider(**rule)

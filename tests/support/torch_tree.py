@@ -45,11 +45,19 @@ def as_state(params: Any, like: Any, kinds: Mapping[str, str], kind: str) -> Any
     return found
 
 
-def rules(state: Mapping[str, Any], kinds: Mapping[str, str], kind: str) -> Any:
-    """Returns rules for all leaves, where packed experts need them, or None."""
+def rules(
+    state: Mapping[str, Any],
+    kinds: Mapping[str, str],
+    kind: str,
+    convolutions: bool = False,
+) -> Any:
+    """Returns rules for all leaves, where packed experts need them, or None.
+
+    They are needed by adapted convolutions, too.
+    """
     packed = [n for n, value in state.items() if _is_packed(n, value.ndim)]
     packed.sort(key=lambda name: ("down_proj" in name, name))
-    if not packed:
+    if not (packed or convolutions):
         return None
     found = [_rule(n, kinds, 3, kind, IN_FIRST.get(kind, "experts")) for n in packed]
     for name, value in state.items():

@@ -10,12 +10,17 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..factors import exportable
+from .core import CORE
 from .factors import FACTORS
+from .fixed import FIXED
 from .hadamard import HADAMARD
+from .kronecker import KRONECKER
 from .layers import LAYERS
 from .rows import ROWS
+from .scale import SCALE
 from .sliced import SLICED
 from .variant import Variant
+from .vectors import VECTORS
 from .whole import WHOLE_LEAF
 
 # The first one that a config asks for, or whose class an entry has, is taken; anything
@@ -25,6 +30,11 @@ VARIANTS: tuple[Variant, ...] = (
     SLICED,
     LAYERS,
     HADAMARD,
+    FIXED,
+    CORE,
+    VECTORS,
+    KRONECKER,
+    SCALE,
     FACTORS,
     WHOLE_LEAF,
 )
@@ -58,15 +68,29 @@ def variant_of_config(config: LoraConfig, *, has_roles: bool = True) -> Variant:
             beside a kernel, it is trained whole.
 
     Raises:
-        ValueError: if `LoraConfig.variant` is the name of none.
+        ValueError: if `LoraConfig.variant` is the name of none, or a setting is given
+            that is another variant's.
     """
     if not has_roles:
         return next(v for v in VARIANTS if not v.has_roles)
     for variant in variants():
         if variant.is_chosen(config):
+            _check_settings(config, variant)
             return variant
     known = ["lora", *(v.name for v in variants() if v.is_named)]
     raise ValueError(f"`LoraConfig.variant` is one of {known}, got {config.variant!r}")
+
+
+def _check_settings(config: LoraConfig, variant: Variant) -> None:
+    for other in VARIANTS:
+        given = [
+            n for n in other.settings if getattr(config, n) != getattr(LoraConfig, n)
+        ]
+        if other.is_named and given and not {*given} <= {*variant.settings}:
+            raise ValueError(
+                f"`LoraConfig.{given[0]}` goes with `variant={other.name!r}`, and the "
+                f"config has {config.variant!r}"
+            )
 
 
 def variant_of_entry(entry: Any) -> Variant:

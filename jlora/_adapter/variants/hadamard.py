@@ -95,4 +95,5 @@ HADAMARD = Variant(
     along=_along,
     labels={"a2": "a", "b2": "b"},
     note=lambda entry: f" loha, {entry.rank**2} as two factors",
+    peft="LOHA",
 )

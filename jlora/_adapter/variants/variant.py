@@ -108,8 +108,10 @@ class Variant:
         along: for arrays that are laid out as their kernel is, the axis of the kernel
             that each of their axes follows (None: none), from the roles. Arrays that
             are not named are whole on every device.
+        frozen: arrays that an entry holds and that are not trained. `lowered` stops
+            their gradients, plans do not count them, and `jlora.optim` leaves them.
         labels: what an array counts as in `jlora.optim`: "a", "b", "magnitude" or
-            "full"; by default its own name.
+            "full"; by default its own name. That of a frozen one is "frozen".
         has_roles: whether it needs the roles of the axes of a kernel. One that does
             not trains its leaf whole, and its entry is a plain array.
         reads_kernel: whether `lowered` looks at the values of the kernel.
@@ -117,6 +119,10 @@ class Variant:
         leaf: what its leaf is called.
         merged: the adapted kernel, from the kernel and an entry, where it is another
             than the kernel with the factors' ΔW.
+        scaled_side: "in" or "out" where an entry is no sum but a scale of that side of
+            its kernel, in an array called `scale`, from a config or an entry; else
+            None. `lowered` gives the scaled kernel then, and the program is evaluated
+            with the scale beside the kernel.
         problem: why an entry does not fit a kernel of a shape, in words that follow
             it, where there is more to say than that shapes differ.
         note: what a table says of an entry beside its rank, or in place of it.
@@ -141,12 +147,14 @@ class Variant:
     )
     wide: tuple[str, ...] = ()
     along: Callable[[KernelAxes], Mapping[str, tuple[int | None, ...]]] = _empty
+    frozen: tuple[str, ...] = ()
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     has_roles: bool = True
     reads_kernel: bool = False
     reads_for: str = ""
     leaf: str = "leaf"
     merged: Callable[[jax.Array, Any], jax.Array] | None = None
+    scaled_side: Callable[[Any], str | None] = _nothing
     problem: Callable[[Any, Shape], str | None] | None = None
     note: Callable[[Any], str] = lambda entry: ""
     plural: str = ""
@@ -176,6 +184,10 @@ class Variant:
             return (WHOLE,)
         fields = dataclasses.fields(self.entry)
         return tuple(f.name for f in fields if not f.metadata.get("static"))
+
+    def label(self, name: str) -> str:
+        """Returns what the array of a name counts as in `jlora.optim`."""
+        return "frozen" if name in self.frozen else self.labels.get(name, name)
 
     def arrays(self, entry: Any) -> Arrays:
         """Returns the arrays of an entry, by name."""

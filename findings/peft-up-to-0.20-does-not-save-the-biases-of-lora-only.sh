@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# peft 0.17.1 to 0.19.1: `bias="lora_only"` trains the biases of adapted modules and saves none of them.
+# peft 0.17.1 to 0.20.0: `bias="lora_only"` trains the biases of adapted modules and saves none of them.
 #
 # Guessed: a file whose config says `bias: lora_only` has these biases. Seen: it has the
 # factors alone, without a warning; loaded again, the biases are those of the base. With
-# `bias="all"` they are saved, and PEFT 0.21.2 saves them for both.
+# `bias="all"` they are saved, and PEFT 0.21 saves them for both.
 # For LoRA in JAX: such files of a year ago compute something else than what was trained.
 # A reader should refuse them or be told to do without.
 set -euo pipefail
@@ -35,10 +35,13 @@ for bias in ("lora_only", "all"):
     saved = any(name.endswith(".bias") for name in names)
     assert saved == (bias == "all" or sys.argv[2] == "saved"), (bias, [*names])
 PY
-for release in 0.17.1 0.18.1 0.19.1; do
+for release in 0.17.1 0.18.1 0.19.1 0.20.0; do
   "${pip[@]}" "peft==$release"
   HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/see.py" "$folder/$release" lost
 done
-"${pip[@]}" peft==0.21.2 transformers==5.24.0
-HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/see.py" "$folder/0.21.2" saved
-echo "PEFT 0.17.1 to 0.19.1 save no bias that lora_only trained, and say nothing; 0.21.2 does"
+"${pip[@]}" transformers==5.24.0
+for release in 0.21.0 0.21.2; do
+  "${pip[@]}" "peft==$release"
+  HF_HUB_OFFLINE=1 "$folder/venv/bin/python" "$folder/see.py" "$folder/$release" saved
+done
+echo "PEFT 0.17.1 to 0.20.0 save no bias that lora_only trained, and say nothing; 0.21 does"

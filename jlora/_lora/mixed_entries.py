@@ -1,0 +1,178 @@
+"""What each example of a mixed batch gets of the stacked adapters, in one of two forms.
+
+* gathered: its own copy of the factors of its adapter. Every product of the factors is
+  then one for each example.
+* side by side: the factors of all adapters, joined along the rank, and a gate that
+  leaves the columns of its adapter. The factors are the same for all examples, so that
+  `jax.vmap` makes one product of all examples to `x·[a_1 … a_N]` and one from it.
+
+References:
+    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
+    <https://arxiv.org/abs/2106.09685>, 2021, equation 3. With `a = [a_1 … a_N]` and
+    `b = [b_1; …; b_N]`, `(x·a ∘ gate)·b` is `x·a_i·b_i` where the gate is 1 in the
+    columns of adapter i and 0 elsewhere.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from .._adapter.factors import LoraFactors
+from .._errors import UnsupportedFeatureError
+from .._jax.dots import as_laid_out
+from .._jax.sharding import spec_of
+from .._jax.symbolic import exceeds
+from .._rules.rows import where_found
+from .._rules.view import Log
+from .adapt import Gated, Given
+from .mixed_mesh import Examples, joined_along, take_row, take_rows
+
+# What a device computes in the time that it reads or writes one byte. (Accelerators
+# reach a few hundred FLOPs in large products and less in skinny ones; CPUs some tens.)
+_FLOPS_A_BYTE = 100
+
+
+class Mixture(NamedTuple):
+    """The stacked adapters of a mixed batch.
+
+    Attributes:
+        stacked: the adapters, as `jlora.stack` returns them.
+        adapters: how many they are.
+        base: the leaves of the params by path.
+        examples: where the examples are on an Explicit mesh.
+        size: the number of examples.
+    """
+
+    stacked: Mapping[str, Any]
+    adapters: int
+    base: Mapping[str, Any]
+    examples: Examples
+    size: int
+
+    def of_one(self, index: jax.Array) -> Given:
+        """Returns the adapter of one example, which is mapped over by `jax.vmap`."""
+        shape = lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
+        arrays = {path: (entry, index) for path, entry in self.stacked.items()}
+        entries = functools.partial(self._entries, index)
+        return Given(jax.tree.map(shape, dict(self.stacked)), arrays, entries)
+
+    def _entries(self, index: jax.Array, log: Log) -> dict[str, Any]:
+        refuse_ragged(log.uses)
+        found: dict[str, Any] = {}
+        for path, entry in self.stacked.items():
+            if isinstance(entry, LoraFactors) and self._is_joined(path, entry, log):
+                found[path] = self._side_by_side(entry, index)
+            else:
+                found[path] = self._gathered(path, entry, index)
+        return found
+
+    def _is_joined(self, path: str, entry: LoraFactors, log: Log) -> bool:
+        """Whether factors lie side by side: where every use can, and it is cheaper."""
+        if any(use.path == path for use in log.obstacles):
+            return False
+        uses = [use for use in log.uses if use.path == path]
+        # Any other use would multiply the gate into a factor of the joined rank.
+        if not all(use.chosen is not None or use.kind == "lookup" for use in uses):
+            return False
+        rank_axis = 1 + len(entry.axes.batch)
+        if spec_of(entry.a)[0] or spec_of(entry.a)[-1] or spec_of(entry.b)[rank_axis]:
+            return False
+        devices = self.examples.devices
+        numbers = math.prod(entry.a.shape[1:]) + math.prod(entry.b.shape[1:])
+        # Of the six products of a step, two are the forward pass.
+        flops = entry.rank * sum(use.factor_flops for use in uses) // 3
+        size = -(-self.size // devices)
+        return joining_pays(
+            self.adapters, size, numbers * entry.a.dtype.itemsize, flops
+        )
+
+    def _side_by_side(self, entry: LoraFactors, index: jax.Array) -> Gated:
+        """Returns the factors of all adapters and the gate of one example.
+
+        Zero times NaN is NaN: in one product for all, the factors of an adapter that
+        holds NaNs or infinities are zeros, and its own examples get NaN by their gate.
+        """
+        a, b = (self.examples.whole_across(v) for v in (entry.a, entry.b))
+        finite = lambda v: jnp.isfinite(v).all(axis=tuple(range(1, v.ndim)))
+        sound = finite(a) & finite(b)
+        before = len(entry.axes.batch)
+        a = joined_along(where_found(sound, a, 0), a.ndim - 2)
+        b = joined_along(where_found(sound, b, 0), before)
+        own = jnp.arange(self.adapters) == index
+        gate = jnp.where(own, jnp.where(sound, 1.0, jnp.nan), 0.0)
+        gate = jnp.where(index >= self.adapters, jnp.nan, gate)
+        gate = jnp.broadcast_to(gate[:, None], (self.adapters, entry.rank)).reshape(-1)
+        return Gated(LoraFactors(a, b, entry.axes, entry.scaling), gate)
+
+    def _gathered(self, path: str, entry: Any, index: jax.Array) -> Any:
+        """Returns the entry of one adapter: below 0 none, from `count` on NaNs.
+
+        Out of range the nearest one is read.
+        """
+        row = self._row(entry, jnp.clip(index, 0, self.adapters - 1))
+        inside = (index >= 0) & (index < self.adapters)
+        fill = jnp.where(index < 0, 0.0, jnp.nan)
+        if isinstance(row, LoraFactors):
+            # Both zero: the nearest row, which is read below 0, may hold NaNs in a.
+            a = jnp.where(index < 0, 0, row.a).astype(row.a.dtype)
+            b = jnp.where(inside, row.b, fill.astype(row.b.dtype))
+            return LoraFactors(a, b, row.axes, row.scaling)
+        own = jnp.asarray(self.base[path])
+        other = jnp.where(index < 0, own, jnp.nan)
+        return jnp.where(inside, as_laid_out(row.astype(own.dtype), own), other)
+
+    def _row(self, entry: Any, index: jax.Array) -> Any:
+        """Returns one row of every array.
+
+        Mapped over examples, it says where their rows lie on an Explicit mesh.
+        """
+        row = custom_vmap(lambda entry, index: take_row(entry, index, self.examples))
+
+        @row.def_vmap
+        def rule(size: int, batched: Any, entry: Any, index: Any) -> tuple[Any, Any]:
+            every = jax.tree.map(lambda _: True, entry)
+            return take_rows(entry, index, self.examples), every
+
+        return row(entry, index)
+
+
+def joining_pays(count: int, examples: int, size: int, flops: int) -> bool:
+    """Whether factors side by side cost less than a copy for each example.
+
+    Side by side the factors of all adapters are read twice (whether they are finite,
+    and to multiply), and every row is multiplied by those of all adapters. Gathered,
+    each example reads the factors of its adapter, writes them, and reads them again.
+
+    Args:
+        count: the number of adapters.
+        examples: the number of examples, on one device.
+        size: the bytes of the factors of one adapter.
+        flops: what these take for one example.
+
+    >>> joining_pays(8, 64, 1 << 16, 1 << 16)  # a token each of 64 sequences
+    True
+    >>> joining_pays(64, 8, 1 << 16, 1 << 16)  # of eight: most adapters are not used
+    False
+    >>> joining_pays(8, 8, 1 << 16, 512 << 16)  # of eight, 512 tokens each
+    False
+    """
+    read = _FLOPS_A_BYTE * size
+    joined = 2 * count * read + count * examples * flops
+    gathered = 3 * examples * read + examples * flops
+    return exceeds(gathered, joined)
+
+
+def refuse_ragged(uses: Sequence[Any]) -> None:
+    """Raises if kernels reach a ragged product, which JAX cannot map; names all."""
+    paths = {u.path for u in uses if u.primitive == "ragged_dot_general"}
+    if paths:
+        raise UnsupportedFeatureError(
+            f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
+            "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
+            "i), ...)` with the examples of adapter i"
+        )

@@ -1,0 +1,238 @@
+"""PEFT's files of LoRA's relatives, LoHa, LoKr and VeRA, read as files of LoRA.
+
+What each of them adds to a weight is a product of two factors, of a higher rank than
+its own. So everything that reads LoRA's files reads these, in any layout of the params.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
+from .._torch.modules import TorchModule
+from .._torch.named_params import Base
+from .config import PeftConfig, exact_keys
+from .keys import PREFIX
+
+Tensors = Mapping[str, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+    """What jlora knows of the files of one kind.
+
+    Attributes:
+        part: what the names of its tensors begin with, behind that of the module.
+        inert: fields of its config without an effect on what the tensors mean.
+        renamed: LoRA's name of a field that means the same.
+        factors: `(out, rank)` and `(rank, in)` of a module, from its tensors by what is
+            left of their names.
+    """
+
+    part: str
+    inert: frozenset[str]
+    renamed: Mapping[str, str]
+    factors: Callable[[Tensors], Pair]
+
+
+def is_relative(values: Any) -> bool:
+    """Returns whether a parsed config is that of a relative of LoRA."""
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    return isinstance(kind, str) and kind in RELATIVES
+
+
+def as_lora(
+    values: Any, tensors: Tensors, where: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the config and the tensors of a relative as those of LoRA.
+
+    Args:
+        values: the parsed config, of which `is_relative` holds.
+        tensors: the tensors by their keys.
+        where: the name of the folder, for messages.
+
+    Raises:
+        AdapterError: if tensors do not fit each other.
+        UnsupportedFeatureError: if a module has a Tucker form.
+        CorruptFileError: if a rank or an alpha is none.
+    """
+    kind = values["peft_type"]
+    relative = RELATIVES[kind]
+    own, rest = _by_module(tensors, relative.part)
+    if kind == "VERA":
+        own = _with_projections(own, where)
+    strange = [key for key in rest if ".lora_" in key]
+    if strange or not own:
+        raise AdapterError(
+            f"{where} is of {kind}, whose tensors have {relative.part!r} in their "
+            f"names, and holds {strange[:3] or sorted(tensors)[:3]}"
+        )
+    _check_no_tucker(own, where)
+    found, ranks, problems = {}, {}, []
+    for module, parts in own.items():
+        try:
+            b, a = relative.factors(parts)
+        except (KeyError, ValueError) as error:
+            shapes = {name: tensor.shape for name, tensor in parts.items()}
+            problems.append(f"{module!r} has {shapes}: {error}")
+            continue
+        found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        ranks[module.removeprefix(PREFIX)] = a.shape[0]
+    if problems:
+        raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
+    dropped = relative.inert | {"peft_type", *relative.renamed}
+    plain = {key: value for key, value in values.items() if key not in dropped}
+    plain |= {to: values[key] for key, to in relative.renamed.items() if key in values}
+    plain |= _scalings(values, ranks, where) if kind != "VERA" else _ones(ranks)
+    return {**plain, "peft_type": "LORA"}, {**rest, **found}
+
+
+def fitted(module: TorchModule, kind: str, base: Base, path: str) -> TorchModule:
+    """Returns a module in the shape that its kernel tells and its tensors do not.
+
+    Those of LoHa and LoKr have the window of a convolution among their columns, and
+    VeRA's projection has the columns of the widest module.
+    """
+    if kind == "LORA" or module.window:
+        return module
+    binding, shape = base.bindings[path], base.shape(path)
+    axes = base.axes(path)
+    if kind == "VERA":
+        fan_in, _ = axes.fans(shape)
+        return dataclasses.replace(module, a=module.a[:fan_in])
+    inputs = tuple(shape[i] for i in axes.in_)
+    if "same" in binding.steps:
+        return dataclasses.replace(module, window=inputs[1:])
+    if "conv" in binding.steps:
+        return dataclasses.replace(module, window=inputs[:-1])
+    return module
+
+
+def _by_module(
+    tensors: Tensors, part: str
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Returns the tensors of each module by what is left of their names, and others."""
+    own: dict[str, dict[str, np.ndarray]] = {}
+    rest = {}
+    for key, tensor in tensors.items():
+        module, dot, name = key.rpartition(f".{part}")
+        if dot:
+            wide = tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
+            own.setdefault(module, {})[name] = wide
+        else:
+            rest[key] = tensor
+    return own, rest
+
+
+def _check_no_tucker(own: Mapping[str, Tensors], where: str) -> None:
+    tucker = [module for module, parts in own.items() if {"t1", "t2"} & {*parts}]
+    if tucker:
+        raise UnsupportedFeatureError(
+            f"{where}: {tucker[:5]} have the Tucker form of a convolution "
+            "(`use_effective_conv2d=True`), which jlora has not; make LoRA of it with "
+            "PEFT's `peft.save_as_lora(path, model, rank)`"
+        )
+
+
+def _with_projections(own: Mapping[str, Tensors], where: str) -> dict[str, Tensors]:
+    """Gives each module of VeRA the projections, which stand beside the modules."""
+    beside = {module: parts for module, parts in own.items() if {*parts} <= {"A", "B"}}
+    shared = [(name, t) for parts in beside.values() for name, t in parts.items()]
+    if sorted(name for name, _ in shared) != ["A", "B"]:
+        raise UnsupportedFeatureError(
+            f"{where} holds {len(shared)} projections of VeRA, and not `vera_A` and "
+            "`vera_B`; without them they are what torch draws. Save it in PEFT with "
+            "`save_projection=True`"
+        )
+    modules = {module: parts for module, parts in own.items() if module not in beside}
+    return {module: {**parts, **dict(shared)} for module, parts in modules.items()}
+
+
+def _scalings(
+    values: Mapping[str, Any], ranks: Mapping[str, int], where: str
+) -> dict[str, Any]:
+    """Returns LoRA's fields for the scalings that the config gives each module."""
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0
+    given = {"r": values.get("r", 8), "alpha": values.get("alpha", 8)}
+    fields = ("rank_pattern", "alpha_pattern")
+    patterns: dict[str, Any] = {name: values.get(name) or {} for name in fields}
+    fine = all(map(number, given.values())) and all(
+        isinstance(p, dict) and all(map(number, p.values())) for p in patterns.values()
+    )
+    if not fine:
+        raise CorruptFileError(f"{where}: {given} and {patterns} are no numbers")
+    said = PeftConfig(r=given["r"], lora_alpha=given["alpha"], **patterns)
+    scalings = {name: said.scaling(name, said.rank(name)) for name in ranks}
+    alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
+    return {"rank_pattern": exact_keys(ranks), "alpha_pattern": exact_keys(alphas)}
+
+
+def _ones(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Returns LoRA's fields for a scaling of one."""
+    return {
+        "rank_pattern": exact_keys(ranks),
+        "alpha_pattern": exact_keys(
+            {name: float(rank) for name, rank in ranks.items()}
+        ),
+    }
+
+
+# --- the factors of a module ---
+
+
+def _loha(parts: Tensors) -> Pair:
+    """`(a₁·b₁) ∘ (a₂·b₂)`: the products of columns, and of rows."""
+    a1, b1, a2, b2 = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    _check_product(a1, b1)
+    _check_product(a2, b2)
+    columns = np.einsum("oi,oj->oij", a1, a2).reshape(len(a1), -1)
+    rows = np.einsum("in,jn->ijn", b1, b2).reshape(-1, b1.shape[1])
+    return columns, rows
+
+
+def _lokr(parts: Tensors) -> Pair:
+    """`C ⊗ (a·b)`, with the smaller side of `C` in a unit matrix."""
+    if "w1" in parts:
+        c = parts["w1"]
+    else:
+        _check_product(parts["w1_a"], parts["w1_b"])
+        c = parts["w1_a"] @ parts["w1_b"]
+    if "w2" in parts:  # its window among the columns
+        whole = parts["w2"].reshape(len(parts["w2"]), -1)
+        one = np.eye(min(whole.shape), dtype=whole.dtype)
+        a, b = (one, whole) if len(one) == len(whole) else (whole, one)
+    else:
+        a, b = parts["w2_a"], parts["w2_b"]
+        _check_product(a, b)
+    one = np.eye(min(c.shape), dtype=c.dtype)
+    left, right = (c, one) if c.shape[0] >= c.shape[1] else (one, c)
+    return np.kron(left, a), np.kron(right, b)
+
+
+def _vera(parts: Tensors) -> Pair:
+    """`diag(λ_b)·B·diag(λ_d)·A`, of `B` as many rows as the module has outputs."""
+    d, b = parts["lambda_d"], parts["lambda_b"]
+    if d.shape != parts["A"].shape[:1] or len(b) > len(parts["B"]):
+        raise ValueError("they do not fit the projections")
+    return b[:, None] * parts["B"][: len(b)], d[:, None] * parts["A"]
+
+
+def _check_product(a: np.ndarray, b: np.ndarray) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"{a.shape} and {b.shape} have no product")
+
+
+_LYCORIS = frozenset({
+    "r", "alpha", "init_weights", "use_effective_conv2d", "rank_pattern",
+    "alpha_pattern", "decompose_both", "decompose_factor", "rank_dropout_scale",
+})  # fmt: skip
+_VERA = frozenset({"r", "d_initial", "init_weights", "save_projection"})
+_VERA |= {"projection_prng_key"}
+RELATIVES = {
+    "LOHA": Relative("hada_", _LYCORIS, {}, _loha),
+    "LOKR": Relative("lokr_", _LYCORIS, {}, _lokr),
+    "VERA": Relative("vera_", _VERA, {"vera_dropout": "lora_dropout"}, _vera),
+}

@@ -1,0 +1,275 @@
+"""Adapters of LoRA's relatives that PEFT saved, read by jlora; no torch is needed.
+
+The fixtures come from `tests/oracle/make_relatives.py`.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import assert_close
+from paths import DATA, ORACLE
+from safetensors.numpy import load_file, save_file
+from torch_python import oracle_python
+
+import jlora
+import jlora.peft
+import jlora.weights
+
+FOLDER = DATA / "peft_relatives"
+CASES = ("loha", "lokr", "lokr_both", "lokr_whole", "vera")
+# LoHa's rank squared, LoKr's by blocks, of `up`.
+RANKS = {"loha": 4, "lokr": 6, "lokr_both": 3, "lokr_whole": 12, "vera": 4}
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    """The twin of `Model` in make_relatives.py."""
+    image = jnp.tanh(x @ params["up"]["kernel"]).reshape(-1, 6, 3, 5)
+    image = jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    layout = ("NCHW", "HWIO", "NCHW")
+    image = jax.lax.conv_general_dilated(
+        image, params["conv"]["kernel"], (1, 1), "VALID", dimension_numbers=layout
+    )
+    return jnp.tanh(image).reshape(len(x), -1) @ params["down"]["kernel"]
+
+
+def params_of(arrays: Any) -> dict[str, Any]:
+    """The params of the twin from torch's weights."""
+    up, down = (jnp.asarray(arrays[f"{name}.weight"].T) for name in ("up", "down"))
+    conv = jnp.asarray(arrays["conv.weight"].transpose(2, 3, 1, 0))
+    return {n: {"kernel": v} for n, v in (("up", up), ("conv", conv), ("down", down))}
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, Any]:
+    return {name: dict(np.load(FOLDER / name / "arrays.npz")) for name in CASES}
+
+
+NAMES = [(r"(?P<name>up|down)", "{name}"), (r"conv", "conv", "conv")]
+
+
+@each_case
+def test_outputs_are_those_of_peft(name: str, arrays: Any) -> None:
+    own = arrays[name]
+    params = params_of(own)
+    config, adapter = jlora.peft.load(FOLDER / name, params, NAMES)
+    lora = jlora.lora(model, config)
+    y = lora.apply(params, adapter, jnp.asarray(own["x"]))
+    assert_close(y, jnp.asarray(own["y"]), 1e-5)
+    merged = model(jlora.merge(params, adapter), jnp.asarray(own["x"]))
+    assert_close(merged, jnp.asarray(own["y"]), 1e-5)
+    assert adapter["up/kernel"].rank == RANKS[name]
+
+
+def changed(folder: Path, to: Path, tensors: Any = None, **values: Any) -> Path:
+    """A copy of a fixture with other values in its config, or other tensors."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps({**config, **values}))
+    if tensors is not None:
+        save_file(tensors, to / "adapter_model.safetensors")
+    return to
+
+
+def test_what_is_not_told_is_refused_by_name(arrays: Any, tmp_path: Path) -> None:
+    params, load = params_of(arrays["loha"]), jlora.peft.load
+    with pytest.raises(jlora.UnsupportedFeatureError, match="Tucker form"):
+        load(FOLDER / "loha_tucker", params, NAMES)
+    with pytest.raises(jlora.UnsupportedFeatureError, match="save_projection=True"):
+        load(FOLDER / "vera_without", params, NAMES)
+    dropping = changed(FOLDER / "loha", tmp_path / "drop", rank_dropout=0.1)
+    with pytest.raises(jlora.UnsupportedFeatureError, match=r"`rank_dropout` is 0\.1"):
+        load(dropping, params, NAMES)
+    load(dropping, params, NAMES, ignore=["rank_dropout"])
+    wrong = changed(FOLDER / "loha", tmp_path / "wrong", alpha="much")
+    with pytest.raises(jlora.CorruptFileError, match="'alpha': 'much'"):
+        load(wrong, params, NAMES)
+    with pytest.raises(jlora.AdapterError, match=r"LOHA, .* 'hada_' .*lokr_w1"):
+        load(
+            changed(FOLDER / "lokr", tmp_path / "mix", peft_type="LOHA"), params, NAMES
+        )
+    with pytest.raises(jlora.AdapterError, match="'IA3'; jlora reads 'LORA', and"):
+        load(changed(FOLDER / "lokr", tmp_path / "ia3", peft_type="IA3"), params, NAMES)
+
+
+@pytest.mark.parametrize("name, part", [("loha", "hada_w2_b"), ("lokr", "lokr_w1")])
+def test_tensors_that_do_not_fit_are_refused(
+    name: str, part: str, arrays: Any, tmp_path: Path
+) -> None:
+    params = params_of(arrays[name])
+    tensors = load_file(FOLDER / name / "adapter_model.safetensors")
+    key = f"base_model.model.up.{part}"
+    without = {k: v for k, v in tensors.items() if k != key}
+    cut = {**tensors, key: np.ascontiguousarray(tensors[key][:1])}
+    for i, other in enumerate((without, cut)):
+        folder = changed(FOLDER / name, tmp_path / str(i), other)
+        with pytest.raises(jlora.AdapterError, match="up"):
+            jlora.peft.load(folder, params, NAMES)
+
+
+def test_vera_s_vectors_must_fit_the_projections(arrays: Any, tmp_path: Path) -> None:
+    params = params_of(arrays["vera"])
+    cuts = {"vera_B": (slice(20), "'base_model.model.up' .*projections")}
+    cuts["vera_A"] = ((slice(None), slice(9)), "up")
+    for name, (cut, match) in cuts.items():
+        tensors = load_file(FOLDER / "vera" / "adapter_model.safetensors")
+        key = f"base_model.{name}"
+        tensors[key] = np.ascontiguousarray(tensors[key][cut])
+        folder = changed(FOLDER / "vera", tmp_path / name, tensors)
+        with pytest.raises(jlora.AdapterError, match=match):
+            jlora.peft.load(folder, params, NAMES)
+
+
+@each_case
+def test_merged_into_a_model_on_disk(name: str, arrays: Any, tmp_path: Path) -> None:
+    own = arrays[name]
+    weights = {k: v for k, v in own.items() if k not in ("x", "y")}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "none"}')
+    merge = jlora.weights.merge_folder
+    merge(tmp_path / "base", FOLDER / name, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    y = model(params_of(merged), jnp.asarray(own["x"]))
+    assert_close(y, jnp.asarray(own["y"]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["loha", "vera"])
+def test_the_command_says_what_it_needs(name: str, tmp_path: Path) -> None:
+    command = (
+        "convert",
+        str(FOLDER / name),
+        str(tmp_path / "out"),
+        "--to",
+        "checkpoint",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "jlora", *command], capture_output=True, text=True
+    )
+    assert done.returncode and "how many inputs a module has" in done.stderr, done
+
+
+# --- PEFT's own files, written ---
+
+KINDS = {"loha": "LOHA", "lokr": "LOKR", "vera": "VERA"}
+OWN = {"vera": {"projection_seed": 5}, "lokr": {"decompose_factor": 4}}
+each_kind = pytest.mark.parametrize("variant", KINDS)
+TARGETS = {"loha": "up|conv|down", "lokr": "up|down", "vera": "up|down"}
+
+
+def trained(variant: str, params: Any, fn: Any, x: Any, **settings: Any) -> Any:
+    """A plan, an adapter of random values and its configs."""
+    config = jlora.LoraConfig(
+        TARGETS[variant], rank=2, alpha=3.0, variant=variant, **OWN.get(variant, {})
+    )
+    config = dataclasses.replace(config, **settings)
+    lora = jlora.lora(fn, config)
+    adapter = lora.init(jax.random.key(0), params, x)
+    fill = lambda v: 0.4 * jax.random.normal(jax.random.key(v.size), v.shape)
+    return lora.plan(params, x), jax.tree.map(fill, adapter), lora.configs
+
+
+@each_kind
+def test_own_files_hold_the_same_change(
+    variant: str, arrays: Any, tmp_path: Path
+) -> None:
+    params, x = params_of(arrays["loha"]), jnp.ones((3, 12))
+    plan, adapter, configs = trained(variant, params, model, x, rslora=True)
+    kind = KINDS[variant]
+    jlora.peft.save(tmp_path / "own", plan, adapter, configs, NAMES, kind=kind)
+    tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    example = load_file(FOLDER / variant / "adapter_model.safetensors")
+    own = [name for name in example if "conv" not in name or variant == "loha"]
+    assert {*tensors} == {*own}
+    said = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    theirs = json.loads((FOLDER / variant / "adapter_config.json").read_text())
+    assert {*said} == {*theirs} and said["peft_type"] == kind
+    _, plain = jlora.peft.load(tmp_path / "own", plan, NAMES)
+    pair = jlora.merge(params, adapter), jlora.merge(params, plain)
+    assert_close(*pair, 1e-5)
+
+
+def stack(params: Any, x: jax.Array) -> jax.Array:
+    """Layers under a scan, the outputs of each in heads."""
+
+    def layer(x: jax.Array, own: Any) -> Any:
+        y = jnp.einsum("ni,ihd->nhd", x, own["up"])
+        return jnp.tanh(jnp.einsum("nhd,hdo->no", y, own["down"])), None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+@each_kind
+def test_own_files_of_a_stack_of_heads(variant: str, tmp_path: Path) -> None:
+    keys = jax.random.split(jax.random.key(1), 3)
+    params = {
+        "up": jax.random.normal(keys[0], (3, 12, 2, 10)),
+        "down": jax.random.normal(keys[1], (3, 2, 10, 12)),
+    }
+    x = jax.random.normal(keys[2], (4, 12))
+    plan, adapter, configs = trained(variant, params, stack, x, target="up|down")
+    names = [(r"(?P<name>up|down)", "layers.{0}.{name}")]
+    kind = KINDS[variant]
+    jlora.peft.save(tmp_path / "own", plan, adapter, configs, names, kind=kind)
+    tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    assert sum("layers.2.down" in name for name in tensors) in (2, 3, 4)
+    _, plain = jlora.peft.load(tmp_path / "own", plan, names)
+    assert_close(jlora.merge(params, adapter), jlora.merge(params, plain), 1e-5)
+
+
+@pytest.mark.oracle
+@each_kind
+def test_peft_loads_own_files(variant: str, arrays: Any, tmp_path: Path) -> None:
+    params, own = params_of(arrays["loha"]), arrays["loha"]
+    plan, adapter, configs = trained(variant, params, model, jnp.asarray(own["x"]))
+    where = tmp_path / "own"
+    jlora.peft.save(where, plan, adapter, configs, NAMES, kind=KINDS[variant])
+    np.savez(where / "arrays.npz", **own)
+    done = subprocess.run(
+        [oracle_python(), str(ORACLE / "make_relatives.py"), str(where)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    y = jnp.asarray(json.loads(done.stdout.splitlines()[-1]))
+    expected = model(jlora.merge(params, adapter), jnp.asarray(own["x"]))
+    assert_close(y, expected, 1e-5)
+
+
+def test_own_files_are_of_one_variant(arrays: Any, tmp_path: Path) -> None:
+    params, x = params_of(arrays["loha"]), jnp.ones((3, 12))
+    plan, adapter, configs = trained("vera", params, model, x)
+    save = lambda adapter=adapter, configs=configs, **how: jlora.peft.save(
+        tmp_path / "no", plan, adapter, configs, NAMES, **how
+    )
+    unsupported = jlora.UnsupportedFeatureError
+    with pytest.raises(unsupported, match=r"LOHA.*\['down/kernel', 'up/kernel'\]"):
+        save(kind="LOHA")
+    with pytest.raises(ValueError, match="`kind` is one of"):
+        save(kind="IA3")
+    with pytest.raises(ValueError, match="for 'peft'"):
+        save(kind="VERA", profile="vllm")
+    with pytest.raises(jlora.AdapterError, match="it is empty"):
+        save({}, kind="VERA")
+    other = dataclasses.replace(adapter["up/kernel"], projection_seed=6)
+    with pytest.raises(unsupported, match="one seed for all modules"):
+        save({**adapter, "up/kernel": other}, kind="VERA")
+    _, conv, _ = trained("lokr", params, model, x, target="conv")
+    with pytest.raises(unsupported, match=r"another order of .*: conv\nLeave `kind`"):
+        save(conv, kind="LOKR")
+    plan, loha, configs = trained("loha", params, model, x, dropout=0.1)
+    with pytest.raises(unsupported, match="no dropout of inputs"):
+        save(loha, configs, kind="LOHA")
+    assert not (tmp_path / "no").exists()
