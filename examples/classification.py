@@ -33,13 +33,20 @@ class Task(NamedTuple):
     held_out: Sequence[sentiment_data.Tweet]
 
 
-def make_task(args: argparse.Namespace) -> Task:
-    """Returns the encoder with a new head and new biases, and the tweets."""
+def make_task(
+    args: argparse.Namespace, base: pretrained.Pretrained | None = None
+) -> Task:
+    """Returns the encoder with a new head and new biases, and the tweets.
+
+    Args:
+        args: the options.
+        base: the language model; by default that of `--model`.
+    """
     tweets = sentiment_data.load_tweets()
     train, held_out = sentiment_data.split(tweets, args.seed, args.held_out)
     if args.rows > len(train):
         raise ValueError(f"`--rows` {args.rows} is more than {len(train)} tweets")
-    base = encoder.first_layers(pretrained.load(args.model), args.layers)
+    base = encoder.first_layers(base or pretrained.load(args.model), args.layers)
 
     def as_batch(some: Sequence[sentiment_data.Tweet]) -> Batch:
         words, labels = zip(*some, strict=True)
