@@ -15,8 +15,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Scripts for a Python that has torch and PEFT.
-collect_ignore = ["oracle"]
+# Scripts for a Python that has torch and PEFT; and a variant, which is registered once:
+# under the name by which tests import it.
+collect_ignore = ["oracle", "support/variant_of_tests.py"]
 
 # What is one test for each use of a kernel, each wrapper of a function, or each model.
 CROSSED = (

@@ -82,8 +82,13 @@ class Assembly:
         except AdapterError as error:
             self.problems.append(str(error))
 
-    def homes(self, module: TorchModule) -> list[Home]:
+    def homes(self, module: TorchModule, *, flattened: bool = False) -> list[Home]:
         """Returns the places of a module: one, or those of all its parts.
+
+        Args:
+            module: the module.
+            flattened: whether files of its kind have a convolution's window among the
+                columns, so that the kernel alone tells it.
 
         Raises:
             AdapterError: if the params have none, or one of another kind.
@@ -94,7 +99,10 @@ class Assembly:
         path = homes[0].path
         self.base.check_use(path)
         if len(homes) == 1:  # one that is fused in torch has no window
-            check_read(self.base, path, module.a.shape[0], bool(module.window))
+            steps = self.base.bindings[path].steps
+            among = flattened and bool({"conv", "same"} & set(steps))
+            has_window = bool(module.window) or among
+            check_read(self.base, path, module.a.shape[0], has_window)
         return homes
 
     def place(self, module: TorchModule, homes: list[Home]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 from oracle import relative_error
+from releases import since
 
 import jlora
 
@@ -169,19 +170,31 @@ def close(got: Any, want: Any, rtol: float) -> None:
     assert relative_error(got, want) < rtol
 
 
+MIXED_UP = since("jax", "0.8.2", "its XLA mixes rows up where a gather is not first")
+NAMES = [
+    pytest.param(name, marks=MIXED_UP) if name in ("in_two_steps", "columns") else name
+    for name in LOOKUPS
+]
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
-@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_comes_back_to_filled_rows_is_dropped(name: str, dora: bool):
     check(LOOKUPS[name], LOOKUPS[name].fn, dora=dora)
 
 
 @pytest.mark.parametrize("wrapper", ["remat", "cond"])
-@pytest.mark.parametrize("name", ["take", "fill_value", "batched", "in_two_steps"])
+@pytest.mark.parametrize(
+    "name",
+    ["take", "fill_value", "batched", pytest.param("in_two_steps", marks=MIXED_UP)],
+)
 def test_inside(name: str, wrapper: str):
     check(LOOKUPS[name], WRAPPERS[wrapper](LOOKUPS[name].fn))
 
 
-@pytest.mark.parametrize("name", ["take", "fill", "clip", "columns"])
+@pytest.mark.parametrize(
+    "name", ["take", "fill", "clip", pytest.param("columns", marks=MIXED_UP)]
+)
 def test_rows_that_are_trained_whole(name: str):
     check(LOOKUPS[name], LOOKUPS[name].fn, rows=[3, 0])
 

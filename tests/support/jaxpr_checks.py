@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 EMPTY, CONST, BASE, OTHER = range(4)
 
 # What JAX up to 0.10 puts where the residuals of an untaken branch would be; before
-# 0.10.2 it is zeros, see `_fills`.
+# 0.10.2 it is zeros, see `_fills`, as are cotangents that a `shard_map` has none for.
 FILLERS = {"empty", "empty2"}
 FILLED_WITH_ZEROS = is_before("jax", "0.10.2")
 
@@ -177,8 +177,8 @@ Steps = Generator[tuple[jex.JaxprEqn, list[int]], None, list[int]]
 def _walk(jaxpr: jex.Jaxpr, kinds: Sequence[int], filled: bool = False) -> Steps:
     """Yields each equation, inner ones first, with the kinds of its outputs.
 
-    Returns the kinds of the outputs of the program. It is `filled` if it is a branch in
-    which zeros are fillers.
+    Returns the kinds of the outputs of the program. It is `filled` if it is a branch
+    or the body of a `shard_map`, in which zeros are fillers.
     """
     env = dict.fromkeys(jaxpr.constvars, CONST)
     env |= dict(zip(jaxpr.invars, kinds, strict=True))
@@ -207,19 +207,21 @@ def _step(eqn: jex.JaxprEqn, ins: list[int]) -> Steps:
         return [max(kinds) for kinds in zip(*outs, strict=True)]
     for inner in _inner(eqn):
         if len(inner.invars) == len(ins) and len(inner.outvars) == len(eqn.outvars):
-            return (yield from _walk(inner, ins))
+            filled = FILLED_WITH_ZEROS and name == "shard_map"
+            return (yield from _walk(inner, ins, filled))
         # An inner program whose inputs cannot be told apart: nothing in it is base.
         yield from _walk(inner, [OTHER] * len(inner.invars))
     return _kinds(eqn, ins)
 
 
 def _fills(eqn: jex.JaxprEqn, branch: jex.Jaxpr) -> bool:
-    """Whether it makes zeros that no equation of a branch reads."""
+    """Whether it makes zeros that no equation of a branch reads, but to mark them."""
     if eqn.primitive.name != "broadcast_in_dim":
         return False
     (value, *_), (out,) = eqn.invars, eqn.outvars
     zeros = isinstance(value, jex.Literal) and value.val == 0
-    return zeros and not any(out is v for e in branch.eqns for v in e.invars)
+    reading = (e for e in branch.eqns if e.primitive.name != "pvary")
+    return zeros and not any(out is v for e in reading for v in e.invars)
 
 
 def _kinds(eqn: jex.JaxprEqn, ins: list[int]) -> list[int]:

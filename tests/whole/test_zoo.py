@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxpr_checks import assert_not_materialized, slice_shapes
+from releases import is_before
 from zoo import CASES, Axes, Built, Case
 
 import jlora
@@ -127,7 +128,8 @@ def test_fresh_adapter_changes_nothing(subject: Subject):
     base = subject.base(built.params, subject.arrays)
     adapted = subject.factored(built.params, subject.fresh, subject.arrays)
     assert_same_kind(adapted, base)
-    assert_close(adapted, base, 0.0)
+    # XLA of before rounds a convolution otherwise where something is added to it.
+    assert_close(adapted, base, 1e-6 if is_before("jax", "0.10") else 0.0)
 
 
 def test_factors_have_the_shapes_of_their_axes(subject: Subject):
