@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help=told)
     told = (
         "run one in N of the crossings of uses, wrappers and models, those of share K"
-        " (0/24 where no file is named, else all)"
+        " (0/48 where no file is named, else all)"
     )
     parser.addoption("--sample", metavar="K/N", help=told)
     parser.addoption("--thin", default="0/1", metavar="K/N", help="and of all others")
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         options.programs = 5000 if whole else 300
     if options.sample is None:
         named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
-        options.sample = "0/1" if whole or named else "0/24"
+        options.sample = "0/1" if whole or named else "0/48"
 
 
 def pytest_collection_modifyitems(
