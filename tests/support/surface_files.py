@@ -38,7 +38,8 @@ def _optimized(make: Callable[[], Any]) -> Feature:
         adapter = place.adapter(lora)
         state = tx.init(adapter)
         if place.mesh is not None:
-            placed = jlora.shardings(params, adapter, replicate=not place.follow)
+            how = {"replicate": not place.follow, "spread": place.spread}
+            placed = jlora.shardings(params, adapter, **how)
             places = jlora.state_shardings(tx, adapter, placed)
             state = jax.jit(tx.init, out_shardings=places)(adapter)
 
