@@ -170,7 +170,7 @@ def close(got: Any, want: Any, rtol: float) -> None:
     assert relative_error(got, want) < rtol
 
 
-MIXED_UP = since("jax", "0.8.2", "its XLA mixes rows up where a gather is not first")
+MIXED_UP = since("jax", "0.8.2", "its XLA mixes up rows of constants, adapted or not")
 NAMES = [
     pytest.param(name, marks=MIXED_UP) if name in ("in_two_steps", "columns") else name
     for name in LOOKUPS
