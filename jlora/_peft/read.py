@@ -138,7 +138,7 @@ def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
     for module in modules:
         if module.name not in heads:
             with assembly.noting():
-                homes = assembly.homes(module, flattened=files.kind != "LORA")
+                homes = assembly.homes(module)
                 binding = base.bindings[homes[0].path]
                 module = fitted(module, files.kind, base, binding.path)
                 for one in _as_configured(module, binding, files, base):

@@ -82,13 +82,8 @@ class Assembly:
         except AdapterError as error:
             self.problems.append(str(error))
 
-    def homes(self, module: TorchModule, *, flattened: bool = False) -> list[Home]:
+    def homes(self, module: TorchModule) -> list[Home]:
         """Returns the places of a module: one, or those of all its parts.
-
-        Args:
-            module: the module.
-            flattened: whether files of its kind have a convolution's window among the
-                columns, so that the kernel alone tells it.
 
         Raises:
             AdapterError: if the params have none, or one of another kind.
@@ -96,13 +91,7 @@ class Assembly:
         """
         homes = _homes(module, self.base)
         self.owners[module.name] = module.owner
-        path = homes[0].path
-        self.base.check_use(path)
-        if len(homes) == 1:  # one that is fused in torch has no window
-            steps = self.base.bindings[path].steps
-            among = flattened and bool({"conv", "same"} & set(steps))
-            has_window = bool(module.window) or among
-            check_read(self.base, path, module.a.shape[0], has_window)
+        self.base.check_use(homes[0].path)
         return homes
 
     def place(self, module: TorchModule, homes: list[Home]) -> None:
@@ -112,7 +101,10 @@ class Assembly:
             AdapterError: if it does not fit there.
         """
         module.check_ranks()
-        if module.window and "same" not in self.base.bindings[homes[0].path].steps:
+        path = homes[0].path
+        if len(homes) == 1:  # one that is fused in torch has no window
+            check_read(self.base, path, module.a.shape[0], bool(module.window))
+        if module.window and "same" not in self.base.bindings[path].steps:
             rows = window_first(module.a, module.window)
             module = dataclasses.replace(module, a=rows)
         expert = () if module.expert is None else (module.expert,)
