@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from models import plain
-from steps import OPTIMIZER, frozen_step, lora_of, low_rank_losses, trained_step
+from steps import OPTIMIZER, frozen_step, jitted, lora_of, low_rank_losses, trained_step
 
 FROZEN, JLORA, FULL = "frozen limit", "jlora", "full fine-tuning"
 FACTORED, MERGED = "factored, autodiff", "merged at apply"
@@ -52,8 +52,7 @@ def step_of(name: str, model: Any) -> Any:
         step, donated = trained_step(full), 2
     else:
         step, donated = trained_step(low_rank_losses(model)[name]), 2
-    changed = lambda *state: step(*state)[:donated]
-    return jax.jit(changed, donate_argnums=tuple(range(donated)))
+    return jitted(step, donated)
 
 
 def equations(jaxpr: Any) -> int:

@@ -149,11 +149,15 @@ def compiled(step: Callable[..., Any], state: Sequence[Any], donated: int) -> An
     Only these are returned: an executable copies what it hands through, so that each
     run would write the frozen params once more.
     """
+    # What comes out is what goes in next.
+    out = where(tuple(state[:donated])) if on_a_mesh(state) else None
+    return jitted(step, donated, out).lower(*state).compile()
+
+
+def jitted(step: Callable[..., Any], donated: int, out: Any = None) -> Any:
+    """Returns a step that gives back what it is donated, at these places if any."""
     changed = lambda *state: step(*state)[:donated]
-    given: dict[str, Any] = {"donate_argnums": tuple(range(donated))}
-    if on_a_mesh(state):  # What comes out is what goes in next.
-        given["out_shardings"] = where(tuple(state[:donated]))
-    return jax.jit(changed, **given).lower(*state).compile()
+    return jax.jit(changed, donate_argnums=tuple(range(donated)), out_shardings=out)
 
 
 def where(tree: Any) -> Any:

@@ -5,7 +5,6 @@ whole models on meshes, scanned and rematerialized, with AdamW.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,10 +25,12 @@ from steps import (
     as_layers,
     factored,
     frozen_step,
+    jitted,
     lora_of,
     low_rank_losses,
     merged,
     trained_step,
+    where,
 )
 
 import jlora
@@ -151,7 +152,8 @@ def model_step(
         state = _with_moments(state[0], own)
     params = None if full else placed(params, places)
     args = (*state, params, batch)
-    return _jitted(step, args, len(state)), args
+    out = where(tuple(state))
+    return jitted(step, len(state), out), args
 
 
 def _with_moments(trained: Any, places: Any) -> list[Any]:
@@ -159,10 +161,3 @@ def _with_moments(trained: Any, places: Any) -> list[Any]:
     moments = jlora.state_shardings(OPTIMIZER, trained, places)
     state = jax.eval_shape(OPTIMIZER.init, trained)
     return [placed(trained, places), placed(state, moments)]
-
-
-def _jitted(step: Callable[..., Any], args: tuple[Any, ...], donated: int) -> Any:
-    """Returns the step, what changes donated, back in its places, and nothing else."""
-    out = jax.tree.map(lambda v: v.sharding, args[:donated])
-    changed = lambda *state: step(*state)[:donated]
-    return jax.jit(changed, donate_argnums=range(donated), out_shardings=out)
