@@ -57,9 +57,9 @@ class LoraFactors:
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of the kernel that the factors belong to."""
         n_batch, n_in = len(self.axes.batch), len(self.axes.in_)
-        order = self.axes.batch + self.axes.in_ + self.axes.out
-        sizes = self.a.shape[: n_batch + n_in] + self.b.shape[n_batch + 1 :]
-        return tuple(sizes[order.index(i)] for i in range(len(order)))
+        return self.axes.kernel_shape(
+            self.a.shape[: n_batch + n_in] + self.b.shape[n_batch + 1 :]
+        )
 
 
 def exportable(kind: type, name: str) -> None:

@@ -65,6 +65,15 @@ class KernelAxes:
         out = tuple(shape[i] for i in self.out)
         return (*batch, *in_, rank), (*batch, rank, *out)
 
+    def kernel_shape(self, sizes: Sequence[int]) -> Shape:
+        """Returns a kernel's shape from the sizes of its `(*batch, *in, *out)`.
+
+        >>> KernelAxes((0,), (2, 3), (1,)).kernel_shape((4, 2, 3, 7))
+        (4, 7, 2, 3)
+        """
+        order = self.batch + self.in_ + self.out
+        return tuple(sizes[order.index(i)] for i in range(len(order)))
+
     def magnitude_shape(self, shape: Sequence[int]) -> Shape:
         """Returns the shape `(*batch, *out)` of DoRA's magnitude."""
         return tuple(shape[i] for i in self.batch + self.out)

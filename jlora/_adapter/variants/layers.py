@@ -55,13 +55,12 @@ class LayerFactors:
     def kernel_shape(self) -> Shape:
         """The shape of the kernel that the factors belong to."""
         n_batch, n_in = len(self.axes.batch), len(self.axes.in_)
-        order = self.axes.batch + self.axes.in_ + self.axes.out
         sizes = (
             self.count,
             *self.a.shape[1 : n_batch + n_in],
             *self.b.shape[n_batch + 1 :],
         )
-        return tuple(sizes[order.index(i)] for i in range(len(order)))
+        return self.axes.kernel_shape(sizes)
 
     def lowered(self, kernel: Any = None) -> LoraFactors:
         """Returns the same change as factors of all layers, most of them zero.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..._jax.dtypes import summed_in, widest
+from ..._jax.dtypes import summed_in
 from ..._jax.sharding import beside
 from ..._params.axes import KernelAxes, Shape, expand
 from .variant import New, Variant
@@ -60,7 +60,7 @@ def _shapes(
 
 def _new(new: New, leaf: Any) -> dict[str, Any]:
     shape = _shapes(new.axes, new.shape, None, new.config.scale_side)["scale"]
-    return {"scale": jnp.ones(shape, widest(jnp.zeros((), new.config.dtype)))}
+    return {"scale": jnp.ones(shape, summed_in(new.config.dtype))}
 
 
 SCALE = Variant(

@@ -58,9 +58,7 @@ class SlicedFactors:
     @property
     def kernel_shape(self) -> Shape:
         """The shape of the kernel that the factors belong to."""
-        order = self.axes.batch + self.axes.in_ + self.axes.out
-        sizes = self.a.shape[:-1] + self.out
-        return tuple(sizes[order.index(i)] for i in range(len(order)))
+        return self.axes.kernel_shape(self.a.shape[:-1] + self.out)
 
     def lowered(self, kernel: Any = None) -> LoraFactors:
         """Returns the same change as factors: `b` is block-diagonal.
