@@ -5,6 +5,7 @@ base is timed by the same function.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,34 +50,55 @@ def prefill(model: Decoder) -> Forward:
     """
 
     def fn(params: Params, tokens: jax.Array) -> jax.Array:
-        body = lambda x, layer: (model.layer(x, layer, plain), None)
-        x, _ = lax.scan(body, model.embed(params, tokens), params["layers"])
+        x = model.embed(params, tokens)
+        if model.scan:
+            body = lambda x, layer: (model.layer(x, layer, plain), None)
+            x, _ = lax.scan(body, x, params["layers"])
+        else:
+            for layer in params["layers"]:
+                x = model.layer(x, layer, plain)
         return rms_norm(x[:, -1], params["norm"]) @ params["head"]
 
     return fn
 
 
-def empty_cache(model: Decoder, length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns keys and values, (layers, batch, length, kv_heads, head size) each."""
-    shape = (model.layers, model.batch, length, model.kv_heads, model.d // model.heads)
-    return jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)
+Cache = list[tuple[jax.Array, jax.Array]]
+
+
+def unrolled(model: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """Returns a scanned decoder and its params with a list of layers, to decode with.
+
+    A scan copies each layer's kernels and its part of the cache at every token, which
+    a server would not bear: beside such a base an adapter looks cheaper than it is.
+    """
+    layers = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        for i in range(model.layers)
+    ]
+    return dataclasses.replace(model, scan=False), {**params, "layers": layers}
+
+
+def empty_cache(model: Decoder, length: int) -> Cache:
+    """Returns keys and values, (batch, kv_heads, length, head size), of each layer."""
+    shape = (model.batch, model.kv_heads, length, model.d // model.heads)
+    zeros = lambda: jnp.zeros(shape, model.dtype)
+    return [(zeros(), zeros()) for _ in range(model.layers)]
 
 
 def decode(model: Decoder) -> Forward:
     """Returns `fn(params, tokens, cache, position) -> (tokens, cache)`, greedy.
 
-    `tokens: (batch,)` stand at `position: ()`; the cache is read up to there.
+    Of an unrolled model. `tokens: (batch,)` stand at `position: ()`; the cache is read
+    up to there, and is updated in place where it is donated.
     """
 
-    def fn(params: Params, tokens: jax.Array, cache: Any, position: jax.Array) -> Any:
-        def body(x: jax.Array, each: Any) -> tuple[jax.Array, Any]:
-            layer, keys, values = each
-            return decode_layer(model, x, layer, (keys, values), position)
-
-        x = params["embedding"][tokens][:, None]
-        x, cache = lax.scan(body, x, (params["layers"], *cache))
+    def fn(params: Params, tokens: jax.Array, cache: Cache, position: jax.Array) -> Any:
+        x, new = params["embedding"][tokens][:, None], []
+        for layer, own in zip(params["layers"], cache, strict=True):
+            x, own = decode_layer(model, x, layer, own, position)
+            new.append(own)
         logits = rms_norm(x[:, 0], params["norm"]) @ params["head"]
-        return jnp.argmax(logits, axis=-1).astype(tokens.dtype), cache
+        return jnp.argmax(logits, axis=-1).astype(tokens.dtype), new
 
     return fn
 
@@ -93,18 +115,29 @@ def decode_layer(
     q, k, v = plain(h, layer, ("q", "k", "v"))
     heads = lambda y, n: y.reshape(*y.shape[:-1], n, model.d // model.heads)
     new = rotate_at(heads(k, model.kv_heads), position), heads(v, model.kv_heads)
-    put = lambda old, one: lax.dynamic_update_slice_in_dim(old, one, position, axis=1)
+    put = lambda old, one: lax.dynamic_update_slice_in_dim(
+        old, one.swapaxes(1, 2), position, axis=2
+    )
     keys, values = map(put, cache, new)
     q = rotate_at(heads(q, model.heads), position)
-    lengths = jnp.full(len(x), position + 1, jnp.int32)
-    mixed = jax.nn.dot_product_attention(
-        q, keys, values, key_value_seq_lengths=lengths
-    ).reshape(x.shape)
-    x = x + plain(mixed, layer, ("o",))[0]
+    x = x + plain(attend(q, keys, values, position), layer, ("o",))[0]
     h = rms_norm(x, layer["norm_2"])
     gate, up = plain(h, layer, ("gate", "up"))
     x = x + plain(jax.nn.silu(gate) * up, layer, ("down",))[0]
     return x, (keys, values)
+
+
+def attend(
+    q: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array
+) -> jax.Array:
+    """Attention of one token, (batch, 1, heads, dim), over a cache: (batch, 1, d)."""
+    batch, kv_heads, length, dim = keys.shape
+    q = q.reshape(batch, kv_heads, -1, dim)
+    logits = jnp.einsum("bhgd,bhsd->bhgs", q, keys, preferred_element_type=jnp.float32)
+    seen = jnp.arange(length) <= position
+    weights = jax.nn.softmax(jnp.where(seen, logits / dim**0.5, -jnp.inf), axis=-1)
+    mixed = jnp.einsum("bhgs,bhsd->bhgd", weights.astype(values.dtype), values)
+    return mixed.reshape(batch, 1, -1)
 
 
 def rotate_at(x: jax.Array, position: jax.Array) -> jax.Array:

@@ -1,17 +1,27 @@
 """What an adapter costs at inference: merged nothing, unmerged two thin products.
 
 `python benchmarks/inference.py`. Prefill is the forward pass of whole prompts; decode
-is one token per sequence, greedy, with a cache of keys and values. Decode steps are
-dispatched several at a time, as a server does that does not wait for each token.
+is one token per sequence, greedy, with a cache of keys and values that is updated in
+place, layers unrolled. Decode steps are dispatched several at a time, as a server does
+that does not wait for each token.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from forwards import decode, decoder, empty_cache, parser, prefill, served
+from forwards import (
+    decode,
+    decoder,
+    empty_cache,
+    parser,
+    prefill,
+    served,
+    unrolled,
+)
 from models import Decoder, Params
 from programs import ratio_lines
 from steps import adapter_of
@@ -26,7 +36,9 @@ TARGETS = {
     "merged / base": "1.00 +- 0.03",
     "unmerged / base prefill": "<= 1.12",
     "unmerged factored / base prefill": "<= 1.12",
-    "unmerged / base decode": "<= 1.20",
+    "unmerged / base decode, batch 1": "<= 1.10",
+    "unmerged / base decode, batch 8": "<= 1.18",
+    "unmerged / base decode, batch 64": "<= 1.12",
 }
 
 
@@ -37,7 +49,7 @@ def flags_of() -> argparse.Namespace:
     made.add_argument("--batch", type=int, default=4 if cpu else 8, help="of prefill")
     made.add_argument("--seq", type=int, default=256 if cpu else 1024)
     made.add_argument("--cache", type=int, default=256 if cpu else 1024)
-    made.add_argument("--decode-batches", type=int, nargs="*", default=[1, 8])
+    made.add_argument("--decode-batches", type=int, nargs="*", default=[1, 8, 64])
     made.add_argument("--decode-steps", type=int, default=8 if cpu else 16)
     return made.parse_args()
 
@@ -142,10 +154,14 @@ def main() -> None:
     }
     if PORTABLE in results["prefill"]:
         ratios["unmerged factored / base prefill"] = ratio(PORTABLE, "prefill")
+    del contenders, merged
+    flat, params = unrolled(model, params)
+    lora = served(flat, prefill(flat))
+    adapter = adapter_of(lora, params, flat.data(jax.random.key(1)))
     for batch in flags.decode_batches:
         case = f"decode, batch {batch}"
         print(f"{case}, the last tokens of a cache of {flags.cache}, per token")
-        small = decoder(flags, batch=batch, seq=1)
+        small = dataclasses.replace(flat, batch=batch, seq=1)
         steps = flags.decode_steps
         both = decode_contenders(small, params, adapter, flags.cache, steps)
         results[case] = measured(both, flags.rounds, per=steps)
@@ -167,7 +183,7 @@ def report(
     path = write("inference", written, flags.out)
     bars(path.with_suffix(".png"), "Time over the base model's", ratios, "ratio")
     print(f"merged params run the compiled program of the base: {yes(same)}")
-    print(ratio_lines(ratios, {name: TARGETS[name.split(",")[0]] for name in ratios}))
+    print(ratio_lines(ratios, {n: t for n, t in TARGETS.items() if n in ratios}))
 
 
 def yes(fact: bool) -> str:

@@ -296,8 +296,6 @@ def test_a_record_of_a_newer_version_is_named_as_such(
 # damaged files
 
 
-# TensorStore reports reads to Orbax that it awaits no more once one of them has failed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_damaged_file_is_found_or_harmless(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     # Large enough for a file of its own, whose bits nobody but jlora checks.

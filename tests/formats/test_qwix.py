@@ -435,7 +435,6 @@ def test_claims_of_large_factors_are_not_believed(
     assert jlora.tunix.restore(place, alpha=6.0)[1]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     place = save(tmp_path / "state", state_of())
     (place / "manifest.ocdbt").write_bytes(b"nothing")

@@ -21,11 +21,7 @@ import jlora
 import jlora.tunix
 from jlora._formats import mlx
 
-pytestmark = [
-    pytest.mark.slow,
-    # TensorStore reports reads to Orbax that it awaits no more once one has failed.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.slow
 profile = settings(
     max_examples=200,
     deadline=None,
