@@ -2,7 +2,8 @@
 
 `python benchmarks/mixed_batch.py` measures one token for each sequence, from a cache of
 keys and values, with 1 to 128 adapters: the base, `lora.apply_mixed`, which chooses
-between two forms, and the form in which each sequence has a copy of its factors.
+between two forms, the same of adapters that `jlora.prepare` has laid out before, and
+the form in which each sequence has a copy of its factors.
 
 `many_adapters.py` runs whole prompts. There the sequences of an adapter are equally
 many and known beforehand, which favours the runs one by one: they need no padding, no
@@ -27,16 +28,18 @@ from forwards import (
 )
 from models import Decoder, Params
 from steps import adapter_of
-from timing import Contender, interleave, summarize, table, write
+from timing import Contender, interleave, lines, summarize, table, write
 
 import jlora
 
 MIXED = "jlora, an adapter per sequence"
+PREPARED = f"{MIXED}, prepared"
 GATHERED = "a copy of its factors per sequence"
 GROUPED = "jlora, vmapped over adapters, sorted"
 SEPARATE = "one adapter after the other"
 MERGED = "merged copies, one after the other"
 BASE = "base alone, the whole batch"
+AXES = "adapters", "time / base"
 ROOM_FOR_COPIES = 30e9
 
 
@@ -168,9 +171,11 @@ def decode_contenders(
 
     given = jnp.arange(model.batch) % model.vocab, jnp.int32(length - 1)
     cache, own = functools.partial(empty_cache, model, length), (params, stacked, index)
+    ready = params, jax.jit(jlora.prepare)(stacked), index
     return [
         next_token(BASE, base, cache(), params, *given),
         next_token(MIXED, mixed, cache(), *own, *given),
+        next_token(PREPARED, mixed, cache(), *ready, *given),
         next_token(GATHERED, gathered, cache(), *own, *given),
     ]
 
@@ -192,6 +197,15 @@ def flags_of() -> argparse.Namespace:
     return made.parse_args()
 
 
+def over_base(seconds: dict[int, Any]) -> dict[str, dict[int, float]]:
+    """Returns the time of each way over that of the base, by the number of adapters."""
+    median = lambda each, name: each[name]["median"]
+    return {
+        name: {n: median(e, name) / median(e, BASE) for n, e in seconds.items()}
+        for name in (MIXED, PREPARED, GATHERED)
+    }
+
+
 def main() -> None:
     """Measures, prints and writes."""
     flags = flags_of()
@@ -199,19 +213,24 @@ def main() -> None:
     params = jax.jit(model.init)(jax.random.key(0))
     model, params = unrolled(model, params)
     print(model)
-    seconds, rows = {}, []
+    seconds, equal, rows = {}, {}, []
     for count in flags.adapters:
         made = decode_contenders(model, params, count, flags.cache)
         times = summarize(interleave(made, rounds=flags.rounds))
-        same = jnp.mean(made[1].state[0] == made[2].state[0])
-        seconds[count] = {"seconds": times, "equal tokens": float(same)}
+        equal[count] = float(jnp.mean(made[2].state[0] == made[3].state[0]))
+        seconds[count] = times
         base = times[BASE]["median"]
         for name, t in times.items():
             ratio = f"{t['median'] / base:.2f}"
             rows.append([str(count), name, f"{t['median'] * 1e3:.2f}", ratio])
-        print(f"{count} adapters: {same:.1%} of the tokens are those of the copies")
+        print(f"{count} adapters: {equal[count]:.1%} of the tokens are those of the copies")
     print(table(["adapters", "", "median ms", "/ base"], rows))
-    write("mixed_batch", {"model": str(model), "adapters": seconds}, flags.out)
+    about = f"{flags.sequences} sequences, a cache of {flags.cache}"
+    named = {f"{n} adapters, {about}": each for n, each in seconds.items()}
+    result = {"model": str(model), "seconds": named, "equal tokens": equal}
+    path = write("mixed_batch", result, flags.out)
+    title = f"A token of {flags.sequences} sequences, each with one of the adapters"
+    lines(path.with_suffix(".png"), title, over_base(seconds), AXES)
 
 
 if __name__ == "__main__":

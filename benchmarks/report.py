@@ -21,6 +21,7 @@ NAMES = (
     "variants",
     "variants_8b",
     "many_adapters",
+    "mixed_batch",
     "inference",
     "memory",
     "trace_time",

@@ -135,3 +135,30 @@ def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def lines(
+    path: Path,
+    title: str,
+    values: Mapping[str, Mapping[int, float]],
+    labels: tuple[str, str],
+) -> None:
+    """Draws a line for each name over numbers on a logarithmic axis, to a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, points in values.items():
+        axes.plot(list(points), list(points.values()), marker="o", label=name)
+    axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
+    ticks = sorted({x for points in values.values() for x in points})
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -111,6 +111,8 @@ class Batch:
         self.waiting: collections.deque[Request] = collections.deque()
         # The stack and the cache are written in place.
         self._put = jax.jit(jlora.put, donate_argnums=0)
+        self._prepare = jax.jit(jlora.prepare)
+        self.prepared = self._prepare(self.stacked)
         self._step = jax.jit(self._next, donate_argnums=(3, 4))
 
     # --- what is compiled ---
@@ -131,7 +133,7 @@ class Batch:
     def _next(
         self,
         variables: Any,
-        stacked: Any,
+        prepared: Any,
         index: jax.Array,
         keys: jax.Array,
         values: jax.Array,
@@ -141,7 +143,7 @@ class Batch:
         """Returns the likeliest next token of every sequence, and the cache."""
         logits, keys, values = self.lora.apply_mixed(
             variables,
-            stacked,
+            prepared,
             index,
             tokens,
             keys,
@@ -190,6 +192,7 @@ class Batch:
         # Before the stack is given away: a misfit must not take it along.
         jax.eval_shape(jlora.put, self.stacked, 0, adapter)
         self.stacked = self._put(self.stacked, jnp.asarray(place), adapter)
+        self.prepared = self._prepare(self.stacked)  # once, not at each token
         self.names[place] = name
 
     def remove(self, name: str) -> None:
@@ -231,7 +234,7 @@ class Batch:
         tokens, positions, index = map(np.array, zip(*rows, strict=True))
         found, self.keys, self.values = self._step(
             self.base.variables,
-            self.stacked,
+            self.prepared,
             jnp.asarray(index, jnp.int32),
             self.keys,
             self.values,

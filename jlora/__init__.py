@@ -30,6 +30,8 @@ from ._adapter.variants.scale import KernelScale as KernelScale
 from ._adapter.variants.sliced import SlicedFactors as SlicedFactors
 from ._adapter.variants.vectors import VectorFactors as VectorFactors
 from ._algebra.combine import combine as combine
+from ._algebra.prepared import PreparedFactors as PreparedFactors
+from ._algebra.prepared import prepare as prepare
 from ._algebra.spectrum import effective_rank as effective_rank
 from ._algebra.spectrum import energy_kept as energy_kept
 from ._algebra.spectrum import entropy_rank as entropy_rank

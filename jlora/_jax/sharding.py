@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .versions import explicit_mesh
@@ -135,3 +137,39 @@ def _once(entries: list[Any]) -> list[Any]:
         kept.append(None if seen.intersection(names) else entry)
         seen.update(names)
     return kept
+
+
+def joined_along(array: jax.Array, axis: int) -> jax.Array:
+    """Returns an array with its first axis merged into another, which comes after it.
+
+    Args:
+        array: an array with neither of the two axes sharded.
+        axis: the place of the other axis in the result.
+    """
+    moved = jnp.moveaxis(array, 0, axis)
+    sizes, spec = list(moved.shape), list(spec_of(moved))
+    sizes[axis : axis + 2], spec[axis : axis + 2] = (
+        [sizes[axis] * sizes[axis + 1]],
+        [None],
+    )
+    sharding = explicit_sharding(moved)
+    place = None if sharding is None else sharding.update(spec=PartitionSpec(*spec))
+    return lax.reshape(moved, sizes, out_sharding=place)
+
+
+def split_along(array: jax.Array, axis: int, count: int) -> jax.Array:
+    """Returns an array with an axis split in two, the outer one first of all axes.
+
+    Undoes `joined_along`.
+
+    Args:
+        array: an array with that axis not sharded.
+        axis: the place of the axis.
+        count: the size of the first one.
+    """
+    sizes, spec = list(array.shape), list(spec_of(array))
+    sizes[axis : axis + 1] = [count, sizes[axis] // count]
+    spec[axis : axis + 1] = [None, None]
+    sharding = explicit_sharding(array)
+    place = None if sharding is None else sharding.update(spec=PartitionSpec(*spec))
+    return jnp.moveaxis(lax.reshape(array, sizes, out_sharding=place), axis, 0)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .._adapter.instead import check_order
-from .._algebra.stackable import count_of
+from .._algebra.prepared import count_of_either
 from .._params.given import check_key
 from .._params.paths import FlatParams, PyTree, is_array
 from .mixed_arguments import Arguments, Outputs, split_key
@@ -38,7 +38,7 @@ def run_mixed(
 ) -> Any:
     """Returns `apply(params, given, args, kwargs, key)` with an adapter per example."""
     check_order(params, stacked, _ORDER)
-    count = count_of(stacked)
+    count = count_of_either(stacked)
     index = _checked(index, count)
     arguments = Arguments.of(in_axes, args, kwargs, index.shape[0])
     if dropout_key is not None and not hasattr(dropout_key, "ndim"):
@@ -106,7 +106,7 @@ def _mapped(call: _Call, outputs: "Outputs", examples: Examples) -> list[jax.Arr
     """Returns the outputs of all examples, along axis 0 of each array."""
     mixture = Mixture(
         call.stacked,
-        count_of(call.stacked),
+        count_of_either(call.stacked),
         FlatParams.of(call.params).by_path(),
         examples,
         call.index.shape[0],

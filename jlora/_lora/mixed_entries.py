@@ -5,6 +5,7 @@
 * side by side: the factors of all adapters, joined along the rank, and a gate that
   leaves the columns of its adapter. The factors are the same for all examples, so that
   `jax.vmap` makes one product of all examples to `x·[a_1 … a_N]` and one from it.
+  `jlora.prepare` joins them once for many calls.
 
 References:
     Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
@@ -13,8 +14,8 @@ References:
     columns of adapter i and 0 elsewhere.
 """
 
+import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,14 +24,14 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from .._adapter.factors import LoraFactors
+from .._algebra.prepared import PreparedFactors, side_by_side, stacked_again
 from .._errors import UnsupportedFeatureError
 from .._jax.dots import as_laid_out
 from .._jax.sharding import spec_of
 from .._jax.symbolic import exceeds
-from .._rules.rows import where_found
 from .._rules.view import Log
 from .adapt import Gated, Given
-from .mixed_mesh import Examples, joined_along, take_row, take_rows
+from .mixed_mesh import Examples, take_row, take_rows
 
 # What a device computes in the time that it reads or writes one byte. (Accelerators
 # reach a few hundred FLOPs in large products and less in skinny ones; CPUs some tens.)
@@ -41,7 +42,7 @@ class Mixture(NamedTuple):
     """The stacked adapters of a mixed batch.
 
     Attributes:
-        stacked: the adapters, as `jlora.stack` returns them.
+        stacked: the adapters, as `jlora.stack` or `jlora.prepare` returns them.
         adapters: how many they are.
         base: the leaves of the params by path.
         examples: where the examples are on an Explicit mesh.
@@ -56,22 +57,25 @@ class Mixture(NamedTuple):
 
     def of_one(self, index: jax.Array) -> Given:
         """Returns the adapter of one example, which is mapped over by `jax.vmap`."""
-        shape = lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
         arrays = {path: (entry, index) for path, entry in self.stacked.items()}
         entries = functools.partial(self._entries, index)
-        return Given(jax.tree.map(shape, dict(self.stacked)), arrays, entries)
+        shapes = {path: _shapes_of_one(entry) for path, entry in self.stacked.items()}
+        return Given(shapes, arrays, entries)
 
     def _entries(self, index: jax.Array, log: Log) -> dict[str, Any]:
         refuse_ragged(log.uses)
         found: dict[str, Any] = {}
         for path, entry in self.stacked.items():
-            if isinstance(entry, LoraFactors) and self._is_joined(path, entry, log):
+            factors = isinstance(entry, LoraFactors | PreparedFactors)
+            if factors and self._is_joined(path, entry, log):
                 found[path] = self._side_by_side(entry, index)
             else:
                 found[path] = self._gathered(path, entry, index)
         return found
 
-    def _is_joined(self, path: str, entry: LoraFactors, log: Log) -> bool:
+    def _is_joined(
+        self, path: str, entry: LoraFactors | PreparedFactors, log: Log
+    ) -> bool:
         """Whether factors lie side by side: where every use can, and it is cheaper."""
         if any(use.path == path for use in log.obstacles):
             return False
@@ -79,41 +83,43 @@ class Mixture(NamedTuple):
         # Any other use would multiply the gate into a factor of the joined rank.
         if not all(use.chosen is not None or use.kind == "lookup" for use in uses):
             return False
-        rank_axis = 1 + len(entry.axes.batch)
-        if spec_of(entry.a)[0] or spec_of(entry.a)[-1] or spec_of(entry.b)[rank_axis]:
-            return False
-        devices = self.examples.devices
-        numbers = math.prod(entry.a.shape[1:]) + math.prod(entry.b.shape[1:])
+        prepared, rank_axis = isinstance(entry, PreparedFactors), len(entry.axes.batch)
+        if not prepared:
+            along = spec_of(entry.a)[0], spec_of(entry.a)[-1]
+            if any(along) or spec_of(entry.b)[1 + rank_axis]:
+                return False
+        numbers = (entry.a.size + entry.b.size) // self.adapters
         # Of the six products of a step, two are the forward pass.
         flops = entry.rank * sum(use.factor_flops for use in uses) // 3
-        size = -(-self.size // devices)
-        return joining_pays(
-            self.adapters, size, numbers * entry.a.dtype.itemsize, flops
-        )
+        size = -(-self.size // self.examples.devices)
+        bytes_ = numbers * entry.a.dtype.itemsize
+        return joining_pays(self.adapters, size, bytes_, flops, prepared=prepared)
 
-    def _side_by_side(self, entry: LoraFactors, index: jax.Array) -> Gated:
+    def _side_by_side(
+        self, entry: LoraFactors | PreparedFactors, index: jax.Array
+    ) -> Gated:
         """Returns the factors of all adapters and the gate of one example.
 
-        Zero times NaN is NaN: in one product for all, the factors of an adapter that
-        holds NaNs or infinities are zeros, and its own examples get NaN by their gate.
+        Those of an adapter that holds NaNs or infinities are zeros, so that they reach
+        no other example; its own get NaN by their gate.
         """
         a, b = (self.examples.whole_across(v) for v in (entry.a, entry.b))
-        finite = lambda v: jnp.isfinite(v).all(axis=tuple(range(1, v.ndim)))
-        sound = finite(a) & finite(b)
-        before = len(entry.axes.batch)
-        a = joined_along(where_found(sound, a, 0), a.ndim - 2)
-        b = joined_along(where_found(sound, b, 0), before)
+        entry = dataclasses.replace(entry, a=a, b=b)
+        joined = side_by_side(entry) if isinstance(entry, LoraFactors) else entry
         own = jnp.arange(self.adapters) == index
-        gate = jnp.where(own, jnp.where(sound, 1.0, jnp.nan), 0.0)
+        gate = jnp.where(own, jnp.where(joined.sound, 1.0, jnp.nan), 0.0)
         gate = jnp.where(index >= self.adapters, jnp.nan, gate)
-        gate = jnp.broadcast_to(gate[:, None], (self.adapters, entry.rank)).reshape(-1)
-        return Gated(LoraFactors(a, b, entry.axes, entry.scaling), gate)
+        gate = jnp.broadcast_to(gate[:, None], (self.adapters, joined.rank)).reshape(-1)
+        factors = LoraFactors(joined.a, joined.b, joined.axes, joined.scaling)
+        return Gated(factors, gate)
 
     def _gathered(self, path: str, entry: Any, index: jax.Array) -> Any:
         """Returns the entry of one adapter: below 0 none, from `count` on NaNs.
 
         Out of range the nearest one is read.
         """
+        if isinstance(entry, PreparedFactors):
+            entry = stacked_again(entry)
         row = self._row(entry, jnp.clip(index, 0, self.adapters - 1))
         inside = (index >= 0) & (index < self.adapters)
         fill = jnp.where(index < 0, 0.0, jnp.nan)
@@ -141,18 +147,30 @@ class Mixture(NamedTuple):
         return row(entry, index)
 
 
-def joining_pays(count: int, examples: int, size: int, flops: int) -> bool:
+def _shapes_of_one(entry: Any) -> Any:
+    """Returns the shapes of an entry of one adapter."""
+    if isinstance(entry, PreparedFactors):
+        entry = jax.eval_shape(stacked_again, entry)
+    shape = lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
+    return jax.tree.map(shape, entry)
+
+
+def joining_pays(
+    count: int, examples: int, size: int, flops: int, *, prepared: bool = False
+) -> bool:
     """Whether factors side by side cost less than a copy for each example.
 
-    Side by side the factors of all adapters are read twice (whether they are finite,
-    and to multiply), and every row is multiplied by those of all adapters. Gathered,
-    each example reads the factors of its adapter, writes them, and reads them again.
+    Side by side the factors of all adapters are read, where they are not prepared twice
+    (whether they are finite, and to multiply), and every row is multiplied by those of
+    all adapters. Gathered, each example reads the factors of its adapter, writes them,
+    and reads them again.
 
     Args:
         count: the number of adapters.
         examples: the number of examples, on one device.
         size: the bytes of the factors of one adapter.
         flops: what these take for one example.
+        prepared: whether they lie side by side already.
 
     >>> joining_pays(8, 64, 1 << 16, 1 << 16)  # a token each of 64 sequences
     True
@@ -162,7 +180,7 @@ def joining_pays(count: int, examples: int, size: int, flops: int) -> bool:
     False
     """
     read = _FLOPS_A_BYTE * size
-    joined = 2 * count * read + count * examples * flops
+    joined = (1 if prepared else 2) * count * read + count * examples * flops
     gathered = 3 * examples * read + examples * flops
     return exceeds(gathered, joined)
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .._jax.sharding import explicit_sharding, names_of_entry, spec_of
@@ -139,24 +137,6 @@ def _without(entry: Any, names: Sequence[str]) -> Any:
 
 def _abstract(mesh: Any) -> Any:
     return getattr(mesh, "abstract_mesh", mesh)
-
-
-def joined_along(array: jax.Array, axis: int) -> jax.Array:
-    """Returns an array with its first axis merged into another, which comes after it.
-
-    Args:
-        array: an array with neither of the two axes sharded.
-        axis: the place of the other axis in the result.
-    """
-    moved = jnp.moveaxis(array, 0, axis)
-    sizes, spec = list(moved.shape), list(spec_of(moved))
-    sizes[axis : axis + 2], spec[axis : axis + 2] = (
-        [sizes[axis] * sizes[axis + 1]],
-        [None],
-    )
-    sharding = explicit_sharding(moved)
-    place = None if sharding is None else sharding.update(spec=PartitionSpec(*spec))
-    return lax.reshape(moved, sizes, out_sharding=place)
 
 
 def whole_along(array: jax.Array, axis: int) -> jax.Array:

@@ -211,7 +211,8 @@ class Lora:
 
         Args:
             params: the frozen params.
-            stacked: the adapters, as `jlora.stack` returns them.
+            stacked: the adapters, as `jlora.stack` returns them; or `jlora.prepare`,
+                which spares work at each call.
             index: which adapter each example uses, of shape (examples,); a negative one
                 is none, the base alone. Out of range is an error; where it is traced,
                 so that nobody can look at it, that example's outputs are NaN.

@@ -26,6 +26,7 @@ from .gate import through
 Axes = tuple[int, ...]
 Form = Literal[
     "separate",
+    "few",
     "extended",
     "joined",
     "copied",

@@ -78,7 +78,7 @@ def check_use(use: Use, getkey: Callable[[], jax.Array]) -> None:
 def test_each_example_gets_its_own_kernel(
     name: str, joined: bool, getkey, monkeypatch
 ) -> None:
-    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *sizes: joined)
+    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *_, **__: joined)
     check_use(BY_NAME[name], getkey)
 
 
@@ -88,7 +88,7 @@ def test_each_example_gets_its_own_kernel(
 def test_each_example_gets_its_own_kernel_in_all_uses(
     use: Use, joined: bool, getkey, monkeypatch
 ) -> None:
-    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *sizes: joined)
+    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *_, **__: joined)
     check_use(use, getkey)
 
 

@@ -21,15 +21,26 @@ Tree = dict[str, Any]
 IN, MID, OUT, RANK, LAYERS, ADAPTERS = 10, 14, 6, 3, 2, 4
 INDEX = [2, -1, 0, 3, 3, 1, -2, 0]
 EXAMPLES, ROWS = len(INDEX), 2
-FORMS = {"side by side": True, "gathered": False}
+FORMS = ("side by side", "gathered", "prepared", "prepared, gathered")
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch) -> str:
     """Each form, whatever would be cheaper."""
-    pays = FORMS[request.param]
-    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *sizes: pays)
+    pays = "gathered" not in request.param
+    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *_, **__: pays)
     return request.param
+
+
+def mixed(lora: jlora.Lora, form: str) -> Callable[..., Any]:
+    """`lora.apply_mixed`, of the stack as it is or prepared."""
+
+    def run(params: Tree, stacked: Any, *args: Any, **kwargs: Any) -> Any:
+        if form.startswith("prepared"):
+            stacked = jlora.prepare(stacked)
+        return lora.apply_mixed(params, stacked, *args, **kwargs)
+
+    return run
 
 
 def model(params: Tree, x: jax.Array) -> jax.Array:
@@ -86,11 +97,11 @@ def summed(outputs: Any) -> jax.Array:
 
 
 def test_outputs_and_gradients_are_those_of_each_adapter(form: str) -> None:
-    mixed = lambda s, p, x: summed(LORA.apply_mixed(p, s, jnp.asarray(INDEX), x))
+    of_stack = lambda s, p, x: summed(mixed(LORA, form)(p, s, jnp.asarray(INDEX), x))
     by_merging = lambda a, p, x: summed(one_by_one(a, p, x))
-    found = jax.jit(LORA.apply_mixed)(PARAMS, STACKED, jnp.asarray(INDEX), X)
+    found = jax.jit(mixed(LORA, form))(PARAMS, STACKED, jnp.asarray(INDEX), X)
     assert_close(found, one_by_one(ADAPTERS_OF, PARAMS, X), 1e-5)
-    of_all = jax.jit(jax.grad(mixed, (0, 1, 2)))(STACKED, PARAMS, X)
+    of_all = jax.jit(jax.grad(of_stack, (0, 1, 2)))(STACKED, PARAMS, X)
     expected = jax.jit(jax.grad(by_merging, (0, 1, 2)))(ADAPTERS_OF, PARAMS, X)
     assert_close(jlora.unstack(of_all[0]), expected[0], 1e-4)
     assert_close(of_all[1:], expected[1:], 1e-4)
@@ -111,7 +122,7 @@ def test_every_contraction(form: str, settings: Any) -> None:
     lora = jlora.lora(model, CONFIG, **settings)
     index = jnp.asarray(INDEX)
     run = lambda lora: jax.jit(
-        jax.value_and_grad(lambda s: summed(lora.apply_mixed(PARAMS, s, index, X)))
+        jax.value_and_grad(lambda s: summed(mixed(lora, form)(PARAMS, s, index, X)))
     )(STACKED)
     assert_close(run(lora), run(LORA), 1e-4)
 
@@ -146,21 +157,21 @@ def copies_in(shapes: Any) -> set[tuple[int, ...]]:
 
 def test_side_by_side_no_example_has_a_copy_of_factors(form: str) -> None:
     args = (PARAMS, STACKED, jnp.asarray(INDEX), X)
-    program = jax.make_jaxpr(LORA.apply_mixed)(*args)
+    program = jax.make_jaxpr(mixed(LORA, form))(*args)
     copies = copies_in(shapes_in(program.jaxpr))
-    text = jax.jit(LORA.apply_mixed).lower(*args).compile().as_text()
+    text = jax.jit(mixed(LORA, form)).lower(*args).compile().as_text()
     compiled = [
         tuple(map(int, s.split(","))) for s in re.findall(r"\[([\d,]+)\]", text)
     ]
-    assert bool(copies) == bool(copies_in(compiled)) == (form == "gathered")
+    assert bool(copies) == bool(copies_in(compiled)) == ("gathered" in form)
 
 
 def test_side_by_side_each_factor_is_in_one_product(form: str) -> None:
     """Of all examples: it has no batch axes."""
     args = (PARAMS, STACKED, jnp.asarray(INDEX), X)
-    lines = jax.jit(LORA.apply_mixed).lower(*args).as_text().splitlines()
+    lines = jax.jit(mixed(LORA, form)).lower(*args).as_text().splitlines()
     batched = [s for s in lines if "dot_general" in s and "batching_dims" in s]
-    assert bool(batched) == (form == "gathered")
+    assert bool(batched) == ("gathered" in form)
 
 
 @pytest.mark.parametrize(("side", "value"), [("a", jnp.nan), ("b", jnp.inf)])
@@ -177,7 +188,7 @@ def test_a_broken_adapter_breaks_its_own_examples_alone(
         scaling=factors.scaling,
     )
     stacked, index = jlora.put(STACKED, 3, broken), jnp.asarray(INDEX)
-    found = jax.jit(LORA.apply_mixed)(PARAMS, stacked, index, X)
+    found = jax.jit(mixed(LORA, form))(PARAMS, stacked, index, X)
     mine = np.array(INDEX) == 3
     expected = one_by_one(ADAPTERS_OF, PARAMS, X)
     others = functools.partial(jax.tree.map, lambda y: y[~mine])
@@ -187,7 +198,7 @@ def test_a_broken_adapter_breaks_its_own_examples_alone(
     loss = lambda s, x: summed(
         jax.tree.map(
             lambda y: jnp.where(mine.reshape(-1, *[1] * (y.ndim - 1)), 0, y),
-            LORA.apply_mixed(PARAMS, s, index, x),
+            mixed(LORA, form)(PARAMS, s, index, x),
         )
     )
     of_stack, of_x = jax.jit(jax.grad(loss, (0, 1)))(stacked, X)
@@ -199,7 +210,7 @@ def test_ranks_that_differ(form: str) -> None:
     other = jlora.lora(model, jlora.LoraConfig("q|out", rank=5, alpha=2.0))
     adapters = [*ADAPTERS_OF[:3], filled(other, 8, PARAMS, X[:1])]
     stacked = jlora.stack(adapters)
-    found = jax.jit(LORA.apply_mixed)(PARAMS, stacked, jnp.asarray(INDEX), X)
+    found = jax.jit(mixed(LORA, form))(PARAMS, stacked, jnp.asarray(INDEX), X)
     assert_close(found, one_by_one(adapters, PARAMS, X), 1e-5)
 
 
@@ -207,7 +218,7 @@ def test_an_index_beyond_the_adapters_gives_nans_to_its_example_alone(
     form: str,
 ) -> None:
     index = jnp.asarray([ADAPTERS, *INDEX[1:-1], 99])
-    found = jax.jit(LORA.apply_mixed)(PARAMS, STACKED, index, X)
+    found = jax.jit(mixed(LORA, form))(PARAMS, STACKED, index, X)
     expected = one_by_one(ADAPTERS_OF, PARAMS, X)
     for y, truth in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert jnp.isnan(y[0]).all() and jnp.isnan(y[-1]).all()
@@ -215,7 +226,7 @@ def test_an_index_beyond_the_adapters_gives_nans_to_its_example_alone(
 
 
 def test_one_program_for_other_adapters_and_indices(form: str) -> None:
-    run = jax.jit(lambda *args: LORA.apply_mixed(PARAMS, *args, X))
+    run = jax.jit(lambda *args: mixed(LORA, form)(PARAMS, *args, X))
     index = jnp.asarray(INDEX)
     outs = [
         run(s, i)
@@ -230,7 +241,7 @@ def test_dropout(form: str) -> None:
     lora = jlora.lora(model, jlora.LoraConfig("q|v", rank=RANK, dropout=0.5))
     adapters = [filled(lora, i, PARAMS, X[:1]) for i in range(3)]
     index, key = jnp.asarray([2, 0, -1, 1, 1, 0, 2, 2]), jax.random.key(3)
-    found = jax.jit(lora.apply_mixed)(
+    found = jax.jit(mixed(lora, form))(
         PARAMS, jlora.stack(adapters), index, X, lora_dropout_key=key
     )
     for i, own in enumerate(jax.random.split(key, EXAMPLES)):
@@ -259,13 +270,74 @@ def test_factors_that_are_no_matrices(form: str, fn: Callable[..., Any]) -> None
     lora = jlora.lora(fn, jlora.LoraConfig("w", rank=RANK, alpha=5.0, batch=(0,)))
     params = {"w": numbers((3, IN, OUT), 0)}
     adapters = [filled(lora, i, params, X[:1]) for i in range(ADAPTERS)]
-    run = lambda s, x: lora.apply_mixed(params, s, jnp.asarray(INDEX), x)
+    run = lambda s, x: mixed(lora, form)(params, s, jnp.asarray(INDEX), x)
     by_merging = lambda adapters, x: truth(fn, adapters, params, x)
     assert_close(jax.jit(run)(jlora.stack(adapters), X), by_merging(adapters, X), 1e-5)
     loss = lambda run: jax.jit(jax.grad(lambda s, x: jnp.sum(run(s, x) ** 2), (0, 1)))
     found, of_x = loss(run)(jlora.stack(adapters), X)
     expected = loss(by_merging)(adapters, X)
     assert_close((jlora.unstack(found), of_x), expected, 1e-4)
+
+
+# --- prepared once ---
+
+
+def test_a_prepared_stack_is_not_laid_out_again(form: str) -> None:
+    """No factor is looked through, moved or copied in the program of a token."""
+    if form != "prepared":
+        pytest.skip("of the one form")
+    prepared = jax.jit(jlora.prepare)(STACKED)
+    args = PARAMS, prepared, jnp.asarray(INDEX), X
+    program = jax.make_jaxpr(LORA.apply_mixed)(*args)
+    large = {v.size for v in jax.tree.leaves(prepared) if v.ndim > 1}
+    made = [
+        eqn.primitive.name
+        for eqn in program.jaxpr.eqns
+        if any(v.aval.size in large for v in eqn.outvars)
+    ]
+    assert "is_finite" not in str(program) and "select_n" not in made
+    assert_close(LORA.apply_mixed(*args), one_by_one(ADAPTERS_OF, PARAMS, X), 1e-5)
+
+
+def test_prepared_and_back() -> None:
+    """The same numbers, in the dtype that they had; the leaves trained whole as is."""
+    axes = jlora.KernelAxes(batch=(0,), in_=(1,), out=(2, 3))
+    pair = numbers({"a": (4, 2, 5, 3), "b": (4, 2, 3, 6, 7)}, 0, jnp.bfloat16)
+    stacked = {"w": jlora.LoraFactors(**pair, axes=axes, scaling=0.5), "v": X[:4]}
+    found = jlora.prepare(stacked)
+    one = found["w"]
+    assert isinstance(one, jlora.PreparedFactors) and found["v"] is stacked["v"]
+    assert (one.a.shape, one.b.shape) == ((2, 5, 12), (2, 12, 6, 7))
+    assert (one.adapters, one.rank, one.a.dtype) == (4, 3, jnp.bfloat16)
+    for i in range(4):
+        columns = slice(3 * i, 3 * i + 3)
+        np.testing.assert_array_equal(one.a[..., columns], pair["a"][i])
+        np.testing.assert_array_equal(one.b[:, columns], pair["b"][i])
+
+
+def test_numbers_of_adapters_that_differ_are_named() -> None:
+    made = jlora.prepare(STACKED)
+    other = jlora.prepare(jlora.stack(ADAPTERS_OF[:3]))
+    mingled = {**made, "q": other["q"]}
+    with pytest.raises(jlora.AdapterError, match="'q' has 3\n"):
+        LORA.apply_mixed(PARAMS, mingled, jnp.asarray(INDEX), X)
+    with pytest.raises(jlora.AdapterError, match="no stacked adapter"):
+        jlora.prepare(ADAPTERS_OF[0])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda made: jlora.take(made, 0),
+        lambda made: jlora.put(made, 0, ADAPTERS_OF[0]),
+        lambda made: jlora.merge(PARAMS, made),
+        lambda made: LORA.apply(PARAMS, made, X),
+    ],
+)
+def test_what_is_prepared_is_for_mixed_batches_alone(use: Callable[..., Any]) -> None:
+    with pytest.raises((jlora.AdapterError, jlora.UnsupportedFeatureError)) as told:
+        use(jlora.prepare(STACKED))
+    assert "PreparedFactors" in str(told.value)
 
 
 # --- which form ---
@@ -290,7 +362,7 @@ def test_decoding_is_side_by_side_and_long_prompts_are_gathered() -> None:
 
 def test_a_convolution_is_gathered(monkeypatch) -> None:
     """Another use than a product or a lookup would have a copy of all factors."""
-    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *sizes: True)
+    monkeypatch.setattr(mixed_entries, "joining_pays", lambda *_, **__: True)
     conv = functools.partial(
         jax.lax.conv_general_dilated,
         window_strides=(1,),
@@ -343,7 +415,7 @@ def test_on_a_mesh(form: str, kind: AxisType) -> None:
 
     lora = jlora.lora(model_on, CONFIG)
     with jax.set_mesh(mesh):
-        found = jax.jit(lora.apply_mixed)(params, stacked, index, x)
+        found = jax.jit(mixed(lora, form))(params, stacked, index, x)
     assert_close(jax.device_get(found), one_by_one(ADAPTERS_OF, PARAMS, X), 1e-5)
 
 
@@ -351,7 +423,7 @@ def test_in_a_shard_map(form: str) -> None:
     """Each device its own examples; the adapters are the same on all."""
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
     run = jax.shard_map(
-        LORA.apply_mixed,
+        mixed(LORA, form),
         mesh=mesh,
         in_specs=(P(), P(), P("data"), P("data")),
         out_specs=P("data"),
@@ -360,7 +432,7 @@ def test_in_a_shard_map(form: str) -> None:
     found = jax.jit(run)(PARAMS, STACKED, index, X)
     assert_close(found, one_by_one(ADAPTERS_OF, PARAMS, X), 1e-5)
     loss = lambda s: summed(run(PARAMS, s, index, X))
-    own = lambda s: summed(LORA.apply_mixed(PARAMS, s, index, X))
+    own = lambda s: summed(mixed(LORA, form)(PARAMS, s, index, X))
     expected = jax.jit(jax.grad(own))(STACKED)
     assert_close(jax.jit(jax.grad(loss))(STACKED), expected, 1e-4)
 
