@@ -60,7 +60,8 @@ def _section(name: str, result: Json) -> Iterator[str]:
     path = RESULTS / f"{name}-{result['machine']['platform']}.json"
     yield _machine(result["machine"])
     for run in result.get("runs", ()):
-        yield f"{run['label']}, {run['rounds']} rounds{_other(run, result)}"
+        many = f", on {n} devices" if (n := run.get("devices") or 1) > 1 else ""
+        yield f"{run['label']}{many}, {run['rounds']} rounds{_other(run, result)}"
         yield _times(run["seconds"], run["tokens"])
         yield _plot(run_plot(path, run["label"]))
     for title, seconds in _seconds(result):

@@ -160,10 +160,10 @@ def joining_pays(
 ) -> bool:
     """Whether factors side by side cost less than a copy for each example.
 
-    Side by side the factors of all adapters are read, where they are not prepared twice
-    (whether they are finite, and to multiply), and every row is multiplied by those of
-    all adapters. Gathered, each example reads the factors of its adapter, writes them,
-    and reads them again.
+    Side by side the factors of all adapters are read, and every row is multiplied by
+    those of all. If they are not prepared they are read and written before: whether
+    they are finite, and to lie side by side. Gathered, each example reads the factors
+    of its adapter, writes them, and reads them again.
 
     Args:
         count: the number of adapters.
@@ -174,13 +174,17 @@ def joining_pays(
 
     >>> joining_pays(8, 64, 1 << 16, 1 << 16)  # a token each of 64 sequences
     True
+    >>> joining_pays(64, 64, 1 << 16, 1 << 16), joining_pays(
+    ...     64, 64, 1 << 16, 1 << 16, prepared=True
+    ... )
+    (False, True)
     >>> joining_pays(64, 8, 1 << 16, 1 << 16)  # of eight: most adapters are not used
     False
     >>> joining_pays(8, 8, 1 << 16, 512 << 16)  # of eight, 512 tokens each
     False
     """
     read = _FLOPS_A_BYTE * size
-    joined = (1 if prepared else 2) * count * read + count * examples * flops
+    joined = (1 if prepared else 4) * count * read + count * examples * flops
     gathered = 3 * examples * read + examples * flops
     return exceeds(gathered, joined)
 

@@ -25,8 +25,6 @@ Contraction = Literal["fast", "factored", "merged", "auto", "fused"] | Measureme
 _LEAST_EXTENDED = 1024
 # With less than this the kernel fills no GPU at any usual number of tokens.
 _LEAST_FUSED = 512
-# Up to so many tokens a product on a GPU takes the time of its launch.
-_FEW = 512
 # TPUs on which a copied kernel costs less than a fusion that joins two arrays.
 _COPIED = ("TPU v6 lite",)
 
@@ -115,12 +113,8 @@ def form_on(by: ByPlatform, target: Target) -> Form:
     gpu = target.platform in ("cuda", "rocm")
     if gpu and by.fused != "never" and _is_fused(by, target) and runs_on(target):
         return "fused" if target.devices == 1 else "partitioned"
-    if target.devices == 1 and gpu:
-        if by.tokens <= _FEW:
-            return "few"
-        return "extended" if _extended_pays(*by.sizes) else "separate"
     if target.devices == 1:
-        return "separate"
+        return "extended" if gpu and _extended_pays(*by.sizes) else "separate"
     # On Explicit axes types say where all lies.
     return "ruled" if by.summed and target.rules and not target.typed else "separate"
 

@@ -1,8 +1,6 @@
 """The ways to compute a group of adapted products; `_product.choice` chooses.
 
 * separate: `x·W + s·(x·a)·b`, products apart. Works for any axes and any sharding.
-* few: the same for a few rows on GPUs, where time goes by the number of kernels: from
-  `h` of all siblings one product with their `b` in the blocks of a diagonal.
 * extended: `[x, h]·[W; b]` with `h = s·x·a`: one product, whose float accumulator takes
   the delta in. It copies `x` and `W`, which pays on GPUs when tokens outnumber
   features, and it needs arrays that are whole: a sharded axis cannot be appended to.
@@ -28,7 +26,6 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
-from .few import on_a_diagonal, with_deltas
 from .fused import How, Terms, in_parts, sum_by_xla, sum_joined, sum_tiled, sum_whole
 from .gate import factor_through
 from .group import (
@@ -66,9 +63,8 @@ def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.
     """Returns `h = x·a` of all kernels, with the rank last, through their gates."""
     a = side_by_side(dims, operands)
     a = apart(a) if form in _APART else a
-    # XLA:GPU joins products that share an operand, and copies their kernels to do so.
-    x = lax.optimization_barrier(operands.x) if form == "few" else operands.x
-    x, n_batch = workable(x, a.dtype), len(dims.batch)
+    x = workable(operands.x, a.dtype)
+    n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
     batch = (dims.batch, range(n_batch))
     h = dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
@@ -96,7 +92,7 @@ def backward(
 ) -> Backward:
     """Returns `g` and the gradient of `x`."""
     g, dx = _FORMS[form].backward(dims, operands, cotangents)
-    if form in ("separate", "few", "extended"):
+    if form in ("separate", "extended"):
         layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
         a = side_by_side(dims, operands)
         dx = dx + layout.grad_x_of_delta(g, a, operands.x)
@@ -155,28 +151,12 @@ def _sum(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def _separate(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
-    return _added(dims, operands, h, _bases(dims, operands))
-
-
-def _bases(dims: GroupDims, operands: Operands) -> list[jax.Array]:
-    pairs = zip(dims.kernels, operands.kernels, strict=True)
-    return [base_product(dims, one, operands.x, w) for one, w in pairs]
-
-
-def _added(
-    dims: GroupDims, operands: Operands, h: jax.Array, bases: Sequence[jax.Array]
-) -> list[jax.Array]:
     pieces = scaled(dims, h, operands.ranks)
-    rows = zip(dims.kernels, pieces, operands.b, bases, strict=True)
-    return [expand(dims, one, h, b, y) for one, h, b, y in rows]
-
-
-def _few(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
-    bases = _bases(dims, operands)
-    if not on_a_diagonal(dims, operands, bases):
-        return _added(dims, operands, h, bases)
-    h = concatenate(scaled(dims, h, operands.ranks))
-    return with_deltas(dims, operands.b, h, bases)
+    rows = zip(dims.kernels, operands.kernels, operands.b, pieces, strict=True)
+    return [
+        expand(dims, one, h, b, base_product(dims, one, operands.x, w))
+        for one, w, b, h in rows
+    ]
 
 
 def expand(
@@ -288,8 +268,9 @@ def _summed_backward(
 
 
 def _merged(dims: GroupDims, operands: Operands, _: jax.Array) -> list[jax.Array]:
-    kernels = tuple(_merged_kernels(dims, operands))
-    return _bases(dims, operands._replace(kernels=kernels))
+    kernels = _merged_kernels(dims, operands)
+    pairs = zip(dims.kernels, kernels, strict=True)
+    return [base_product(dims, one, operands.x, w) for one, w in pairs]
 
 
 def _merged_kernels(dims: GroupDims, operands: Operands) -> list[jax.Array]:
@@ -334,7 +315,6 @@ _on_mesh = functools.partial(functools.partial, sum_partitioned)
 _sum_copied = functools.partial(sum_joined, copied=True)
 _FORMS: dict[Form, _Form] = {
     "separate": _Form(_separate, _separate_backward),
-    "few": _Form(_few, _separate_backward),
     "extended": _Form(_extended, _extended_backward),
     "joined": _Form.summing("joined", sum_joined),
     "copied": _Form.summing("copied", _sum_copied),

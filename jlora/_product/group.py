@@ -26,7 +26,6 @@ from .gate import through
 Axes = tuple[int, ...]
 Form = Literal[
     "separate",
-    "few",
     "extended",
     "joined",
     "copied",

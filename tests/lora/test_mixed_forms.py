@@ -343,11 +343,14 @@ def test_what_is_prepared_is_for_mixed_batches_alone(use: Callable[..., Any]) ->
 # --- which form ---
 
 
-def is_gathered(examples: int, rows: int, adapters: int) -> bool:
+def is_gathered(
+    examples: int, rows: int, adapters: int, *, prepared: bool = False
+) -> bool:
     lora = jlora.lora(lambda p, x: x @ p["w"], CONFIG)
     params, x = {"w": jnp.ones((64, 48))}, jnp.ones((examples, rows, 64))
     one = lora.init(jax.random.key(0), params, x)
     stacked = jlora.stack([one] * adapters)
+    stacked = jlora.prepare(stacked) if prepared else stacked
     index = jnp.arange(examples) % adapters
     text = jax.jit(lora.apply_mixed).lower(params, stacked, index, x).as_text()
     return "batching_dims" in text
@@ -355,8 +358,10 @@ def is_gathered(examples: int, rows: int, adapters: int) -> bool:
 
 def test_decoding_is_side_by_side_and_long_prompts_are_gathered() -> None:
     assert not is_gathered(examples=64, rows=1, adapters=8)
-    assert not is_gathered(examples=64, rows=1, adapters=64)
+    assert is_gathered(examples=64, rows=1, adapters=64)
+    assert not is_gathered(examples=64, rows=1, adapters=64, prepared=True)
     assert is_gathered(examples=8, rows=1, adapters=64)
+    assert is_gathered(examples=8, rows=1, adapters=64, prepared=True)
     assert is_gathered(examples=8, rows=512, adapters=8)
 
 

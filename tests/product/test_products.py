@@ -49,7 +49,6 @@ F32 = jnp.float32
 HERE = Target.here()
 N, D, K, R = 96, 40, 56, 4
 SUMS = ("extended", "fused", "joined", "copied")
-CHOSEN = (*SUMS, "few")
 
 
 @pytest.fixture
@@ -66,12 +65,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(form: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Makes a form the one that is chosen, and returns what `jlora.lora` needs."""
-    if form in CHOSEN:
+    if form in SUMS:
         choose(request.getfixturevalue("monkeypatch"), form)
     return {"contraction": form} if form == "merged" else {}
 
 
-each_product = pytest.mark.parametrize("form", CHOSEN)
+each_product = pytest.mark.parametrize("form", SUMS)
 
 
 def products(fn: Callable[..., Any], *args: Any) -> Counter[tuple[int, ...]]:
@@ -397,7 +396,7 @@ def test_siblings_of_other_dtype_rank_and_scaling() -> None:
 # --- many adapters on one base ---
 
 
-@pytest.mark.parametrize("form", ["separate", *CHOSEN, "merged"])
+@pytest.mark.parametrize("form", ["separate", *SUMS, "merged"])
 def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
     settings = chosen(form, request)
     params, x = attention_like()
@@ -424,7 +423,7 @@ def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("form", ["separate", *CHOSEN, "merged"])
+@pytest.mark.parametrize("form", ["separate", *SUMS, "merged"])
 def test_second_derivatives(form: str, mapped: bool, request: Any) -> None:
     """Reverse over reverse, as of a penalty on gradients, beside the formed kernel."""
     settings = chosen(form, request)
@@ -446,7 +445,7 @@ def test_second_derivatives(form: str, mapped: bool, request: Any) -> None:
     assert_close(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("form", [*CHOSEN, "merged"])
+@pytest.mark.parametrize("form", [*SUMS, "merged"])
 def test_vmap_over_inputs_keeps_one_product(form: str, request: Any) -> None:
     settings = chosen(form, request)
     params, x = attention_like()
