@@ -223,9 +223,7 @@ def main() -> None:
         for name, t in times.items():
             ratio = f"{t['median'] / base:.2f}"
             rows.append([str(count), name, f"{t['median'] * 1e3:.2f}", ratio])
-        print(
-            f"{count} adapters: {equal[count]:.1%} of the tokens are those of the copies"
-        )
+        print(f"{count} adapters: {equal[count]:.1%} of tokens are those of the copies")
     print(table(["adapters", "", "median ms", "/ base"], rows))
     about = f"{flags.sequences} sequences, a cache of {flags.cache}"
     named = {f"{n} adapters, {about}": each for n, each in seconds.items()}
