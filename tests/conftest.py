@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,6 +38,38 @@ CROSSED = (
     "test_zoo.py",
 )
 
+# What is slow, and one test for each pair of things: of each test of these files so
+# many times the share of those above is run, and one case at least.
+PAIRED = (
+    "test_capped_tools.py",
+    "test_control_flow.py",
+    "test_conv.py",
+    "test_dropout.py",
+    "test_filled_rows.py",
+    "test_hadamard.py",
+    "test_init_moving.py",
+    "test_layers.py",
+    "test_linen.py",
+    "test_memory.py",
+    "test_memory_discipline.py",
+    "test_mixed_forms.py",
+    "test_mosaic.py",
+    "test_partitioned.py",
+    "test_peft_convolutions.py",
+    "test_peft_fuzz.py",
+    "test_peft_golden.py",
+    "test_platforms.py",
+    "test_products.py",
+    "test_quant_packed.py",
+    "test_quant_tools.py",
+    "test_relatives.py",
+    "test_sharded_programs.py",
+    "test_states_fuzz.py",
+    "test_tpu_kernel.py",
+    "test_variant_table.py",
+)
+TIMES = 4
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--whole`, and what CI shares tests out among releases with."""
@@ -49,7 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--sample", metavar="K/N", help=told)
     parser.addoption("--thin", default="0/1", metavar="K/N", help="and of all others")
-    told = "how many random programs test_random_programs.py runs (300)"
+    told = "how many random programs test_random_programs.py runs (150)"
     parser.addoption("--programs", type=int, metavar="N", help=told)
 
 
@@ -57,7 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without a word a run takes a share of what is crossed: minutes, not hours."""
     whole, options = config.getoption("--whole"), config.option
     if options.programs is None:
-        options.programs = 5000 if whole else 300
+        options.programs = 5000 if whole else 150
     if options.sample is None:
         named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
         options.sample = "0/1" if whole or named else "0/48"
@@ -71,14 +103,30 @@ def pytest_collection_modifyitems(
         name: tuple(map(int, config.getoption(f"--{name}").split("/")))
         for name in ("sample", "thin")
     }
+    k, n = share["sample"]
+    few = max(1, n // TIMES)
 
     def chosen(item: pytest.Item) -> bool:
-        k, n = share["sample" if item.path.name in CROSSED else "thin"]
-        return zlib.crc32(item.nodeid.encode()) % n == k
+        if item.path.name in PAIRED:
+            return _number(item) % few == k % few
+        one, of = (k, n) if item.path.name in CROSSED else share["thin"]
+        return _number(item) % of == one
 
-    out = [item for item in items if not chosen(item)]
-    config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if item not in set(out)]
+    kept = set(filter(chosen, items))
+    if share["thin"] == (0, 1):
+        kept |= _first_of_each(i for i in items if i.path.name in PAIRED)
+    config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _number(item: pytest.Item) -> int:
+    return zlib.crc32(item.nodeid.encode())
+
+
+def _first_of_each(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Returns one case of each test."""
+    found = {item.nodeid.partition("[")[0]: item for item in items}
+    return set(found.values())
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
