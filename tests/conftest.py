@@ -81,7 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--sample", metavar="K/N", help=told)
     parser.addoption("--thin", default="0/1", metavar="K/N", help="and of all others")
-    told = "how many random programs test_random_programs.py runs (150)"
+    told = "how many random programs test_random_programs.py runs (300)"
     parser.addoption("--programs", type=int, metavar="N", help=told)
 
 
@@ -89,7 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without a word a run takes a share of what is crossed: minutes, not hours."""
     whole, options = config.getoption("--whole"), config.option
     if options.programs is None:
-        options.programs = 5000 if whole else 150
+        options.programs = 5000 if whole else 300
     if options.sample is None:
         named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
         options.sample = "0/1" if whole or named else "0/48"
