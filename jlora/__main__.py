@@ -169,6 +169,9 @@ def _inspect(given: Any) -> int:
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
     _say(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
+    form = _format_of(given.path)
+    if untold := form.told_in_part(given.path, ignore=given.ignore):
+        _say(f"not told by the files: {untold}", sys.stderr)
     return SAME
 
 

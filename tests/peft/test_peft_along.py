@@ -314,12 +314,14 @@ def test_biases_that_may_be_lost_are_not_converted_in_silence(
     """As real PEFT writes: up to 0.20.0 without the biases of `lora_only`."""
     said = {"target_modules": ["query"], "bias": bias, "peft_version": version}
     peft = write_adapter(tmp_path / "peft", {**FACTORS, **more}, **said)
+    text = "PEFT before 0.21 does not save those of `lora_only`"
+    assert main(["inspect", str(peft)]) == SAME
+    assert (text in capsys.readouterr().err) is told
     convert = ["convert", str(peft), str(tmp_path / "out")]
     for target in ([], ["--to", "mlx"]):
         if target and more:  # which MLX has no place for
             continue
         assert main([*convert, *target]) == (FAILED if told else SAME)
-        text = "PEFT before 0.21 does not save those of `lora_only`"
         assert (text in capsys.readouterr().err) is told
         out = tmp_path / "out"
         assert out.exists() is not told
