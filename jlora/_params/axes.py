@@ -65,6 +65,14 @@ class KernelAxes:
         out = tuple(shape[i] for i in self.out)
         return (*batch, *in_, rank), (*batch, rank, *out)
 
+    def along_factors(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Returns which axis of the kernel each axis of `a` and of `b` is along.
+
+        >>> KernelAxes((0,), (2, 3), (1,)).along_factors()  # None: the rank
+        ((0, 2, 3, None), (0, None, 1))
+        """
+        return (*self.batch, *self.in_, None), (*self.batch, None, *self.out)
+
     def kernel_shape(self, sizes: Sequence[int]) -> Shape:
         """Returns a kernel's shape from the sizes of its `(*batch, *in, *out)`.
 

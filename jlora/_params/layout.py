@@ -274,10 +274,8 @@ def factor_shardings(
     kernel: Sharding, axes: KernelAxes, a: Shape, b: Shape
 ) -> tuple[Sharding, Sharding]:
     """Returns the shardings of factors of the shapes `a` and `b`, from the kernel's."""
-    return (
-        following(kernel, (*axes.batch, *axes.in_, None), a),
-        following(kernel, (*axes.batch, None, *axes.out), b),
-    )
+    along_a, along_b = axes.along_factors()
+    return following(kernel, along_a, a), following(kernel, along_b, b)
 
 
 def _short(entries: Sequence[MeshAxes]) -> tuple[MeshAxes, ...]:

@@ -96,9 +96,9 @@ CORE = Variant(
         "has the singular vectors of its kernel, with which LoRA-XS"
     ),
     along=lambda axes: {
-        "frozen_a": (*axes.batch, *axes.in_, None),
+        "frozen_a": axes.along_factors()[0],
         "core": (*axes.batch, None, None),
-        "frozen_b": (*axes.batch, None, *axes.out),
+        "frozen_b": axes.along_factors()[1],
     },
     frozen=("frozen_a", "frozen_b"),
     labels={"core": "b"},

@@ -33,11 +33,8 @@ def _new(new: New, leaf: Any) -> dict[str, Any]:
 
 
 def _along(axes: KernelAxes) -> dict[str, tuple[int | None, ...]]:
-    return {
-        "a": (*axes.batch, *axes.in_, None),
-        "b": (*axes.batch, None, *axes.out),
-        "magnitude": (*axes.batch, *axes.out),
-    }
+    a, b = axes.along_factors()
+    return {"a": a, "b": b, "magnitude": (*axes.batch, *axes.out)}
 
 
 def _problem(factors: LoraFactors, shape: Shape) -> str | None:

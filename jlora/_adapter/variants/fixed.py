@@ -73,10 +73,7 @@ FIXED = Variant(
     _shapes,
     _new,
     lambda entry, kernel: entry.lowered(),
-    along=lambda axes: {
-        "frozen_a": (*axes.batch, *axes.in_, None),
-        "b": (*axes.batch, None, *axes.out),
-    },
+    along=lambda axes: dict(zip(("frozen_a", "b"), axes.along_factors(), strict=True)),
     frozen=("frozen_a",),
     note=lambda entry: " lora_fa",
 )

@@ -82,7 +82,7 @@ def _new(new: New, leaf: Any) -> dict[str, Any]:
 
 
 def _along(axes: KernelAxes) -> dict[str, tuple[int | None, ...]]:
-    a, b = (*axes.batch, *axes.in_, None), (*axes.batch, None, *axes.out)
+    a, b = axes.along_factors()
     return {"a": a, "b": b, "a2": a, "b2": b}
 
 
