@@ -16,7 +16,7 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from .mixed_mesh import Examples, take_row, take_rows
 # What a device computes in the time that it reads or writes one byte. (Accelerators
 # reach a few hundred FLOPs in large products and less in skinny ones; CPUs some tens.)
 _FLOPS_A_BYTE = 100
+RAGGED = "ragged_dot_general"
 
 
 class Mixture(NamedTuple):
@@ -63,7 +64,7 @@ class Mixture(NamedTuple):
         return Given(shapes, arrays, entries)
 
     def _entries(self, index: jax.Array, log: Log) -> dict[str, Any]:
-        refuse_ragged(log.uses)
+        self._refuse_ragged(log)
         found: dict[str, Any] = {}
         for path, entry in self.stacked.items():
             factors = isinstance(entry, LoraFactors | PreparedFactors)
@@ -77,12 +78,11 @@ class Mixture(NamedTuple):
         self, path: str, entry: LoraFactors | PreparedFactors, log: Log
     ) -> bool:
         """Whether factors lie side by side: where every use can, and it is cheaper."""
-        if any(use.path == path for use in log.obstacles):
-            return False
         uses = [use for use in log.uses if use.path == path]
-        # Any other use would multiply the gate into a factor of the joined rank.
-        if not all(use.chosen is not None or use.kind == "lookup" for use in uses):
+        if not self._can_be_joined(path, log):
             return False
+        if any(use.primitive == RAGGED for use in uses):
+            return True
         prepared, rank_axis = isinstance(entry, PreparedFactors), len(entry.axes.batch)
         if not prepared:
             along = spec_of(entry.a)[0], spec_of(entry.a)[-1]
@@ -94,6 +94,38 @@ class Mixture(NamedTuple):
         size = -(-self.size // self.examples.devices)
         bytes_ = numbers * entry.a.dtype.itemsize
         return joining_pays(self.adapters, size, bytes_, flops, prepared=prepared)
+
+    def _can_be_joined(self, path: str, log: Log) -> bool:
+        """Whether all uses of a kernel put their `x·a` through a gate.
+
+        Any other use would multiply the gate into a factor of the joined rank.
+        """
+        if any(use.path == path for use in log.obstacles):
+            return False
+        through = lambda u: u.chosen is not None or u.kind == "lookup"
+        own = [use for use in log.uses if use.path == path]
+        return all(through(use) or use.primitive == RAGGED for use in own)
+
+    def _refuse_ragged(self, log: Log) -> None:
+        """Raises if a ragged product cannot be one for all examples; names all."""
+        paths = {use.path for use in log.uses if use.primitive == RAGGED}
+        factors = LoraFactors | PreparedFactors
+        wrong = [
+            path
+            for path in sorted(paths & set(self.stacked))
+            if not isinstance(self.stacked[path], factors)
+            or not self._can_be_joined(path, log)
+            or self.examples.mesh is not None
+            or len(self.stacked[path].axes.batch) > 1
+        ]
+        if wrong:
+            raise UnsupportedFeatureError(
+                f"{wrong} reach a ragged product, which JAX cannot map over examples. "
+                "It is one product for all where experts are the only batch axis, "
+                "each use is a product or a lookup, and no mesh has Explicit axes. "
+                "Otherwise call `lora.apply(params, jlora.take(stacked, i), ...)` with "
+                "the examples of adapter i"
+            )
 
     def _side_by_side(
         self, entry: LoraFactors | PreparedFactors, index: jax.Array
@@ -187,14 +219,3 @@ def joining_pays(
     joined = (1 if prepared else 4) * count * read + count * examples * flops
     gathered = 3 * examples * read + examples * flops
     return exceeds(gathered, joined)
-
-
-def refuse_ragged(uses: Sequence[Any]) -> None:
-    """Raises if kernels reach a ragged product, which JAX cannot map; names all."""
-    paths = {u.path for u in uses if u.primitive == "ragged_dot_general"}
-    if paths:
-        raise UnsupportedFeatureError(
-            f"{sorted(paths)} reach a ragged product, which JAX cannot compute with an "
-            "adapter for each example. Call `lora.apply(params, jlora.take(stacked, "
-            "i), ...)` with the examples of adapter i"
-        )

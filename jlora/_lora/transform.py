@@ -203,11 +203,14 @@ class Lora:
         The base product stays one product over all examples. Where it is cheaper, as in
         decoding, the low-rank ones do too: `x·a` of all adapters side by side, of which
         each example keeps its own columns. Elsewhere (long prompts, many more adapters
-        than examples, convolutions) each example takes a copy of its factors. `fn` sees
-        one example at a time, with an axis of size 1 in the place of the examples: what
-        it computes over a batch (a mean loss, batch statistics) is over that one. Under
-        `jax.jit` other adapters of the same shapes (`jlora.put`) and other indices run
-        the same program.
+        than examples, convolutions) each example takes a copy of its factors. Experts
+        of a ragged product always lie side by side, with the rows of all examples in
+        one product.
+
+        `fn` sees one example at a time, with an axis of size 1 in the place of the
+        examples: what it computes over a batch (a mean loss, batch statistics) is over
+        that one. Under `jax.jit` other adapters of the same shapes (`jlora.put`) and
+        other indices run the same program.
 
         Args:
             params: the frozen params.
@@ -236,8 +239,9 @@ class Lora:
             AdapterError: if `stacked` is no stacked adapter or does not fit the params.
             IndexError: if a concrete index is out of range.
             ValueError: if an array has not one entry for each example.
-            UnsupportedFeatureError: if an adapted kernel reaches a ragged product,
-                which JAX cannot map over examples.
+            UnsupportedFeatureError: if an adapted kernel reaches a ragged product that
+                cannot be one for all examples: with further batch axes, beside other
+                uses than products and lookups, or on a mesh with Explicit axes.
         """
         call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
         return run_mixed(self._apply, params, stacked, index, *call)

@@ -14,7 +14,8 @@ from .._jax.sharding import explicit_sharding
 from .._jax.versions import explicit_mesh, source_line
 from .._params.axes import Roles, Shape, free_axes
 from .._params.lazy import called, dense, is_lazy, made_again
-from .adapted import Adapted, Part, base_of, without_gate
+from .._product.gate import through
+from .adapted import Adapted, Part, base_of
 from .parts import (
     branch_dtype,
     contracted_first,
@@ -24,6 +25,7 @@ from .parts import (
     split_join,
     times,
 )
+from .ragged_examples import rows_of_examples
 from .ragged_rows import Rows, rows_product
 from .rule import Axes, ConsumeRule, LinearUse
 
@@ -70,18 +72,27 @@ def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _scaled(eqn, x, value, sizes)
-    y = _base_product(eqn, [x, *map(base_of, [value, sizes, *rest])], derive)
-    for part in map(without_gate, value.parts):
+    mixed = any(part.gate is not None for part in value.parts)
+    bases = [x, *map(base_of, [value, sizes, *rest])]
+    y = _base_product(eqn, bases, derive, mixed=mixed)
+    for part in value.parts:
         dropped = dropped_input(part, x, part_words(part, ()), ())
         delta = _low_rank(eqn, dropped, value.base, sizes, part, y, derive)
         y = y + delta.astype(y.dtype)
     return [y if after is None else times(y, after)]
 
 
-def _base_product(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
-    """The base product; on Explicit meshes with derivatives, which JAX's has not."""
+def _base_product(
+    eqn: Any, operands: list[Any], derive: str, *, mixed: bool
+) -> jax.Array:
+    """The base product.
+
+    On Explicit meshes it has derivatives, which JAX's has not; in a mixed batch it is
+    one for all examples.
+    """
     x, w, sizes, *_ = operands
-    if derive != "custom" or explicit_mesh(x, *jax.tree.leaves(w)) is None:
+    own = derive == "custom" and explicit_mesh(x, *jax.tree.leaves(w)) is not None
+    if not (own or mixed):
         return called(eqn, operands, derive)[0]
     dims, precision = _dims(eqn), eqn.params["precision"]
     (x_contract, contract), (x_batch, batch) = dims.dot_dimension_numbers
@@ -93,7 +104,8 @@ def _base_product(eqn: Any, operands: list[Any], derive: str) -> jax.Array:
 
     def product(values: Sequence[Any]) -> list[jax.Array]:
         x, w, sizes = values
-        return [rows_product(rows, x, jnp.transpose(dense(w), order), sizes, derive)]
+        run = rows_of_examples if mixed else rows_product
+        return [run(rows, x, jnp.transpose(dense(w), order), sizes, derive)]
 
     values = [x, w, sizes]
     return (
@@ -147,7 +159,9 @@ def _low_rank(
     second = jnp.moveaxis(second, -1, len(shared))
     computed = product_dtype(x.dtype, w.dtype, y.dtype)
     own = Rows(x_contract, x_batch, ragged, eqn.params["precision"], computed, computed)
-    h = part.scaling * rows_product(own, x, first, sizes, derive)
+    run = rows_product if part.gate is None else rows_of_examples
+    h = part.scaling * run(own, x, first, sizes, derive)
+    h = h if part.gate is None else through(h, part.gate.reshape(-1))
     n = len(batch)
     then = own._replace(
         contract=(h.ndim - 1,),
@@ -156,7 +170,7 @@ def _low_rank(
         result=branch_dtype(y.dtype, computed),
         sharding=explicit_sharding(y),
     )
-    return rows_product(then, h, second, sizes, derive)
+    return run(then, h, second, sizes, derive)
 
 
 def _flops(eqn: Any) -> int:
