@@ -116,15 +116,13 @@ class Mixture(NamedTuple):
             if not isinstance(self.stacked[path], factors)
             or not self._can_be_joined(path, log)
             or self.examples.mesh is not None
-            or len(self.stacked[path].axes.batch) > 1
         ]
         if wrong:
             raise UnsupportedFeatureError(
                 f"{wrong} reach a ragged product, which JAX cannot map over examples. "
-                "It is one product for all where experts are the only batch axis, "
-                "each use is a product or a lookup, and no mesh has Explicit axes. "
-                "Otherwise call `lora.apply(params, jlora.take(stacked, i), ...)` with "
-                "the examples of adapter i"
+                "It is one product for all where each use is a product or a lookup, "
+                "and no mesh has Explicit axes. Otherwise call `lora.apply(params, "
+                "jlora.take(stacked, i), ...)` with the examples of adapter i"
             )
 
     def _side_by_side(

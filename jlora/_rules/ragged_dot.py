@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._errors import MaterializationError
+from .._errors import MaterializationError, UnsupportedFeatureError
 from .._jax.dtypes import common, product_dtype
 from .._jax.sharding import explicit_sharding
 from .._jax.versions import explicit_mesh, source_line
@@ -73,6 +73,12 @@ def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _scaled(eqn, x, value, sizes)
     mixed = any(part.gate is not None for part in value.parts)
+    if mixed and _dims(eqn).dot_dimension_numbers[1][0]:
+        raise UnsupportedFeatureError(
+            f"a ragged product of several batches, at {source_line(eqn)}, cannot be "
+            "one for all examples of a mixed batch: call `lora.apply(params, "
+            "jlora.take(stacked, i), ...)` with the examples of adapter i"
+        )
     bases = [x, *map(base_of, [value, sizes, *rest])]
     y = _base_product(eqn, bases, derive, mixed=mixed)
     for part in value.parts:

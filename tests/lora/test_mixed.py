@@ -165,8 +165,49 @@ def test_the_kernels_of_experts_have_no_copy() -> None:
     assert {rows[0] for rows, *_ in products} == {6 * 7}
 
 
+def scanned_experts(params: Tree, x: jax.Array) -> jax.Array:
+    """Layers of experts under remat, each row back in its place."""
+
+    @jax.checkpoint
+    def layer(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
+        chosen = jnp.argmax(x[0] @ w["router"], axis=-1)
+        order, sizes = jnp.argsort(chosen), jnp.bincount(chosen, length=3)
+        h = jnp.tanh(jax.lax.ragged_dot(x[0][order], w["up"], sizes))
+        y = jax.lax.ragged_dot(h, w["down"], sizes)[jnp.argsort(order)]
+        return x + y[None], None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+@pytest.mark.parametrize("where", ["auto", "shard_map"])
+def test_layers_of_experts(where: str) -> None:
+    lora = jlora.lora(scanned_experts, jlora.LoraConfig("up|down", rank=2, alpha=3.0))
+    shapes = {"router": (2, 5, 3), "up": (2, 3, 5, 8), "down": (2, 3, 8, 5)}
+    params, x = numbers(shapes, 0), numbers((8, 7, 5), 1)
+    fresh = jax.eval_shape(lora.init, jax.random.key(0), params, x[:1])
+    adapters = [
+        jax.tree.map(lambda v, i=i: numbers(v.shape, 3 + i), fresh) for i in range(3)
+    ]
+    index = [2, 0, NONE, 1, 1, 2, 0, NONE]
+    merged = [*(jlora.merge(params, one) for one in adapters), params]
+    rows = [scanned_experts(merged[w], x[i : i + 1]) for i, w in enumerate(index)]
+    run, which, placed = lora.apply_mixed, jnp.asarray(index), params
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+    if where == "shard_map":
+        specs = P(), P(), P("data"), P("data")
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    else:
+        place = lambda *spec: NamedSharding(mesh, P(*spec))
+        places = {"router": place(), "up": place(None, None, None, "model")}
+        places |= {"down": place(None, None, "model")}
+        placed = jax.device_put(params, places)
+        x, which = jax.device_put((x, which), place("data"))
+    found = jax.jit(run)(placed, jlora.stack(adapters), which, x)
+    assert_close(jax.device_get(found), jnp.concatenate(rows), 1e-5)
+
+
 def test_ragged_products_in_batches_cannot_be_mixed(getkey) -> None:
-    told = r"\['layer/\w+'.*\] reach a ragged product.*jlora.take"
+    told = r"ragged product of several batches, at .*uses.*jlora.take"
     with pytest.raises(jlora.UnsupportedFeatureError, match=told):
         check_use(BY_NAME[IN_BATCHES], getkey)
 
