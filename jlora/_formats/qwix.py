@@ -261,7 +261,8 @@ def _scalings(pairs: list[Pair], alpha: Alpha, where: str) -> dict[str, float]:
 
 def _rank(pair: Pair) -> int:
     """Returns the rank of a pair; 1 if it has none, which is refused later."""
-    shape = np.shape(pair.sides.get("a"))
+    a = pair.sides.get("a")
+    shape = () if a is None else np.shape(a)
     return max(shape[-1], 1) if shape else 1
 
 
