@@ -151,9 +151,8 @@ def decode_contenders(
 
     def mixed(cache: Any, params: Params, stacked: Any, *given: Any) -> Any:
         index, tokens, position = given
-        axes = {"in_axes": (0, 0, None)}
-        given = index, tokens, cache, position
-        return lora.apply_mixed(params, stacked, *given, **axes)
+        own = params, stacked, index, tokens, cache, position
+        return lora.apply_mixed(*own, in_axes=(0, 0, None))
 
     def gathered(cache: Any, params: Params, stacked: Any, *given: Any) -> Any:
         index, tokens, position = given

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._adapter.factors import LoraFactors, exportable
-from .._jax.dots import as_laid_out
+from .._jax.dots import where_first
 from .._jax.sharding import joined_along, split_along, whole_along
 from .._params.axes import KernelAxes
 from .stackable import count_of, raise_all
@@ -103,8 +103,8 @@ def side_by_side(entry: LoraFactors) -> PreparedFactors:
     a, b = whole_along(a, (0, a.ndim - 1)), whole_along(b, (0, 1 + before))
     finite = lambda v: jnp.isfinite(v).all(axis=tuple(range(1, v.ndim)))
     sound = finite(a) & finite(b)
-    a = joined_along(_where(sound, a, 0), a.ndim - 2)
-    b = joined_along(_where(sound, b, 0), before)
+    a = joined_along(where_first(sound, a, 0), a.ndim - 2)
+    b = joined_along(where_first(sound, b, 0), before)
     return PreparedFactors(a, b, sound, entry.axes, entry.scaling)
 
 
@@ -113,7 +113,7 @@ def stacked_again(entry: PreparedFactors) -> LoraFactors:
     count, before = entry.adapters, len(entry.axes.batch)
     a = split_along(entry.a, entry.a.ndim - 1, count)
     b = split_along(entry.b, before, count)
-    b = _where(entry.sound, b, jnp.nan)
+    b = where_first(entry.sound, b, jnp.nan)
     return LoraFactors(a, b, entry.axes, entry.scaling)
 
 
@@ -134,9 +134,3 @@ def count_of_either(stacked: Mapping[str, Any]) -> int:
     differ = len(set(counts.values())) > 1
     raise_all("numbers of adapters that differ", told if differ else [])
     return next(iter(counts.values()))
-
-
-def _where(rows: jax.Array, array: jax.Array, other: float) -> jax.Array:
-    """Returns the rows of an array that are chosen, and another number elsewhere."""
-    mask = jnp.broadcast_to(rows.reshape(-1, *[1] * (array.ndim - 1)), array.shape)
-    return jnp.where(as_laid_out(mask, array), array, jnp.asarray(other, array.dtype))

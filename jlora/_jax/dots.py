@@ -45,6 +45,14 @@ def as_laid_out(value: jax.Array, other: jax.Array) -> jax.Array:
     return value if sharding is None else jax.sharding.reshard(value, sharding)
 
 
+def where_first(mask: jax.Array, value: jax.Array, other: Any) -> jax.Array:
+    """Returns a value where a mask of its first axes holds, and a number elsewhere."""
+    mask = mask.reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))
+    shape = jnp.broadcast_shapes(mask.shape, value.shape)
+    value = jnp.broadcast_to(value, shape)
+    return jnp.where(as_laid_out(jnp.broadcast_to(mask, shape), value), value, other)
+
+
 def as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
     """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
     real = not jnp.issubdtype(primal.dtype, jnp.complexfloating)

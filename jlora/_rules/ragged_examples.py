@@ -24,8 +24,11 @@ def rows_of_examples(
     custom rules of a map. The product has no batch axes. Arguments are those of
     `rows_product`.
     """
-    product = functools.partial(rows_product, rows, derive=derive)
-    mapped = custom_vmap(lambda *arrays: product(*arrays))
+
+    def product(x: jax.Array, factor: jax.Array, sizes: jax.Array) -> jax.Array:
+        return rows_product(rows, x, factor, sizes, derive)
+
+    mapped = custom_vmap(product)
 
     @mapped.def_vmap
     def rule(
@@ -34,7 +37,7 @@ def rows_of_examples(
         each = lambda v, own: v if own else jnp.broadcast_to(v, (size, *v.shape))
         x, sizes = each(x, batched[0]), each(sizes, batched[2])
         if batched[1]:
-            return jax.vmap(lambda *arrays: product(*arrays))(x, factor, sizes), True
+            return jax.vmap(product)(x, factor, sizes), True
         return _at_once(rows, x, factor, sizes, derive), True
 
     return mapped(x, factor, sizes)

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from .._jax.dots import as_laid_out
+from .._jax.dots import where_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,4 @@ def where_found(found: jax.Array | None, rows: jax.Array, other: Any) -> jax.Arr
     """
     if found is None:
         return rows
-    found = found.reshape(*found.shape, *[1] * (rows.ndim - found.ndim))
-    shape = jnp.broadcast_shapes(found.shape, rows.shape)
-    rows = jnp.broadcast_to(rows, shape)
-    return jnp.where(as_laid_out(jnp.broadcast_to(found, shape), rows), rows, other)
+    return where_first(found, rows, other)
