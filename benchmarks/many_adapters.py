@@ -5,6 +5,7 @@ once for each adapter, all of them dispatched before any is waited for.
 """
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from steps import (
     RANK,
     adapter_of,
     compiled,
+    frozen_step,
     lora_of,
     low_rank_losses,
     trained_step,
@@ -28,9 +30,10 @@ from timing import Contender, bars, interleave, summarize, table, write
 
 import jlora
 
-JLORA, FACTORED = "jlora", "factored, autodiff"
+FROZEN, JLORA, FACTORED = "frozen limit", "jlora", "factored, autodiff"
 VMAPPED = {JLORA: "jlora vmapped", FACTORED: "factored, autodiff, vmapped"}
-TARGETS = {64: ">= 5", 256: ">= 3"}
+TARGETS = {64: ">= 4.7", 256: ">= 3.4"}
+LIMITS = {64: "<= 1.3", 256: "<= 1.12"}
 
 
 def flags_of() -> argparse.Namespace:
@@ -94,6 +97,16 @@ def vmapped(
     return Contender(name, program, state), program
 
 
+def frozen(model: Decoder, params: Params, count: int) -> tuple[Contender, Any]:
+    """Returns the step of the frozen base on the tokens of all adapters at once."""
+    whole = dataclasses.replace(model, batch=count * model.batch)
+    batch = whole.data(jax.random.key(3))
+    inputs = jnp.zeros_like(whole.embed(params, batch))
+    state = (jnp.zeros(()), inputs), params, batch
+    program = compiled(frozen_step(whole), state, 1)
+    return Contender(FROZEN, program, state), program
+
+
 def held_once(text: str, model: Decoder, count: int) -> str:
     """Returns "yes", or "no" and the shapes that hold a kernel `count` times.
 
@@ -128,6 +141,9 @@ def train(model: Decoder, params: Params, flags: argparse.Namespace) -> dict[str
     losses = low_rank_losses(model)
     runs, single = separate(losses[JLORA], params, states)
     contenders, memory = [runs], {runs.name: megabytes(single)}
+    limit, program = frozen(model, params, flags.adapters)
+    contenders.append(limit)
+    memory[FROZEN] = megabytes(program)
     held = ""
     for name, label in VMAPPED.items():
         contender, program = vmapped(label, losses[name], params, states)
@@ -176,6 +192,8 @@ def ratios_of(
         at = f"at {tokens} tokens"
         ratios[f"{count} runs / vmapped {at}"] = gain, TARGETS.get(tokens)
         ratios[f"factored, autodiff / jlora, vmapped {at}"] = gain / by_hand, None
+        limit = result["gains"][FROZEN] / gain
+        ratios[f"vmapped / {FROZEN} {at}"] = limit, LIMITS.get(tokens)
     seconds = {name: t["median"] for name, t in served["seconds"].items()}
     for name in (mixed_batch.SEPARATE, mixed_batch.MERGED):
         if name in seconds:

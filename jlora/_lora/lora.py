@@ -37,15 +37,15 @@ def lora(
         backward: "custom" uses the hand-derived backward pass; "autodiff" leaves the
             product to JAX, for forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`);
             `jax.hessian` does without it.
-        contraction: "fast" and "factored" never form `W + s·a·b`. "fast" takes the
-            form that suits what the program is lowered for, and on Hopper GPUs a kernel
-            of ours, in 16-bit dtypes, where it fills the GPU; the kernel rests on an
-            API that JAX calls experimental, and so it is tried first, once in a process
-            (2 seconds). "factored" does without it. "merged" forms `W + s·a·b` at each
-            use in a product, rounded to the dtype of `W`, and keeps the factors'
-            gradients factored: fewer FLOPs for many tokens, but in bfloat16 an update
-            of less than 2⁻⁹ of a weight is lost. "auto" is merged in float32 where
-            that takes fewer FLOPs, else "fast". "fused" is "fast" with the kernel
+        contraction: "fast" and "factored" never form `W + s·a·b`. "fast" takes the form
+            that suits what the program is lowered for, and on Hopper GPUs a kernel of
+            ours, in 16-bit dtypes, where it fills half of the GPU; the kernel rests on
+            an API that JAX calls experimental, and so it is tried first, once in a
+            process (2 seconds). "factored" does without it. "merged" forms `W + s·a·b`
+            at each use in a product, rounded to the dtype of `W`, and keeps the
+            factors' gradients factored: fewer FLOPs for many tokens, but in bfloat16 an
+            update of less than 2⁻⁹ of a weight is lost. "auto" is merged in float32
+            where that takes fewer FLOPs, else "fast". "fused" is "fast" with the kernel
             wherever sizes divide into its tiles (256 rows, 128 columns), and with
             another one on a TPU, which was compiled for TPUs and never run on one: for
             measurements. The path of the file in which `benchmarks/tune.py` says what

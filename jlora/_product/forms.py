@@ -8,6 +8,8 @@
   or from a copy of `[W; b]`; backward `[dy, g]·[W, a]ᵀ`. (See `_product.fused`.)
 * tiled: the same sum on TPUs by a kernel, on request, see `_product.tpu_kernel`.
 * fused: the same sum without copies, by a kernel for Hopper GPUs, see `_product.fused`.
+* grouped: fused for several adapters at once, each with rows of its own: those, the
+  factors and all results have an axis of adapters first, kernels have none.
 * partitioned, ruled: on a mesh, fused and separate, as operations with a partitioning
   rule (see `_product.partitioned`).
 * merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
@@ -26,7 +28,16 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
-from .fused import How, Terms, in_parts, sum_by_xla, sum_joined, sum_tiled, sum_whole
+from .fused import (
+    How,
+    Terms,
+    in_parts,
+    sum_by_xla,
+    sum_grouped,
+    sum_joined,
+    sum_tiled,
+    sum_whole,
+)
 from .gate import factor_through
 from .group import (
     Form,
@@ -235,7 +246,7 @@ def _extended_backward(
     return through_gates(operands, g), dx
 
 
-# --- fused, partitioned, ruled ---
+# --- fused, grouped, partitioned, ruled ---
 
 
 def _summed(
@@ -256,12 +267,24 @@ def _summed_backward(
     form: Form,
 ) -> tuple[jax.Array, jax.Array]:
     """`Σ dy·Wᵀ + g·aᵀ`, each kernel as it lies, siblings in one sum."""
-    g = shrink_cotangents(dims, operands, cotangents, form)
+    if form == "grouped":
+        g = _shrink_cotangents_of_each(dims, operands, cotangents)
+    else:
+        g = shrink_cotangents(dims, operands, cotangents, form)
     cast = lambda value: value.astype(operands.x.dtype)
     a = concatenate([cast(a) for a in operands.a])
     every = Terms(tuple(cotangents), operands.kernels, cast(g), a)
     how = How(True, dims.kernels[0].precision)
     return g, _sum([add(part, how) for part in in_parts(every, operands.ranks)])
+
+
+def _shrink_cotangents_of_each(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> jax.Array:
+    """`s·dy·bᵀ` of each adapter."""
+    axes = operands._replace(x=0, kernels=None, a=0, b=0)
+    run = functools.partial(shrink_cotangents, dims)
+    return jax.vmap(run, in_axes=(axes, 0))(operands, list(cotangents))
 
 
 # --- merged ---
@@ -320,6 +343,7 @@ _FORMS: dict[Form, _Form] = {
     "copied": _Form.summing("copied", _sum_copied),
     "tiled": _Form.summing("tiled", sum_tiled),
     "fused": _Form.summing("fused", sum_whole),
+    "grouped": _Form.summing("grouped", sum_grouped),
     "partitioned": _Form.summing("partitioned", _on_mesh(whole=sum_whole)),
     "ruled": _Form.summing("ruled", _on_mesh(whole=sum_by_xla)),
     "merged": _Form(_merged, _merged_backward),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import tpu_kernel
-from .hopper_kernel import fits, sum_of_products
+from .hopper_kernel import apart, fits, sum_of_products
 
 # Tokens from which on TPUs gain by one joined product.
 _LEAST_JOINED = 8192
@@ -91,6 +91,27 @@ def sum_whole(terms: Terms, how: How) -> jax.Array:
     return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])
 
 
+def sum_grouped(terms: Terms, how: How) -> jax.Array:
+    """Returns the sum for several adapters, each with rows of its own.
+
+    Their axis is the first one of all rows, and of `b: (adapters, *out, rank)`.
+    """
+    count, *out, rank = terms.b.shape
+    outputs = math.prod(out)
+    xs, ws, h = _rows_and_kernels(terms, how.turned, outputs)
+    b = jnp.swapaxes(terms.b.reshape(count, outputs, rank), 1, 2)
+    n = h.shape[0]
+    if all(fits(n, x.shape[1], outputs) for x in xs) and apart(n // count, rank):
+        y = lax.optimization_barrier(sum_of_products(xs, ws, h, b, turned=how.turned))
+    else:
+        base = _sum_of_bases(xs, ws, how, jnp.float32)
+        pairs = (((2,), (1,)), ((0,), (0,)))
+        settings = {"precision": how.precision, "preferred_element_type": jnp.float32}
+        delta = lax.dot_general(h.reshape(count, -1, rank), b, pairs, **settings)
+        y = (base + delta.reshape(base.shape)).astype(h.dtype)
+    return y.reshape(*terms.h.shape[:-1], *out)
+
+
 def sum_by_xla(terms: Terms, how: How) -> jax.Array:
     """Returns the same, each product rounded as the plain one is."""
     xs, ws, h, b = _matrices(terms, how.turned)
@@ -132,15 +153,21 @@ def sum_tiled(terms: Terms, how: How) -> jax.Array:
 def _matrices(
     terms: Terms, turned: bool
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
+    outputs, rank = math.prod(terms.b.shape[:-1]), terms.b.shape[-1]
+    b = terms.b.reshape(outputs, rank).T
+    return *_rows_and_kernels(terms, turned, outputs), b
+
+
+def _rows_and_kernels(
+    terms: Terms, turned: bool, outputs: int
+) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
     n = math.prod(terms.h.shape[:-1])
     inner = [math.prod(x.shape[terms.rows :]) for x in terms.xs]
-    outputs = math.prod(terms.b.shape[:-1])
     xs = [x.reshape(n, k) for x, k in zip(terms.xs, inner, strict=True)]
     # The inner axes of `w` are those of `x`.
     shapes = [(outputs, k) if turned else (k, outputs) for k in inner]
     ws = [w.reshape(shape) for w, shape in zip(terms.ws, shapes, strict=True)]
-    rank = terms.h.shape[-1]
-    return xs, ws, terms.h.reshape(n, rank), terms.b.reshape(outputs, rank).T
+    return xs, ws, terms.h.reshape(n, terms.h.shape[-1])
 
 
 def _sum_of_dots(

@@ -31,6 +31,7 @@ Form = Literal[
     "copied",
     "tiled",
     "fused",
+    "grouped",
     "partitioned",
     "ruled",
     "merged",

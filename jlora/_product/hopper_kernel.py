@@ -1,7 +1,8 @@
 """`Σ x·w + h·b` in one kernel, for Hopper GPUs: `h·b` is the end of its reduction.
 
 The accumulators that hold `Σ x·w` take `h·b` in before they are rounded and written, so
-that no operand is copied and the result is written once. The kernel is persistent and
+that no operand is copied and the result is written once. Where the rows are those of
+several adapters, each tile takes the `b` of its own. The kernel is persistent and
 warp-specialised, as in the tutorial of Mosaic GPU: one warpgroup loads, two multiply;
 each multiplies 128 rows by 128 columns.
 (https://docs.jax.dev/en/latest/pallas/gpu/index.html)
@@ -47,6 +48,11 @@ def fits(rows: int, depth: int, columns: int) -> bool:
     return rows % (_GROUPS * _TILE) == 0 and rows > 0 and divides(depth, columns)
 
 
+def apart(rows: int, rank: int) -> bool:
+    """Returns whether adapters of so many rows each may have a `b` each."""
+    return rows % _TILE == 0 and rows > 0 and rank <= _LARGEST
+
+
 def blocks(rows: int, depth: int, columns: int) -> int:
     """Returns how many blocks a product has, the fewer of both ways; see `fits`."""
     return rows // (_GROUPS * _TILE) * (min(depth, columns) // _TILE)
@@ -79,7 +85,8 @@ def sum_of_products(
         xs: each `(rows, depth)`, bfloat16 or float16 as all of them; see `fits`.
         ws: for each of them one of `(depth, columns)`.
         h: `(rows, rank)`, of any rank; of what is over 64, it becomes one more `x`.
-        b: `(rank, columns)`.
+        b: `(rank, columns)`; or `(adapters, rank, columns)`, where the rows are those
+            of the first adapter, of the next, and so on, see `apart`.
         turned: each `w` is `(columns, depth)`, and is read as it lies.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -88,12 +95,14 @@ def sum_of_products(
     if over:
         xs, ws = [*xs, h[:, :over]], [*ws, b[:over].T if turned else b[:over]]
         h, b = h[:, over:], b[over:]
+    b = b if b.ndim == 3 else b[None]
+    each, columns = h.shape[0] // b.shape[0], b.shape[2]
     rank = next(r for r in _AHEAD if r >= h.shape[1])
-    missing = (0, rank - h.shape[1])
-    h, b = jnp.pad(h, ((0, 0), missing)), jnp.pad(b, (missing, (0, 0)))
+    missing, none = (0, rank - h.shape[1]), (0, 0)
+    h, b = jnp.pad(h, (none, missing)), jnp.pad(b, (none, missing, none))
     run = plgpu.kernel(
-        functools.partial(_kernel, terms=len(xs), turned=turned),
-        out_type=jax.ShapeDtypeStruct((h.shape[0], b.shape[1]), h.dtype),
+        functools.partial(_kernel, terms=len(xs), turned=turned, each=each),
+        out_type=jax.ShapeDtypeStruct((h.shape[0], columns), h.dtype),
         grid=(processors(),),
         grid_names=("tiles",),
         num_threads=_GROUPS + 1,
@@ -102,11 +111,15 @@ def sum_of_products(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    return run(*xs, *ws, h, b)
+    return run(*xs, *ws, h, b.reshape(-1, columns))
 
 
 class _Task(NamedTuple):
-    """What is computed: references to global memory, and how they are divided."""
+    """What is computed: references to global memory, and how they are divided.
+
+    `b` has the rows of all adapters, below each other; `each` is how many rows of `h`
+    an adapter has.
+    """
 
     xs: tuple[Any, ...]
     ws: tuple[Any, ...]
@@ -114,6 +127,7 @@ class _Task(NamedTuple):
     b: Any
     out: Any
     turned: bool
+    each: int
 
     @property
     def steps(self) -> list[int]:
@@ -158,7 +172,7 @@ class _Memory(NamedTuple):
     arrived: Any
 
 
-def _kernel(*refs: Any, terms: int, turned: bool) -> None:
+def _kernel(*refs: Any, terms: int, turned: bool, each: int) -> None:
     """The body: all arguments are references to global memory.
 
     The tiles of all terms pass through one ring of buffers, from one block of the
@@ -169,7 +183,7 @@ def _kernel(*refs: Any, terms: int, turned: bool) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     (h, b, out), both = refs[2 * terms :], refs[: 2 * terms]
-    task = _Task(both[:terms], both[terms:], h, b, out, turned)
+    task = _Task(both[:terms], both[terms:], h, b, out, turned, each)
     rank, ahead = h.shape[1], task.ahead
     shared = functools.partial(_shared, plgpu, h.dtype)
 
@@ -232,7 +246,9 @@ def _multiply(task: _Task, memory: _Memory, group: Any) -> None:
 
     def block(rows: Any, columns: Any, done: Any) -> None:
         plgpu.copy_gmem_to_smem(task.h.at[rows].at[mine], h, here)
-        plgpu.copy_gmem_to_smem(task.b.at[:, columns], b, here)
+        adapter = lax.div(rows.start + group * _TILE, task.each)
+        own = pl.ds(adapter * b.shape[0], b.shape[0])
+        plgpu.copy_gmem_to_smem(task.b.at[own, columns], b, here)
 
         def reduce(sum_: Any) -> None:
             def step(k: Any, _: Any) -> None:

@@ -10,7 +10,7 @@ are the residuals.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -197,15 +197,15 @@ def _in_its_form(
     static: Static,
     operands: Operands,
     *rest: Any,
-    sums: bool = False,
+    kind: Literal["product", "skinny", "sums"] = "product",
 ) -> Any:
     """Runs a pass in its form, or in the one that is chosen when it is lowered.
 
-    See `Pass` for `sums`.
+    See `Pass` for its kind.
     """
     dims, form = static
     if isinstance(form, ByPlatform):
-        return run_lowered(Pass(run, dims, sums), form, operands, *rest)
+        return run_lowered(Pass(run, dims, kind), form, operands, *rest)
     return _run(run, form, dims, operands, *rest)
 
 
@@ -216,7 +216,8 @@ def _without_kernels(static: Static) -> Static:
 
 
 def _shrink(static: Static, operands: Operands) -> jax.Array:
-    return _in_its_form(_shrunk, _without_kernels(static), operands)[0]
+    run = functools.partial(_in_its_form, _shrunk, _without_kernels(static))
+    return run(operands, kind="skinny")[0]
 
 
 def _shrunk(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
@@ -228,7 +229,7 @@ def _gradients(
 ) -> list[jax.Array]:
     """Returns `da` of all kernels, concatenated, and each `db`."""
     rest = operands, h, g, dys
-    return _in_its_form(gradients, _without_kernels(static), *rest, sums=True)
+    return _in_its_form(gradients, _without_kernels(static), *rest, kind="sums")
 
 
 def _forward_pass(static: Static, operands: Operands, h: jax.Array) -> list[jax.Array]:

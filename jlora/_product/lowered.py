@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from .._jax.platforms import Target, by_platform
+from .._jax.platforms import Bodies, Body, Target, by_platform
 from .choice import ByPlatform, form_on
 from .group import Form, GroupDims, Operands
+from .hopper_kernel import apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,15 @@ class Pass:
         run: takes the form, the group, its operands, and what comes with them; all of
             that but the factors has the rows of `x`.
         dims: the group.
-        sums: whether rows are summed over, so that mapped examples are not rows.
+        kind: "product" where deltas are added to products of kernels, so that rows of
+            several adapters can be those of one product; "skinny" where there are
+            factors alone; "sums" where rows are summed over, so that mapped examples
+            are not rows.
     """
 
     run: Callable[..., list[jax.Array]]
     dims: GroupDims
-    sums: bool = False
+    kind: Literal["product", "skinny", "sums"]
 
     def shifted(self) -> "Pass":
         """The same for an `x` with one more axis of rows, first."""
@@ -60,32 +64,80 @@ class _Bodies:
         return self.by.has_rules
 
     def portable(self, *leaves: jax.Array) -> list[jax.Array]:
-        return self._in_form("separate", *leaves)
+        return self.in_form("separate", *leaves)
 
-    def on(self, target: Target) -> Callable[..., list[jax.Array]] | None:
+    def on(self, target: Target) -> Body | None:
         form = form_on(self.by, target)
         if form == "separate":
             return None
-        return lambda *leaves: self._in_form(form, *leaves)
+        return lambda *leaves: self.in_form(form, *leaves)
 
-    def mapped(self, size: int, axes: Sequence[int | None]) -> "_Bodies | None":
+    def mapped(self, size: int, axes: Sequence[int | None]) -> Bodies | None:
         """Examples that are mapped are rows, unless factors or kernels are mapped too.
 
         Then the base product stays one for all, by way of the portable body: the other
-        forms put factors into a kernel. That body it is, too, where the program says
-        how the axes of its product lie, of which it knows no more than its own.
+        forms put factors into a kernel, but for the grouped one. That body it is, too,
+        where the program says how the axes of its product lie, of which it knows no
+        more than its own.
         """
-        if self.one.sums or any(k.placed for k in self.one.dims.kernels):
+        if self.one.kind == "sums" or any(k.placed for k in self.one.dims.kernels):
             return None
         mapped = [i is not None for i in axes]
         operands, *_ = jax.tree.unflatten(self.tree, mapped)
-        fixed = (operands.kernels, operands.a, operands.b)
-        count = len(jax.tree.leaves(fixed))
-        if any(jax.tree.leaves(fixed)) or sum(mapped) + count < len(mapped):
+        kernels = jax.tree.leaves(operands.kernels)
+        factors = jax.tree.leaves((operands.a, operands.b))
+        rows = len(mapped) - len(kernels) - len(factors)
+        if any(kernels) or sum(mapped) - sum(factors) < rows:
             return None
         by = self.by.of_rows(size)
-        return dataclasses.replace(self, one=self.one.shifted(), by=by)
+        if not any(factors):
+            return dataclasses.replace(self, one=self.one.shifted(), by=by)
+        plain = self.one.kind == "product" and not jax.tree.leaves(operands.gates)
+        if plain and all(factors):
+            return _Grouped(dataclasses.replace(self, by=by), size)
+        return None
 
-    def _in_form(self, form: Form, *leaves: jax.Array) -> list[jax.Array]:
+    def in_form(self, form: Form, *leaves: jax.Array) -> list[jax.Array]:
+        """Runs the pass in a form."""
         args = jax.tree.unflatten(self.tree, leaves)
         return self.one.run(form, self.one.dims, *args)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Grouped:
+    """A pass for several adapters, mapped over all that it takes but kernels.
+
+    Attributes:
+        of: the pass of one adapter, with the tokens of all.
+        adapters: how many there are.
+    """
+
+    of: _Bodies
+    adapters: int
+    is_typed = False
+
+    def __repr__(self) -> str:
+        return f"<{self.of!r} of each of {self.adapters} adapters>"
+
+    @property
+    def has_rules(self) -> bool:
+        return self.of.has_rules
+
+    def portable(self, *leaves: jax.Array) -> list[jax.Array]:
+        operands, *rest = jax.tree.unflatten(self.of.tree, leaves)
+        axes = (operands._replace(x=0, kernels=None, a=0, b=0), *(0 for _ in rest))
+        run = lambda *args: self.of.one.run("separate", self.of.one.dims, *args)
+        return jax.vmap(run, in_axes=axes)(operands, *rest)
+
+    def on(self, target: Target) -> Body | None:
+        return self._grouped if form_on(self.of.by, target) == "fused" else None
+
+    def _grouped(self, *leaves: jax.Array) -> list[jax.Array]:
+        operands, *_ = jax.tree.unflatten(self.of.tree, leaves)
+        if not apart(self.of.by.tokens // self.adapters, sum(operands.ranks)):
+            return self.portable(*leaves)
+        return self.of.in_form("grouped", *leaves)
+
+    def mapped(self, size: int, axes: Sequence[int | None]) -> Bodies | None:
+        """`jax.vmap` of the portable body, whatever is mapped once more."""
+        return None

@@ -82,6 +82,27 @@ def test_it_is_rounded_once(
     assert np.all(np.abs(found - expected) <= 2.0**-8 * np.abs(expected) + 1e-4)
 
 
+@each_side
+@pytest.mark.parametrize("rank", [16, 24, 64])
+@pytest.mark.parametrize("each", [128, 256, 384])
+def test_adapters_with_rows_of_their_own(
+    each: int, rank: int, turned: bool, interpreter: None
+) -> None:
+    """A tile takes the `b` of its adapter, and what another one holds is not its."""
+    count = 4
+    xs, ws, h, _ = operands(count * each, (128, 256), 256, rank, turned)
+    b = jax.random.normal(jax.random.key(each), (count, rank, 256), jnp.float32)
+    b = b.astype(BF16).at[2].set(jnp.nan)
+    run = jax.jit(functools.partial(sum_of_products, turned=turned))
+    found = np.asarray(run(xs, ws, h, b), np.float64).reshape(count, each, 256)
+    assert np.isnan(found[2]).all()
+    for i in (0, 1, 3):
+        own = slice(i * each, (i + 1) * each)
+        expected = in_double(turned, [x[own] for x in xs], ws, h[own], b[i])
+        bound = 2.0**-8 * np.abs(expected) + 1e-4
+        assert np.all(np.abs(found[i] - expected) <= bound)
+
+
 def test_float16(interpreter: None) -> None:
     args = operands(256, (128,), 128, 16, False, jnp.float16)
     found, expected = jax.jit(sum_of_products)(*args), in_double(False, *args)
@@ -122,7 +143,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is such a one, and products are large enough; plans are for it."""
     for module in (hopper_probe, choice):
         monkeypatch.setattr(module, "fault", lambda: None)
-    monkeypatch.setattr(choice, "processors", lambda: 4)
+    monkeypatch.setattr(choice, "processors", lambda: 8)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
     monkeypatch.setattr(Target, "here", lambda: HOPPER)
@@ -141,13 +162,13 @@ def form_of(
     return choice.form_on(use.chosen, target)
 
 
-@pytest.mark.parametrize("processors", [3, 4, 5])
+@pytest.mark.parametrize("processors", [4, 8, 9])
 def test_it_is_taken_where_it_fills_the_gpu(
     processors: int, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two blocks of rows; of columns three forward, and two backward."""
+    """Four blocks backward: two of rows, two of columns. Half of eight is filled."""
     monkeypatch.setattr(choice, "processors", lambda: processors)
-    expected = "fused" if processors <= 4 else "extended"
+    expected = "fused" if processors <= 8 else "extended"
     assert form_of(product, *shapes()) == expected
     assert form_of(product, *shapes(), contraction="auto") == expected
     assert form_of(product, *shapes(), contraction="fused") == "fused"

@@ -422,6 +422,25 @@ def test_vmap_over_adapters_keeps_one_kernel(form: str, request: Any) -> None:
         assert_close(own, gradient, 1e-4)
 
 
+def test_vmap_over_adapters_is_one_fused_sum(fused: None) -> None:
+    """Rows of all adapters are rows of one sum, forward and backward.
+
+    With the rows of one input for all, each adapter has products of its own.
+    """
+    params, x = attention_like()
+    fn = lambda p, x: sum(jnp.sum(jnp.tanh(x @ p[n])) for n in "qkv")
+    lora, adapter = adapted(fn, params, x)
+    adapters = jax.tree.map(lambda v: jnp.stack([v, 2 * v, -v]), adapter)
+    step = jax.grad(lora.apply, (1, 2))
+    outputs = Counter(params[n].shape[1] for n in "qkv")
+    xs = jnp.stack([x, x + 1, 2 * x])
+    seen = products(jax.vmap(step, (None, 0, 0)), params, adapters, xs)
+    assert {k: seen[3 * N, k] for k in outputs} == outputs
+    assert seen[3 * N, D] == 3
+    seen = products(jax.vmap(step, (None, 0, None)), params, adapters, x)
+    assert not {(3 * N, k) for k in (*outputs, D)} & set(seen)
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("form", ["separate", *SUMS, "merged"])
 def test_second_derivatives(form: str, mapped: bool, request: Any) -> None:

@@ -34,6 +34,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
         monkeypatch.setattr(choice, "divides", lambda *sizes: True)
         monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
         monkeypatch.setattr(fused, "fits", lambda *sizes: False)
+        monkeypatch.setattr(lowered, "apart", lambda *sizes: True)
     jax.clear_caches()
 
 
