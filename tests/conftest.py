@@ -46,6 +46,7 @@ PAIRED = (
     "test_conv.py",
     "test_dropout.py",
     "test_filled_rows.py",
+    "test_folders_fuzz.py",
     "test_hadamard.py",
     "test_init_moving.py",
     "test_layers.py",
@@ -64,7 +65,6 @@ PAIRED = (
     "test_quant_tools.py",
     "test_relatives.py",
     "test_sharded_programs.py",
-    "test_states_fuzz.py",
     "test_tpu_kernel.py",
     "test_variant_table.py",
 )
