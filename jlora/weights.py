@@ -53,7 +53,8 @@ def merge_folder(
     """Writes a Hugging Face model with an adapter merged into its weights.
 
     The adapter is a folder of PEFT's, or of MLX's where the modules have the names of
-    the weights, experts apart; the factors of a tied table then act in the head too.
+    the weights, as MLX saves them or, of experts, as torch does; the factors of a tied
+    table then act in the head too.
 
     Each sum is formed in float32 (or the dtype of the weight, if wider) and rounded
     once to the dtype of the weight. Files are written one after the other, under the
@@ -95,7 +96,7 @@ def merge_folder(
     """
     check_places(Path(base), Path(out))
     if mlx.holds(Path(adapter)):
-        names = [*weights_of(Path(base))]
+        names = weights_of(Path(base))
         read = mlx.as_peft(Path(adapter), ignore=ignore, names=names)
     else:
         read = read_files(adapter, ignore=ignore, revision=revision)

@@ -49,6 +49,7 @@ PAIRED = (
     "test_examples_sharded.py",
     "test_examples_sweep.py",
     "test_filled_rows.py",
+    "test_folders_fuzz.py",
     "test_fsdp_widths.py",
     "test_hadamard.py",
     "test_init_data.py",
@@ -71,7 +72,6 @@ PAIRED = (
     "test_quant_tools.py",
     "test_relatives.py",
     "test_sharded_programs.py",
-    "test_states_fuzz.py",
     "test_tpu_kernel.py",
     "test_variant_table.py",
 )

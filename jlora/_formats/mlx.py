@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from .._adapter.config import LoraConfig
-from .._adapter.factors import LoraFactors
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._files.atomic import write_files
 from .._files.format import Format
@@ -26,18 +25,11 @@ from .._torch.assemble import factors_of
 from .._torch.configs import configs_of
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
+from .._torch.named_params import Base
+from .mlx_experts import EXPERTS, is_packed, named_in, of_entry, of_module, with_experts
 from .mlx_files import CONFIG, WEIGHTS, A, B, M, MlxFiles, holds, read_files
 
-EXPERTS = KernelAxes((0,), (1,), (2,))
 Configs = LoraConfig | tuple[LoraConfig, ...]
-
-# The modules that hold packed experts.
-_PACKING = ("switch_mlp", "switch_glu", "experts")
-# What torch calls the parts of an expert in some models.
-_PARTS = {
-    "gate_proj": ("w1",), "up_proj": ("w3",), "down_proj": ("w2",),
-    "fc1": ("up_proj",), "fc2": ("down_proj",),
-}  # fmt: skip
 
 # --- reading ---
 
@@ -64,35 +56,25 @@ def read(
     """
     files = read_files(path, ignore)
     base = base_given(params, names)
-    if base is None:
-        return _alone(files)
-    if files.experts:
-        raise UnsupportedFeatureError(
-            f"{files.where} has experts, {sorted(files.experts)[:3]}, for which no "
-            "family has MLX's names; convert it without the shapes of params"
-        )
-    entries = factors_of(files.modules, base, files.where)
+    base = _alone(files) if base is None else with_experts(base, files.experts)
+    modules = [*files.modules]
+    for name in files.experts:
+        modules += of_module(name, files)
+    entries = factors_of(modules, base, files.where)
     return configs_of(entries, base), {**entries}
 
 
-def _alone(files: MlxFiles) -> tuple[Configs, dict[str, Any]]:
-    """Returns the configs and the adapter under the names of the file."""
+def _alone(files: MlxFiles) -> Base:
+    """Returns the params that have the names of the file."""
     params = ParamsAlone()
     for module in files.modules:
         params.add_module(module, module.name)
-    entries: dict[str, Any] = {}
     axes: dict[str, KernelAxes] = {}
-    experts: Mapping[str, Any] = files.experts
-    for name, (a, b) in experts.items():
-        path = path_of(name, "kernel")
-        entries[path] = LoraFactors(a, b, EXPERTS, files.scaling)
-        shape = entries[path].kernel_shape
+    for name, (a, b) in files.experts.items():
+        path, shape = path_of(name, "kernel"), (*a.shape[:2], b.shape[2])
         params.add(path, shape, a.dtype, name, "experts")
         axes[path] = EXPERTS
-    base = params.base(axes)
-    found = {**factors_of(files.modules, base, files.where), **entries}
-    ordered = {path: found[path] for path in params.shapes}
-    return configs_of(ordered, base), ordered
+    return params.base(axes)
 
 
 # --- writing ---
@@ -125,12 +107,12 @@ def write(
     """
     if (path / "adapter_model.safetensors").exists():
         raise FileExistsError(f"{path} has an adapter of PEFT; give another folder")
-    packed = {p: e for p, e in adapter.items() if _is_packed(p, e)}
+    packed = {p: e for p, e in adapter.items() if is_packed(p, e)}
     plain = {p: e for p, e in adapter.items() if p not in packed}
     rules = None if names is None else family_names(names)
     modules = modules_alone(plain, rules)
     _check_modules(modules, bool(packed))
-    apart = {_name(path): _each(entry) for path, entry in sorted(packed.items())}
+    apart = {_name(path): of_entry(entry) for path, entry in sorted(packed.items())}
     every = [*modules, *(one for each in apart.values() for one in each)]
     if not every:
         raise AdapterError("the adapter cannot be saved: it is empty")
@@ -161,20 +143,8 @@ def write(
     write_files(path, files, overwrite=overwrite)
 
 
-def _is_packed(path: str, entry: Any) -> bool:
-    below = path.split("/")[-3:-2]
-    axes = getattr(entry, "axes", None)
-    return below != [] and below[0] in _PACKING and axes == EXPERTS
-
-
 def _name(path: str) -> str:
     return path.removeprefix("params/").removesuffix("/kernel").replace("/", ".")
-
-
-def _each(entry: Any) -> list[TorchModule]:
-    """Returns the experts of a kernel, one by one."""
-    a, b = np.asarray(entry.a), np.asarray(entry.b)
-    return [TorchModule("", *pair, entry.scaling) for pair in zip(a, b, strict=True)]
 
 
 def _check_modules(modules: Sequence[TorchModule], has_experts: bool) -> None:
@@ -204,8 +174,17 @@ def _check_modules(modules: Sequence[TorchModule], has_experts: bool) -> None:
 
 def lost(path: Path, target: str, *, ignore: Collection[str] = ()) -> str | None:
     """Returns what another format would not keep of a folder, if there is something."""
-    tables = [m.name for m in read_files(path, ignore).modules if m.is_table]
-    if target != "PEFT" or not tables:
+    if target != "PEFT":
+        return None
+    files = read_files(path, ignore)
+    if files.experts:
+        return (
+            f"{path} adapts the experts {sorted(files.experts)[:3]}, and what torch "
+            "calls these the base tells alone: merge the adapter into the model by "
+            "python -m jlora merge, whichever names that has"
+        )
+    tables = [m.name for m in files.modules if m.is_table]
+    if not tables:
         return None
     return (
         f"{path} adapts the table(s) {tables}: where a model ties its head to it, MLX "
@@ -231,7 +210,7 @@ def as_peft(
     """
     files = read_files(path, ignore)
     modules = {module.name: module for module in files.modules}
-    modules |= {one.name: one for one in _experts_apart(files, names)}
+    modules |= {one.name: one for one in named_in(names, files)}
     config = PeftConfig(
         r=files.rank,
         lora_alpha=files.scaling * files.rank,
@@ -241,32 +220,6 @@ def as_peft(
     )
     scalings = dict.fromkeys(modules, files.scaling)
     return AdapterFiles(config, modules, {}, files.where, scalings=scalings)
-
-
-def _experts_apart(files: MlxFiles, names: Collection[str]) -> list[TorchModule]:
-    """Returns each expert as a module under the name that torch has for it.
-
-    Torch calls the experts of a layer `experts`, and those that are packed on disk are
-    known by the same names.
-    """
-    strange = [n for n in files.experts if n.split(".")[-2:-1][0] not in _PACKING]
-    if strange:
-        raise UnsupportedFeatureError(
-            f"{files.where} has packed experts, {strange[:3]}, in none of "
-            f"{list(_PACKING)}: torch's names for them are not known; merge the "
-            "adapter by mlx-lm's `fuse`"
-        )
-    found = []
-    for name, (a, b) in files.experts.items():
-        inside, _, part = name.rpartition(".")
-        layer = inside.rpartition(".")[0]
-        owner = f"{layer.removesuffix('.experts')}.experts"
-        others = [n for n in _PARTS.get(part, ()) if f"{owner}.0.{n}.weight" in names]
-        part = next(iter(others), part)
-        for number, pair in enumerate(zip(a, b, strict=True)):
-            own = f"{owner}.{number}.{part}"
-            found.append(TorchModule(own, *pair, files.scaling))
-    return found
 
 
 FORMAT = Format(

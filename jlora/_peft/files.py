@@ -53,7 +53,7 @@ def read_files(
     if is_relative(values):
         kind = values["peft_type"]
         tensors, metadata = read_tensors(weights_file, max_bytes)
-        values, tensors = as_lora(values, tensors, str(folder))
+        values, tensors = as_lora(values, tensors, str(folder), max_bytes)
         config = parse_config(values, str(config_file), ignore)
     else:
         config = parse_config(values, str(config_file), ignore)

@@ -186,8 +186,10 @@ def _best(weights: Weights, types: ModelTypes, wanted: Collection[str]) -> Views
     for name in wanted:
         if not any(name in more for _, more in found):
             every = [views, *(more for more, _ in found)]
-            others |= _renamed(name, types, views) or _expert(
-                name, types, every, weights
+            others |= (
+                _renamed(name, types, views)
+                or _stacked(name, every, weights)
+                or _expert(name, types, every, weights)
             )
     whole = {n for view in others.values() if view.rows is _ALL for n in view.names}
     kept = {n: v for n, v in views.items() if whole.isdisjoint(v.names)}
@@ -211,6 +213,22 @@ def _renamed(name: str, types: ModelTypes, views: Views) -> Views:
         if new != name and f"{new}.weight" in views:
             own = [f"{new}.{leaf}" for leaf in ("weight", "bias")]
             return {f"{name}{n[len(new) :]}": views[n] for n in own if n in views}
+    return {}
+
+
+def _stacked(name: str, every: Sequence[Views], weights: Weights) -> Views:
+    """Returns one of the experts that a module has in one weight, `(experts, …)`.
+
+    So MLX saves them: `up_proj.2` is the third of `up_proj`.
+    """
+    module, _, number = name.rpartition(".")
+    for views in every:
+        view = views.get(f"{module}.weight")
+        if view is None or view.packed or view.rows is not _ALL:
+            continue
+        shape = weights.shape(view.names[0]).shape
+        if len(shape) == 3 and number in map(str, range(shape[0])):
+            return {f"{name}.weight": View(view.pieces, (int(number),))}
     return {}
 
 

@@ -29,13 +29,13 @@ class Relative:
         inert: fields of its config without an effect on what the tensors mean.
         renamed: LoRA's name of a field that means the same.
         factors: `(out, rank)` and `(rank, in)` of a module, from its tensors by what is
-            left of their names.
+            left of their names, and the bytes that they may take.
     """
 
     part: str
     inert: frozenset[str]
     renamed: Mapping[str, str]
-    factors: Callable[[Tensors], Pair]
+    factors: Callable[[Tensors, int], Pair]
 
 
 def is_relative(values: Any) -> bool:
@@ -45,17 +45,20 @@ def is_relative(values: Any) -> bool:
 
 
 def as_lora(
-    values: Any, tensors: Tensors, where: str
+    values: Any, tensors: Tensors, where: str, max_bytes: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the config and the tensors of a relative as those of LoRA.
+
+    Values that are not finite are left to whoever looks at all tensors.
 
     Args:
         values: the parsed config, of which `is_relative` holds.
         tensors: the tensors by their keys.
         where: the name of the folder, for messages.
+        max_bytes: what the factors may take; small tensors make large ones.
 
     Raises:
-        AdapterError: if tensors do not fit each other.
+        AdapterError: if tensors do not fit each other, or the factors are too large.
         UnsupportedFeatureError: if a module has a Tucker form.
         CorruptFileError: if a rank or an alpha is none.
     """
@@ -71,16 +74,18 @@ def as_lora(
             f"names, and holds {strange[:3] or sorted(tensors)[:3]}"
         )
     _check_no_tucker(own, where)
-    found, ranks, problems = {}, {}, []
+    found, ranks, problems, left = {}, {}, [], max_bytes
     for module, parts in own.items():
         try:
-            b, a = relative.factors(parts)
+            with np.errstate(over="ignore", invalid="ignore"):
+                b, a = relative.factors(parts, left)
         except (KeyError, ValueError) as error:
             shapes = {name: tensor.shape for name, tensor in parts.items()}
             problems.append(f"{module!r} has {shapes}: {error}")
             continue
         found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
         ranks[module.removeprefix(PREFIX)] = a.shape[0]
+        left -= a.nbytes + b.nbytes
     if problems:
         raise AdapterError(f"{where}: " + "; ".join(problems[:20]))
     dropped = relative.inert | {"peft_type", *relative.renamed}
@@ -155,12 +160,14 @@ def _scalings(
     values: Mapping[str, Any], ranks: Mapping[str, int], where: str
 ) -> dict[str, Any]:
     """Returns LoRA's fields for the scalings that the config gives each module."""
-    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+    positive = lambda v: number(v) and 0 < v < 1e30
     given = {"r": values.get("r", 8), "alpha": values.get("alpha", 8)}
     fields = ("rank_pattern", "alpha_pattern")
     patterns: dict[str, Any] = {name: values.get(name) or {} for name in fields}
-    fine = all(map(number, given.values())) and all(
-        isinstance(p, dict) and all(map(number, p.values())) for p in patterns.values()
+    fine = all(map(positive, given.values())) and all(
+        isinstance(p, dict) and all(map(positive, p.values()))
+        for p in patterns.values()
     )
     if not fine:
         raise CorruptFileError(f"{where}: {given} and {patterns} are no numbers")
@@ -183,46 +190,64 @@ def _ones(ranks: Mapping[str, int]) -> dict[str, Any]:
 # --- the factors of a module ---
 
 
-def _loha(parts: Tensors) -> Pair:
+def _loha(parts: Tensors, limit: int) -> Pair:
     """`(a₁·b₁) ∘ (a₂·b₂)`: the products of columns, and of rows."""
     a1, b1, a2, b2 = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     _check_product(a1, b1)
     _check_product(a2, b2)
+    _check_size(len(a1), a1.shape[1] * a2.shape[1], b1.shape[1], limit)
     columns = np.einsum("oi,oj->oij", a1, a2).reshape(len(a1), -1)
     rows = np.einsum("in,jn->ijn", b1, b2).reshape(-1, b1.shape[1])
     return columns, rows
 
 
-def _lokr(parts: Tensors) -> Pair:
+def _lokr(parts: Tensors, limit: int) -> Pair:
     """`C ⊗ (a·b)`, with the smaller side of `C` in a unit matrix."""
     if "w1" in parts:
         c = parts["w1"]
+        _check_product(c, c.T)
     else:
         _check_product(parts["w1_a"], parts["w1_b"])
+        _check_size(len(parts["w1_a"]), parts["w1_b"].shape[1], 0, limit)
         c = parts["w1_a"] @ parts["w1_b"]
     if "w2" in parts:  # its window among the columns
-        whole = parts["w2"].reshape(len(parts["w2"]), -1)
+        whole = np.atleast_1d(parts["w2"])
+        whole = whole.reshape(len(whole), -1)
         one = np.eye(min(whole.shape), dtype=whole.dtype)
         a, b = (one, whole) if len(one) == len(whole) else (whole, one)
     else:
         a, b = parts["w2_a"], parts["w2_b"]
         _check_product(a, b)
+    rank = min(c.shape) * a.shape[1]
+    _check_size(len(c) * len(a), rank, c.shape[1] * b.shape[1], limit)
     one = np.eye(min(c.shape), dtype=c.dtype)
     left, right = (c, one) if c.shape[0] >= c.shape[1] else (one, c)
     return np.kron(left, a), np.kron(right, b)
 
 
-def _vera(parts: Tensors) -> Pair:
+def _vera(parts: Tensors, limit: int) -> Pair:
     """`diag(λ_b)·B·diag(λ_d)·A`, of `B` as many rows as the module has outputs."""
-    d, b = parts["lambda_d"], parts["lambda_b"]
-    if d.shape != parts["A"].shape[:1] or len(b) > len(parts["B"]):
+    d, b, first, last = (parts[name] for name in ("lambda_d", "lambda_b", "A", "B"))
+    _check_product(last, first)
+    if d.shape != first.shape[:1] or b.ndim != 1 or len(b) > len(last):
         raise ValueError("they do not fit the projections")
-    return b[:, None] * parts["B"][: len(b)], d[:, None] * parts["A"]
+    _check_size(len(b), len(d), first.shape[1], limit)
+    return b[:, None] * last[: len(b)], d[:, None] * first
 
 
 def _check_product(a: np.ndarray, b: np.ndarray) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"{a.shape} and {b.shape} have no product")
+
+
+def _check_size(rows: int, rank: int, columns: int, limit: int) -> None:
+    """Raises before factors are made that are too large."""
+    size = (rows + columns) * rank * np.dtype(np.float64).itemsize
+    if size > limit:
+        raise ValueError(
+            f"as factors of LoRA they take up to {size:,} bytes, and {limit:,} of "
+            "`max_bytes` are left"
+        )
 
 
 _LYCORIS = frozenset({

@@ -101,7 +101,7 @@ def model(tmp_path: Path) -> Path:
     return folder  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("case", ["linear", "dora", "table"])
+@each_case
 def test_merge_gives_the_weights_that_mlx_fuses(
     case: str, model: Any, tmp_path: Path
 ) -> None:
@@ -117,12 +117,11 @@ def test_merge_gives_the_weights_that_mlx_fuses(
     )
 
 
-def test_experts_are_not_merged_where_the_base_has_none_of_torchs_names(
-    model: Any, tmp_path: Path, capsys: Any
-) -> None:
-    assert run("merge", model("experts"), CASES / "experts", tmp_path / "out") == FAILED
-    assert "experts.0.up_proj" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_experts_are_not_converted_to_peft(tmp_path: Path, capsys: Any) -> None:
+    assert run("convert", CASES / "experts", tmp_path / "peft") == FAILED
+    assert "switch_mlp.up_proj" in (said := capsys.readouterr().err)
+    assert "jlora merge" in said
+    assert not (tmp_path / "peft").exists()
 
 
 def test_a_table_is_not_converted_to_peft(tmp_path: Path, capsys: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,75 @@ def test_tensors_that_do_not_fit_are_refused(
         folder = changed(FOLDER / name, tmp_path / str(i), other)
         with pytest.raises(jlora.AdapterError, match="up"):
             jlora.peft.load(folder, params, NAMES)
+
+
+N = 30_000
+SMALL = {
+    "loha": {"w1_a": (1, N), "w1_b": (N, 1), "w2_a": (1, N), "w2_b": (N, 1)},
+    "lokr": {"w1": (N, 1), "w2_a": (N, 1), "w2_b": (1, N)},
+    "lokr_both": {"w1_a": (N, 1), "w1_b": (1, N), "w2_a": (1, 1), "w2_b": (1, 1)},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_tensors_that_make_large_factors_take_no_memory(
+    name: str, arrays: Any, tmp_path: Path
+) -> None:
+    kind = "hada" if name == "loha" else "lokr"
+    tensors = {
+        f"base_model.model.up.{kind}_{part}": np.ones(shape, np.float32)
+        for part, shape in SMALL[name].items()
+    }
+    folder = changed(FOLDER / name, tmp_path / "large", tensors)
+    tracemalloc.start()
+    try:
+        with pytest.raises(jlora.AdapterError, match=r"'.*up' .*`max_bytes`"):
+            jlora.peft.load(folder, params_of(arrays[name]), NAMES)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100 * N
+
+
+def test_the_factors_of_all_modules_are_counted(arrays: Any, tmp_path: Path) -> None:
+    params = params_of(arrays["vera"])
+    size = (FOLDER / "vera" / "adapter_model.safetensors").stat().st_size
+    jlora.peft.load(FOLDER / "vera", params, NAMES, max_bytes=3 * size)
+    with pytest.raises(jlora.AdapterError, match="`max_bytes` are left"):
+        jlora.peft.load(FOLDER / "vera", params, NAMES, max_bytes=size)
+
+
+@pytest.mark.parametrize(
+    "name, part, value",
+    [
+        ("loha", "hada_w1_a", np.ones(3)),
+        ("lokr", "lokr_w1", np.ones(3)),
+        ("lokr", "lokr_w1", np.ones(())),
+        ("lokr_whole", "lokr_w2", np.ones(())),
+        ("vera", "vera_lambda_b", np.ones(())),
+        ("vera", "vera_lambda_b", np.ones((20, 1))),
+        ("vera", "vera_lambda_d", np.full(4, np.inf)),
+        ("lokr", "lokr_w1", np.full((3, 4), np.nan)),
+        ("loha", "hada_w1_a", np.full((20, 2), 3e38)),
+    ],
+)
+def test_tensors_of_other_axes_and_values_are_refused(
+    name: str, part: str, value: Any, arrays: Any, tmp_path: Path
+) -> None:
+    tensors = load_file(FOLDER / name / "adapter_model.safetensors")
+    tensors[f"base_model.model.up.{part}"] = np.asarray(value, np.float32)
+    folder = changed(FOLDER / name, tmp_path / "other", tensors)
+    with pytest.raises(jlora.AdapterError):
+        jlora.peft.load(folder, params_of(arrays[name]), NAMES)
+
+
+@pytest.mark.parametrize("alpha", [10**400, 0, True])
+def test_an_alpha_that_is_no_number_of_use_is_refused(
+    alpha: Any, arrays: Any, tmp_path: Path
+) -> None:
+    folder = changed(FOLDER / "loha", tmp_path / "alpha", alpha=alpha)
+    with pytest.raises(jlora.CorruptFileError, match="no numbers"):
+        jlora.peft.load(folder, params_of(arrays["loha"]), NAMES)
 
 
 def test_vera_s_vectors_must_fit_the_projections(arrays: Any, tmp_path: Path) -> None:
