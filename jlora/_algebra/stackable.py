@@ -119,7 +119,10 @@ def nothing(entry: Any) -> Any:
 
     None if zeros are no such entry, or if it is told by the base.
     """
-    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), entry)
+    # On an Explicit mesh zeros of an array lie where it does; shapes alone lie nowhere.
+    is_real = lambda v: isinstance(v, jax.Array | np.ndarray)
+    zero = lambda v: jnp.zeros_like(v) if is_real(v) else jnp.zeros(v.shape, v.dtype)
+    zeros = jax.tree.map(zero, entry)
     if is_plain(entry):
         return zeros
     variant = variant_of_entry(entry)

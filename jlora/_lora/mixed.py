@@ -57,11 +57,13 @@ def run_mixed(
 def _refuse_dora(stacked: Mapping[str, Any]) -> None:
     """Raises for magnitudes: the norm of a kernel would be another in each example."""
     found = [
-        p for p, entry in stacked.items() if variant_of_entry(entry).is_dora(entry)
+        repr(p)
+        for p, entry in stacked.items()
+        if variant_of_entry(entry).is_dora(entry)
     ]
     if found:
         raise UnsupportedFeatureError(
-            f"{some(found)} have a magnitude (DoRA), which scales each kernel by the "
+            f"{some(found)}: a magnitude (DoRA) scales each kernel by the "
             "norm of its sum: no product of all examples has that. Call `lora.apply("
             "params, jlora.take(stacked, i), ...)` with the examples of adapter i"
         )
