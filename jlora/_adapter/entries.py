@@ -1,6 +1,6 @@
 """What is asked of an entry of an adapter, of whatever variant it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._params.axes import KernelAxes, Shape
@@ -22,6 +22,20 @@ def kernel_shape(entry: Any) -> Shape:
 def lowered(entry: Any, kernel: Any) -> Any:
     """Returns an entry as `LoraFactors`; an array of a leaf trained whole as it is."""
     return variant_of_entry(entry).lowered(entry, kernel)
+
+
+def static_of(entry: Any) -> tuple[dict[str, Any], Shape, KernelAxes | None]:
+    """Returns the settings of an entry, and the shape and the roles of its kernel."""
+    settings = variant_of_entry(entry).settings_of(entry)
+    return settings, kernel_shape(entry), axes_of(entry)
+
+
+def are_alike(entries: Sequence[Any]) -> bool:
+    """Returns whether entries are of one kind, with the same settings and kernel."""
+    kinds = {variant_of_entry(entry) for entry in entries}
+    return len(kinds) == 1 and all(
+        static_of(entry) == static_of(entries[0]) for entry in entries[1:]
+    )
 
 
 def arrays_of(entry: Any) -> dict[str, Any]:

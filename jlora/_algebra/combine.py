@@ -10,29 +10,25 @@ import jax.numpy as jnp
 from .._adapter.factors import LoraFactors
 from .._jax.keys import key_of
 from .._params.given import check_key
-from .matrices import (
-    Array,
-    by_path,
-    check_factors,
-    common_dtype,
-    matrices,
-    with_matrices,
-)
-from .vectors import Factored, check_number, joined, scaled
+from .._params.paths import PyTree
+from .changes import Factored, factored, summable
+from .matrices import Array, common_dtype, matrices, with_matrices
+from .sums import Entries, check_number, weighted
 
 Method = Literal["sum", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 Majority = Literal["total", "frequency"]
 
 
 def combine(
-    adapters: Sequence[Factored],
+    adapters: Sequence[Entries],
     weights: Sequence[float] | jax.Array,
     *,
     method: Method = "sum",
     density: float | None = None,
     key: jax.Array | None = None,
     majority: Majority = "total",
-) -> dict[str, LoraFactors]:
+    params: PyTree = None,
+) -> dict[str, Any]:
     """Returns one adapter made of several, each with a weight.
 
     "sum" is what the weights say, ΔW = Σ wᵢ·ΔWᵢ, exactly, and its rank is the sum of
@@ -55,8 +51,12 @@ def combine(
     Layers of a stack and experts are treated one by one. The scaling of the result is 1
     for all methods but "sum", which keeps it where all terms have the same.
 
+    Which entries stay what they are in "sum" is said by `jlora.add`. The other methods
+    work on the factors of slices and layers, and on those that entries of any other
+    variant are lowered to.
+
     Args:
-        adapters: the factors by path, for the same kernels. A path need not be in all.
+        adapters: the entries by path, for the same kernels. A path need not be in all.
         weights: a number for each, of either sign; arrays may be traced.
         method: how to combine.
         density: the share of values to keep, for the methods that drop some.
@@ -65,13 +65,16 @@ def combine(
             and i.
         majority: how "ties" and "dare_ties" elect signs: by the sum of values
             ("total") or by counting ("frequency").
+        params: the frozen params, for entries whose ΔW is counted from them: rows that
+            are trained, and for "sum" leaves that are trained whole.
 
     Returns:
         A new adapter, with the paths of all.
 
     Raises:
         AdapterError: with every path whose kernels (or ranks, but for "sum") differ.
-        UnsupportedFeatureError: for leaves that are trained whole, or with a magnitude.
+        UnsupportedFeatureError: with every entry that has no sum or, for the other
+            methods, no factors; or none without `params`.
         ValueError: if an argument is missing, out of range, or of another method.
 
     Example:
@@ -96,14 +99,11 @@ def combine(
     """
     numbers = _checked(adapters, weights)
     _check_options(method, density, key, majority)
-    check_factors("jlora.combine", *adapters)
     if method == "sum":
-        pairs = zip(adapters, numbers, strict=True)
-        terms = [{p: scaled(f, w) for p, f in x.items()} for x, w in pairs]
-        return joined("jlora.combine", terms)
-    several = by_path("jlora.combine", adapters, ranks=True)
+        return weighted(summable("jlora.combine", adapters, params), numbers)
+    changes = factored("jlora.combine", adapters, params, ranks=True)
     recipe = _Recipe(method, density, key, majority)
-    return {path: recipe.merged(path, f, numbers) for path, f in several.items()}
+    return {path: recipe.merged(path, one, numbers) for path, one in changes.items()}
 
 
 # --- arguments ---
@@ -170,12 +170,23 @@ class _Recipe:
     majority: Majority
 
     def merged(
+        self, path: str, change: Factored, numbers: Sequence[float | Array]
+    ) -> Any:
+        """Returns the entry of one path, from those of the adapters that have it."""
+        several = [
+            dict(zip(change.parts, own, strict=True))
+            for own in zip(*change.parts.values(), strict=True)
+        ]
+        names = [path, *(f"{path}[{i}]" for i in range(1, len(several)))]
+        pairs = zip(names, several, strict=True)
+        return change.rejoined([self._part(*pair, numbers) for pair in pairs])
+
+    def _part(
         self,
         path: str,
         found: Mapping[int, LoraFactors],
         numbers: Sequence[float | Array],
     ) -> LoraFactors:
-        """Returns the factors of one path, from those of the adapters that have it."""
         sides = zip(*[matrices(factors) for factors in found.values()], strict=True)
         products = [numbers[i] * factors.scaling for i, factors in found.items()]
         roots = jnp.stack([jnp.sqrt(abs(jnp.asarray(p, float))) for p in products])

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._adapter.entries import static_of
 from .._adapter.factors import LoraFactors
 from .._adapter.variants import variant_of_entry
 from .spectrum import distance, singular_values
@@ -17,7 +18,7 @@ def difference(one: Any, other: Any) -> tuple[str, str] | None:
     apart = [variant for variant, entry in pairs if variant.reads(entry)]
     if apart and variants[0] is not variants[1]:
         return "", f"{apart[0].name} and a whole {apart[0].leaf}"
-    if apart and _static(one) != _static(other):
+    if apart and static_of(one) != static_of(other):
         return "", apart[0].name
     if apart and _names(one) != _names(other):
         return "", ", ".join(sorted(_names(one) ^ _names(other)))
@@ -35,12 +36,6 @@ def difference(one: Any, other: Any) -> tuple[str, str] | None:
     if not what and all(np.array_equal(x, y) for x, y in pairs):
         return None
     return _relative(one, other), ", ".join(what) or "values"
-
-
-def _static(entry: Any) -> Any:
-    """Returns the settings of an entry, and the kernel that it is of."""
-    settings = variant_of_entry(entry).settings_of(entry)
-    return settings, entry.kernel_shape, entry.axes
 
 
 def _names(entry: Any) -> set[str]:

@@ -1,10 +1,5 @@
-"""Adapters of two factors each, and nothing else; the factors as matrices.
+"""Factors as matrices, and back; in float32 at least, on the host in float64."""
 
-What is done to ΔW = scaling·a·b by way of its factors is not defined for a leaf that is
-trained whole, nor for the magnitude of DoRA: both need the base. Here they are refused.
-"""
-
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,90 +7,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapter.factors import LoraFactors
-from .._errors import AdapterError, UnsupportedFeatureError
 from .._jax.dtypes import widest
 from .._jax.sharding import explicit_sharding
-from .._params.given import described
-from .._params.paths import is_array
 
 Array = Any  # of JAX, or of NumPy: on the host, in float64
-
-
-# --- entries ---
-
-
-def check_factors(
-    caller: str, *adapters: Mapping[str, Any], whole: bool = False
-) -> None:
-    """Raises if an entry of an adapter is more or other than `a` and `b`.
-
-    Args:
-        caller: the function that can treat factors alone.
-        *adapters: the adapters.
-        whole: whether leaves that are trained whole are welcome.
-
-    Raises:
-        TypeError: if an adapter is no mapping.
-        UnsupportedFeatureError: with every entry that is refused.
-    """
-    for adapter in adapters:
-        if not isinstance(adapter, Mapping):
-            listed = isinstance(adapter, list | tuple)
-            several = f": give each by itself, `{caller}(*adapters)`" if listed else ""
-            raise TypeError(
-                f"`{caller}` takes adapters, dicts from path to `LoraFactors`; got "
-                f"{described(adapter)}{several}"
-            )
-    entries = [item for adapter in adapters for item in adapter.items()]
-    told = [_refusal(path, entry, whole) for path, entry in entries]
-    found = list(dict.fromkeys(problem for problem in told if problem))
-    if found:
-        raise UnsupportedFeatureError(
-            f"`{caller}` takes entries that are `LoraFactors` of `a` and `b`; leave "
-            "these paths out of what you give it:\n" + "\n".join(found)
-        )
-
-
-def _refusal(path: str, entry: Any, whole: bool) -> str | None:
-    if isinstance(entry, LoraFactors):
-        if entry.magnitude is None:
-            return None
-        return f"{path!r} has a magnitude (DoRA), which is not linear in ΔW"
-    if not is_array(entry):
-        return f"{path!r} is of type {type(entry).__name__}"
-    told = f"{path!r} {tuple(entry.shape)} is trained whole; its ΔW needs the base"
-    return None if whole else told
-
-
-def by_path(
-    caller: str, adapters: Sequence[Mapping[str, LoraFactors]], *, ranks: bool = False
-) -> dict[str, dict[int, LoraFactors]]:
-    """Returns, for each path of any adapter, its factors by the adapter's number.
-
-    Raises:
-        AdapterError: with every path whose kernels (or, if `ranks`, ranks) differ.
-    """
-    paths = dict.fromkeys(path for adapter in adapters for path in adapter)
-    found = {p: {i: x[p] for i, x in enumerate(adapters) if p in x} for p in paths}
-    told = [_mismatch(path, entries, ranks) for path, entries in found.items()]
-    problems = [problem for problem in told if problem]
-    if problems:
-        raise AdapterError(f"`{caller}` got unlike adapters:\n" + "\n".join(problems))
-    return found
-
-
-def _mismatch(path: str, entries: dict[int, LoraFactors], ranks: bool) -> str | None:
-    kernels = {i: (f.kernel_shape, f.axes) for i, f in entries.items()}
-    if len(set(kernels.values())) > 1:
-        told = [f"{shape} with {axes} in {i}" for i, (shape, axes) in kernels.items()]
-        return f"{path!r} is of a kernel {', '.join(told)}"
-    if ranks and len({f.rank for f in entries.values()}) > 1:
-        told = [f"{f.rank} in {i}" for i, f in entries.items()]
-        return (
-            f"{path!r} has rank {', '.join(told)}, and its factors are added one by "
-            'one; use method="sum", or `jlora.truncate` them to one rank first'
-        )
-    return None
 
 
 # --- dtypes ---

@@ -16,7 +16,7 @@ from .._adapter.factors import LoraFactors, exportable
 from .._jax.dots import where_first
 from .._jax.sharding import joined_along, split_along, whole_along
 from .._params.axes import KernelAxes
-from .stackable import count_of, raise_all
+from .stackable import count_of, is_plain, plain_stack, raise_all
 
 
 @jax.tree_util.register_dataclass
@@ -66,8 +66,8 @@ def prepare(stacked: Mapping[str, Any]) -> Prepared:
         stacked: what `jlora.stack` or `jlora.put` gave.
 
     Returns:
-        A dict by path: `PreparedFactors`, with the same bytes, and leaves that are
-        trained whole as they are. It is for `apply_mixed` alone; `jlora.put` and
+        A dict by path: `PreparedFactors`, of plain factors with the same bytes, and
+        what has no factors as it is. It is for `apply_mixed` alone; `jlora.put` and
         `jlora.take` need the stack.
 
     Raises:
@@ -90,10 +90,8 @@ def prepare(stacked: Mapping[str, Any]) -> Prepared:
         <https://arxiv.org/abs/2106.09685>, 2021, equation 3.
     """
     count_of(stacked)
-    made = lambda entry: (
-        side_by_side(entry) if isinstance(entry, LoraFactors) else entry
-    )
-    return {path: made(entry) for path, entry in stacked.items()}
+    plain = {path: plain_stack(entry) for path, entry in stacked.items()}
+    return {p: side_by_side(e) if is_plain(e) else e for p, e in plain.items()}
 
 
 def side_by_side(entry: LoraFactors) -> PreparedFactors:

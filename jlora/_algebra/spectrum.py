@@ -14,24 +14,32 @@ import jax
 import numpy as np
 
 from .._adapter.factors import LoraFactors
-from .matrices import Array, check_factors, matrices
+from .._params.paths import PyTree
+from .changes import factored
+from .matrices import Array, matrices
 
 
-def spectrum(adapter: Mapping[str, LoraFactors]) -> dict[str, jax.Array]:
+def spectrum(
+    adapter: Mapping[str, Any], *, params: PyTree = None
+) -> dict[str, jax.Array]:
     """Returns the singular values of every ΔW of an adapter, the largest first.
 
     ΔW is never formed. In float32, so that values of less than 1e-7 of the largest are
-    noise; factors that are NumPy arrays are treated in NumPy, in float64.
+    noise; factors that are NumPy arrays are treated in NumPy, in float64. Entries of
+    other variants, slices and layers are lowered to two factors of the whole kernel.
 
     Args:
-        adapter: the factors by path.
+        adapter: the entries by path.
+        params: the frozen params, for rows that are trained: their ΔW is counted from
+            them.
 
     Returns:
         A dict from path to values of shape `(*batch, rank)`: each layer of a stack and
         each expert has its own.
 
     Raises:
-        UnsupportedFeatureError: for a leaf that is trained whole, or with a magnitude.
+        UnsupportedFeatureError: with every entry that has no two factors: leaves that
+            are trained whole, scales (IA3), those with a magnitude.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -43,8 +51,8 @@ def spectrum(adapter: Mapping[str, LoraFactors]) -> dict[str, jax.Array]:
     References:
         Golub and Van Loan, Matrix Computations, 4th edition, 2013, section 5.2.
     """
-    check_factors("jlora.spectrum", adapter)
-    return {path: singular_values(factors) for path, factors in adapter.items()}
+    changes = factored("jlora.spectrum", [adapter], params, whole=True)
+    return {p: singular_values(change.parts[0][0]) for p, change in changes.items()}
 
 
 def singular_values(factors: LoraFactors) -> Array:

@@ -22,7 +22,11 @@ from .stackable import (
     as_adapters,
     checked_index,
     count_of,
+    is_plain,
     misfit,
+    nothing,
+    of_kind,
+    of_one_kind,
     problem,
     raise_all,
     refuse_unknown,
@@ -49,10 +53,14 @@ def stack(adapters: Sequence[Mapping[str, Any]], *, rank: int | None = None) -> 
       (alpha = c·rank).
     * A leaf that is trained whole must be so in all adapters: nothing but its own
       values, which are in the params, would leave it as it is.
+    * Entries of another variant stay what they are where all adapters have them alike,
+      with the same settings, scaling and shapes, DoRA's magnitude too; a scale (IA3)
+      that is lacking is one. Others are lowered to factors, and trained on as LoRA.
 
     Args:
         adapters: the adapters, of the same params. Dtypes that differ are promoted.
-        rank: pads every path to at least this rank, to leave room for `jlora.put`.
+        rank: pads the factors of every path to at least this rank, to leave room for
+            `jlora.put`. Entries of other variants have the rank that they have.
 
     Returns:
         A dict by path, as an adapter is. It is no adapter of the params itself: use it
@@ -60,7 +68,7 @@ def stack(adapters: Sequence[Mapping[str, Any]], *, rank: int | None = None) -> 
 
     Raises:
         AdapterError: with every entry that cannot be stacked.
-        UnsupportedFeatureError: if an entry is more than two factors or one array.
+        UnsupportedFeatureError: if an entry is none.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -86,6 +94,7 @@ def stack(adapters: Sequence[Mapping[str, Any]], *, rank: int | None = None) -> 
     raise_all("nothing to stack", [] if paths else ["the adapters are empty"])
     rows = {path: [adapter.get(path) for adapter in adapters] for path in paths}
     refuse_unknown(rows)
+    rows = {path: of_one_kind(row) for path, row in rows.items()}
     raise_all("the adapters cannot be stacked", map(problem, rows, rows.values()))
     if rank is not None:
         raise_all("`rank` is too small", too_small(rows, rank))
@@ -180,6 +189,7 @@ def put(
     (adapter,) = as_adapters([adapter])
     slots = jax.eval_shape(lambda: take(stacked, 0))
     refuse_unknown({path: [entry] for path, entry in adapter.items()})
+    adapter = {path: of_kind(slots.get(path), e) for path, e in adapter.items()}
     problems = [unknown(p, list(slots)) for p in adapter if p not in slots]
     problems += [misfit(p, slot, adapter.get(p)) for p, slot in slots.items()]
     raise_all("the adapter has no place in the stack", problems)
@@ -200,13 +210,13 @@ def _stacked(row: Sequence[Any], rank: int) -> Any:
     """Returns the entries of one path as one; None is an entry that is lacking."""
     held = [entry for entry in row if entry is not None]
     slot = held[0]
-    if isinstance(slot, LoraFactors):
+    if is_plain(slot):
         rank = max([rank, *(entry.rank for entry in held)])
         scaling = next((e.scaling for e in held if e.scaling), slot.scaling)
         fit = functools.partial(_fitted, rank=rank, scaling=scaling)
         held = [fit(entry) for entry in held]
-        zeros = jax.tree.map(jnp.zeros_like, held[0])
-        fitted = iter(held)
+    if len(held) < len(row):
+        zeros, fitted = nothing(held[0]), iter(held)
         held = [zeros if entry is None else next(fitted) for entry in row]
     return jax.tree.map(_stack_arrays, *held)
 
@@ -218,11 +228,11 @@ def _stack_arrays(*arrays: Any) -> jax.Array:
 
 def _as_slot(slot: Any, entry: Any) -> Any:
     """Returns an entry in the shapes and with the scaling of a place in a stack."""
-    if isinstance(slot, LoraFactors) and entry is not None:
+    if entry is None:
+        return nothing(slot)
+    if is_plain(slot):
         return _fitted(entry, slot.rank, slot.scaling)
-    if entry is not None:
-        return jnp.asarray(entry)
-    return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), slot)
+    return jax.tree.map(jnp.asarray, entry)
 
 
 def _fitted(entry: LoraFactors, rank: int, scaling: float) -> LoraFactors:
@@ -248,9 +258,9 @@ def _trimmed(adapter: Adapter) -> Adapter:
             "`jlora.unstack(trim=True)` looks at values, to see what is zero: call it "
             "outside of `jax.jit`"
         )
-    ranks = {p: _used_rank(e) for p, e in adapter.items() if isinstance(e, LoraFactors)}
+    ranks = {p: _used_rank(e) for p, e in adapter.items() if is_plain(e)}
     return {
-        path: _cut(entry, ranks[path]) if isinstance(entry, LoraFactors) else entry
+        path: _cut(entry, ranks[path]) if is_plain(entry) else entry
         for path, entry in adapter.items()
         if ranks.get(path, 1)
     }

@@ -1,14 +1,22 @@
 """What can be stacked, and what is a stacked adapter; every offender is named."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .._adapter.entries import (
+    axes_of,
+    given_shapes,
+    kernel_shape,
+    lowered,
+    wanted_shapes,
+)
 from .._adapter.factors import LoraFactors
+from .._adapter.variants import variant_of_entry
 from .._errors import AdapterError, UnsupportedFeatureError
 from .._params.given import described
 from .._params.paths import is_array, nearest
@@ -85,36 +93,113 @@ def raise_all(subject: str, problems: Iterable[str | None]) -> None:
 
 
 def refuse_unknown(rows: Mapping[str, Sequence[Any]]) -> None:
-    """Raises for entries of which no rule here says what zero would be."""
-    found = []
-    for path, row in rows.items():
-        for entry in row:
-            if isinstance(entry, LoraFactors) and entry.magnitude is not None:
-                found.append(f"{path!r} has a magnitude (DoRA)")
-            elif not isinstance(entry, LoraFactors) and not _is_none_or_array(entry):
-                found.append(f"{path!r} holds a {type(entry).__name__}")
-    if found:
+    """Raises for what is no entry of an adapter."""
+    strange = {
+        f"{path!r} holds a {type(entry).__name__}": None
+        for path, row in rows.items()
+        for entry in row
+        if not (entry is None or is_array(entry) or variant_of_entry(entry).has_roles)
+    }
+    if strange:
         raise UnsupportedFeatureError(
-            "only factors and whole arrays can be stacked:\n"
-            + "\n".join(dict.fromkeys(found))
+            "only entries of adapters can be stacked:\n" + "\n".join(strange)
         )
 
 
-def _is_none_or_array(entry: Any) -> bool:
-    return entry is None or is_array(entry)
+# --- kinds ---
+
+
+def is_plain(entry: Any) -> TypeGuard[LoraFactors]:
+    """Returns whether an entry is two factors and nothing else, of any rank."""
+    return isinstance(entry, LoraFactors) and entry.magnitude is None
+
+
+def nothing(entry: Any) -> Any:
+    """Returns an entry of the same kind and shapes that changes nothing.
+
+    None if zeros are no such entry, or if it is told by the base.
+    """
+    # On an Explicit mesh zeros of an array lie where it does; shapes alone lie nowhere.
+    is_real = lambda v: isinstance(v, jax.Array | np.ndarray)
+    zero = lambda v: jnp.zeros_like(v) if is_real(v) else jnp.zeros(v.shape, v.dtype)
+    zeros = jax.tree.map(zero, entry)
+    if is_plain(entry):
+        return zeros
+    variant = variant_of_entry(entry)
+    if variant.origin is None or variant.origin(zeros, None) is None:
+        return None
+    ((name, _),) = variant.arrays(zeros).items()
+    return variant.replaced(zeros, {name: variant.origin(zeros, None)})
+
+
+def of_one_kind(row: Sequence[Any]) -> list[Any]:
+    """Returns entries as they are if all are alike, else as plain factors.
+
+    None is an entry that is lacking, which other kinds than plain factors and scales
+    have no values for. What is no factors is returned as it is.
+    """
+    held = [entry for entry in row if entry is not None]
+    alike = len({_kind(entry) for entry in held}) == 1
+    if alike and (len(held) == len(row) or nothing(held[0]) is not None):
+        return list(row)
+    if not all(map(_has_plain, held)):
+        return list(row)
+    return [None if entry is None else lowered(entry, None) for entry in row]
+
+
+def of_kind(slot: Any, entry: Any) -> Any:
+    """Returns an entry in the kind of a place in a stack, if it can be that."""
+    if entry is None or not is_plain(slot) or not _has_plain(entry):
+        return entry
+    return lowered(entry, None)
+
+
+def plain_stack(entry: Any) -> Any:
+    """Returns a stacked entry as stacked factors, if its kind has any."""
+    if is_plain(entry) or not _can_lower(entry):
+        return entry
+    return jax.vmap(lambda one: lowered(one, None))(entry)
+
+
+def _can_lower(entry: Any) -> bool:
+    variant = variant_of_entry(entry)
+    return variant.has_factors(entry) and not variant.reads(entry)
+
+
+def _has_plain(entry: Any) -> bool:
+    return _can_lower(entry) and _is_whole(entry)
+
+
+def _is_whole(entry: Any) -> bool:
+    """Returns whether the arrays of an entry fit each other."""
+    variant, axes = variant_of_entry(entry), axes_of(entry)
+    if axes is None:
+        return True
+    given, settings = given_shapes(entry), variant.settings_of(entry)
+    rank = None if variant.rank is None else 1
+    axes_each = variant.shapes(axes, (1,) * axes.ndim, rank, **settings)
+    if any(len(axes_each[name]) != len(shape) for name, shape in given.items()):
+        return False
+    return wanted_shapes(entry, kernel_shape(entry)) == given
 
 
 def _kind(entry: Any) -> str:
     """Says what must agree for entries to be stacked."""
-    if not isinstance(entry, LoraFactors):
+    variant, axes, given = variant_of_entry(entry), axes_of(entry), given_shapes(entry)
+    if axes is None:
         return f"an array of shape {tuple(entry.shape)}, trained whole"
-    a, b, axes = entry.a, entry.b, entry.axes
-    batch = len(axes.batch)
-    sizes = (batch + len(axes.in_) + 1, batch + 1 + len(axes.out))
-    fits = (a.ndim, b.ndim) == sizes and a.shape[:batch] == b.shape[:batch]
-    if not fits or a.shape[-1] != b.shape[batch]:
-        return f"a {a.shape} and b {b.shape}, which are no factors of {axes}"
-    return f"factors of a kernel {entry.kernel_shape} with {axes}"
+    arrays = " and ".join(f"{name} {shape}" for name, shape in given.items())
+    if not _is_whole(entry):
+        return f"{arrays}, which are no factors of {axes}"
+    kernel = f"of a kernel {kernel_shape(entry)} with {axes}"
+    if is_plain(entry):
+        return f"factors {kernel}"
+    settings = variant.settings_of(entry)
+    if variant.rank is not None:
+        settings["scaling"] = entry.scaling
+    said = "".join(f", {name} {value}" for name, value in settings.items())
+    dora = ", of DoRA" if variant.is_dora(entry) else ""
+    return f"{variant.name} ({arrays}{said}{dora}) {kernel}"
 
 
 def problem(path: str, row: Sequence[Any]) -> str | None:
@@ -122,15 +207,25 @@ def problem(path: str, row: Sequence[Any]) -> str | None:
     kinds = {i: _kind(entry) for i, entry in enumerate(row) if entry is not None}
     (first, kind), *others = kinds.items()
     wrong = [f"adapter {i} {k}" for i, k in others if k != kind]
-    if wrong or "no factors" in kind:
+    if wrong or not _is_whole(row[first]):
         return f"{path!r}: adapter {first} has {', '.join([kind, *wrong])}"
     lacking = [str(i) for i, entry in enumerate(row) if entry is None]
-    if lacking and not isinstance(row[first], LoraFactors):
+    if lacking and nothing(row[first]) is None:
+        what, of_params = _what(row[first])
         return (
-            f"{path!r} is trained whole by adapter {first} and is not in "
-            f"{', '.join(lacking)}; give those the leaf of the params"
+            f"{path!r} {what} by adapter {first} and is not in {', '.join(lacking)}; "
+            f"give those {of_params}"
         )
     return None
+
+
+def _what(entry: Any) -> tuple[str, str]:
+    """Says how an entry is trained, and what to give in the place of none."""
+    variant = variant_of_entry(entry)
+    if not variant.has_roles:
+        return "is trained whole", "the leaf of the params"
+    kind = "DoRA" if variant.is_dora(entry) else variant.name
+    return f"is trained as {kind}", "a new entry, as `init` makes it"
 
 
 def too_small(rows: Mapping[str, Sequence[Any]], rank: int) -> Iterator[str]:
@@ -139,7 +234,7 @@ def too_small(rows: Mapping[str, Sequence[Any]], rank: int) -> Iterator[str]:
         raise ValueError(f"`jlora.stack(rank=...)` must be at least 1, got {rank!r}")
     for path, row in rows.items():
         for i, entry in enumerate(row):
-            if isinstance(entry, LoraFactors) and entry.rank > rank:
+            if is_plain(entry) and entry.rank > rank:
                 yield f"{path!r} has rank {entry.rank} in adapter {i}, asked {rank}"
 
 
@@ -152,16 +247,18 @@ def unknown(path: str, paths: list[str]) -> str:
 def misfit(path: str, slot: Any, entry: Any) -> str | None:
     """Says why an entry cannot take the place of one of a stack, if so."""
     if entry is None:
-        whole = not isinstance(slot, LoraFactors)
-        return f"{path!r} is trained whole; the adapter lacks it" if whole else None
+        lacks = nothing(slot) is None
+        return f"{path!r} {_what(slot)[0]}; the adapter lacks it" if lacks else None
     if _kind(entry) != _kind(slot):
         return f"{path!r}: the stack has {_kind(slot)}, the adapter {_kind(entry)}"
-    if isinstance(slot, LoraFactors) and entry.rank > slot.rank:
+    if not is_plain(slot):
+        return None
+    if entry.rank > slot.rank:
         return (
             f"{path!r} has rank {entry.rank}, the stack {slot.rank}: make it with "
             "`jlora.stack(..., rank=...)`"
         )
-    if isinstance(slot, LoraFactors) and entry.scaling and not slot.scaling:
+    if entry.scaling and not slot.scaling:
         return f"{path!r} has scaling {entry.scaling}, the stack 0"
     return None
 
@@ -173,4 +270,4 @@ def _leading(entry: Any) -> int | None:
         return None
     one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), entry)
     counts = {leaf.shape[0] for leaf in leaves}
-    return counts.pop() if len(counts) == 1 and "no factors" not in _kind(one) else None
+    return counts.pop() if len(counts) == 1 and _is_whole(one) else None

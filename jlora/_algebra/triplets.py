@@ -19,7 +19,9 @@ from .._errors import AdapterError
 from .._jax.keys import key_of
 from .._params.axes import KernelAxes
 from .._params.given import check_key
-from .matrices import batch_placed, check_factors, matrices, with_matrices
+from .._params.paths import PyTree, is_array
+from .changes import check_plain, factored
+from .matrices import batch_placed, matrices, with_matrices
 from .norms import gram
 from .spectrum import product_svd
 
@@ -84,7 +86,7 @@ def init(key: jax.Array, adapter: Mapping[str, Any]) -> SvdAdapter:
         >>> svd.p.shape, svd.values.shape, svd.q.shape
         ((5, 2), (2,), (2, 3))
     """
-    check_factors("jlora.adalora.init", adapter, whole=True)
+    check_plain("jlora.adalora.init", adapter)
     _check_ranks(adapter)
     check_key(key, "key", ". The order is `jlora.adalora.init(key, adapter)`")
     return {
@@ -93,14 +95,16 @@ def init(key: jax.Array, adapter: Mapping[str, Any]) -> SvdAdapter:
     }
 
 
-def from_factors(adapter: Mapping[str, Any]) -> SvdAdapter:
+def from_factors(adapter: Mapping[str, Any], *, params: PyTree = None) -> SvdAdapter:
     """Returns the triplets of a trained adapter: the SVD of each ΔW, which stays.
 
     As many triplets as the smallest of rank, inputs and outputs. Of a new adapter,
     whose ΔW is zero, the singular vectors are arbitrary: use `init`.
 
     Args:
-        adapter: the factors by path; leaves that are trained whole stay as they are.
+        adapter: the entries by path, of any variant that is lowered to two factors;
+            leaves that are trained whole stay as they are.
+        params: the frozen params, for rows that are trained.
 
     Returns:
         A dict from path to `SvdFactors`, or to an array for a leaf trained whole.
@@ -115,11 +119,10 @@ def from_factors(adapter: Mapping[str, Any]) -> SvdAdapter:
         >>> jlora.adalora.from_factors({"w": factors})["w"].values.round(3).tolist()
         [4.0]
     """
-    check_factors("jlora.adalora.from_factors", adapter, whole=True)
-    return {
-        path: _decomposed(entry) if _factored(entry) else entry
-        for path, entry in adapter.items()
-    }
+    lower = {p: e for p, e in adapter.items() if not is_array(e)}
+    changes = factored("jlora.adalora.from_factors", [lower], params, whole=True)
+    svd = {p: _decomposed(change.parts[0][0]) for p, change in changes.items()}
+    return {path: svd[path] if path in svd else adapter[path] for path in adapter}
 
 
 def to_factors(svd: Mapping[str, Any]) -> Adapter:

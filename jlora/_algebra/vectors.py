@@ -1,51 +1,49 @@
 """Adapters as vectors: scaled, added, subtracted, and cut to a rank.
 
 Each function acts on the deltas ΔW of an adapter by way of their factors, and forms
-none of them.
+none of them. Entries of other variants are lowered to factors first, in `changes`.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from .._adapter.factors import LoraFactors
-from .._jax.dtypes import widest
-from .matrices import (
-    Array,
-    by_path,
-    check_factors,
-    common_dtype,
-    matrices,
-    with_matrices,
-)
+from .._adapter.variants import variant_of_entry
+from .._params.paths import PyTree
+from .changes import Factored, Valued, factored, summable
+from .matrices import Array, matrices, with_matrices
 from .spectrum import check_energy, effective_rank, product_svd, singular_values
+from .sums import Entries, check_number, joined, moved, weighted
 
-Factored = Mapping[str, LoraFactors]
 
-
-def scale(adapter: Factored, factor: float | jax.Array) -> dict[str, LoraFactors]:
+def scale(
+    adapter: Entries, factor: float | jax.Array, *, params: PyTree = None
+) -> dict[str, Any]:
     """Returns the adapter whose every ΔW is `factor` times as large.
 
-    A Python number changes the static scaling and no array. A scalar array, which may
+    A Python number changes the static scaling and no array, in entries of any variant
+    that has one. A scalar array, which may
     be traced, is multiplied into `b`, so that another value compiles nothing anew; that
     is done in float32 at least, in which a 16-bit `b` then stays, for rounded back it
-    would lose a factor near 1.
+    would lose a factor near 1. Variants other than slices and layers become plain
+    factors then. A scale `l` (IA3) becomes `1 + factor·(l - 1)`.
 
     Args:
-        adapter: the factors by path.
+        adapter: the entries by path.
         factor: a number, of either sign.
+        params: the frozen params, for entries whose ΔW is counted from them: leaves
+            and rows that are trained whole.
 
     Returns:
         A new adapter.
 
     Raises:
-        UnsupportedFeatureError: for a leaf that is trained whole, or with a magnitude.
+        UnsupportedFeatureError: with every entry that has no sum, such as DoRA's, or
+            none without `params`.
         ValueError: if `factor` is no finite number and no scalar.
 
     Example:
@@ -59,12 +57,14 @@ def scale(adapter: Factored, factor: float | jax.Array) -> dict[str, LoraFactors
         Ilharco et al., Editing Models with Task Arithmetic,
         <https://arxiv.org/abs/2212.04089>, 2022, section 2.
     """
-    check_factors("jlora.scale", adapter)
+    changes = summable("jlora.scale", [adapter], params)
     factor = check_number("jlora.scale(factor=...)", factor)
-    return {path: scaled(factors, factor) for path, factors in adapter.items()}
+    kept = _with_scaling(adapter, factor)
+    others = {path: each for path, each in changes.items() if path not in kept}
+    return {**adapter, **kept, **weighted(others, [factor])}
 
 
-def add(*adapters: Factored) -> dict[str, LoraFactors]:
+def add(*adapters: Entries, params: PyTree = None) -> dict[str, Any]:
     """Returns the adapter whose ΔW are the sums of those of the adapters.
 
     The sum is exact: `[a₁, a₂]·[b₁; b₂]` with the factors side by side along the rank,
@@ -72,15 +72,25 @@ def add(*adapters: Factored) -> dict[str, LoraFactors]:
     Where all have the same scaling it is kept; else each is folded into its `b`, then
     in float32 at least, and the scaling of the sum is 1.
 
+    Slices of the same outputs, and the same layers of a stack, are added one by one and
+    stay what they are; so do leaves trained whole, the same rows, and scales (IA3),
+    whose distance from where they start is added. All else is lowered, and its sum is
+    plain `LoraFactors`.
+
     Args:
-        *adapters: the factors by path, for the same kernels; ranks may differ.
+        *adapters: the entries by path, for the same kernels; ranks and variants may
+            differ.
+        params: the frozen params, for entries whose ΔW is counted from them: leaves
+            and rows that are trained whole.
 
     Returns:
         A new adapter, with the paths of all.
 
     Raises:
-        AdapterError: with every path whose kernels differ in shape or axes.
-        UnsupportedFeatureError: for leaves that are trained whole, or with a magnitude.
+        AdapterError: with every path whose kernels differ in shape or axes, or whose
+            entries have no form in common.
+        UnsupportedFeatureError: with every entry that has no sum, such as DoRA's, or
+            none without `params`.
         ValueError: if no adapter is given.
 
     Example:
@@ -95,25 +105,29 @@ def add(*adapters: Factored) -> dict[str, LoraFactors]:
         Ilharco et al., Editing Models with Task Arithmetic,
         <https://arxiv.org/abs/2212.04089>, 2022, section 2.
     """
-    return joined("jlora.add", adapters)
+    return joined("jlora.add", adapters, params)
 
 
-def subtract(one: Factored, other: Factored) -> dict[str, LoraFactors]:
+def subtract(one: Entries, other: Entries, *, params: PyTree = None) -> dict[str, Any]:
     """Returns the adapter whose ΔW are those of `one` less those of `other`.
 
     The sum of `one` and the negative of `other`, as `add` forms it: equal scalings are
     kept, and a path that only `other` has is there with its negative.
 
     Args:
-        one: the factors by path.
-        other: the factors by path, for the same kernels; ranks may differ.
+        one: the entries by path.
+        other: the entries by path, for the same kernels; ranks may differ.
+        params: the frozen params, for entries whose ΔW is counted from them: leaves
+            and rows that are trained whole.
 
     Returns:
         A new adapter, with the paths of both.
 
     Raises:
-        AdapterError: with every path whose kernels differ in shape or axes.
-        UnsupportedFeatureError: for leaves that are trained whole, or with a magnitude.
+        AdapterError: with every path whose kernels differ in shape or axes, or whose
+            entries have no form in common.
+        UnsupportedFeatureError: with every entry that has no sum, such as DoRA's, or
+            none without `params`.
 
     Example:
         >>> import jax.numpy as jnp, jlora
@@ -127,33 +141,44 @@ def subtract(one: Factored, other: Factored) -> dict[str, LoraFactors]:
         Ilharco et al., Editing Models with Task Arithmetic,
         <https://arxiv.org/abs/2212.04089>, 2022, section 2.
     """
-    check_factors("jlora.subtract", one, other)
-    negative = {p: dataclasses.replace(f, b=-f.b) for p, f in other.items()}
-    return joined("jlora.subtract", (one, negative))
+    caller = "jlora.subtract"
+    summable(caller, (one, other), params)  # all problems of both at once
+    negative = {p: _negative(c) for p, c in summable(caller, [other], params).items()}
+    return joined(caller, (one, negative), params)
 
 
 def truncate(
-    adapter: Factored, rank: int | None = None, *, energy: float | None = None
-) -> dict[str, LoraFactors]:
+    adapter: Entries,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    params: PyTree = None,
+) -> dict[str, Any]:
     """Returns the adapter of the best approximations of each ΔW of a smaller rank.
 
     No matrix of that rank is nearer to ΔW, by the spectral or the Frobenius norm. ΔW is
     not formed: QR of both factors leaves a matrix of rank × rank to decompose. Both
     new factors hold the root of each singular value of `a·b`, and the scaling is kept,
     so that training may go on. Dtypes and shardings are those of the old factors.
+    Slices and layers stay what they are, each with the best factors of its own; entries
+    of other variants become plain `LoraFactors`.
 
     Args:
-        adapter: the factors by path.
+        adapter: the entries by path.
         rank: the largest rank of each target; a ΔW of a smaller one is kept whole.
         energy: instead of `rank`, the share of the squared singular values to keep,
             such as 0.99: each target gets the least rank that does, at least 1. Layers
-            of a stack and experts share a rank: the largest that one of them needs.
+            of a stack, experts and slices share a rank: the largest that one of them
+            needs.
+        params: the frozen params, for rows that are trained: their ΔW is counted from
+            them.
 
     Returns:
         A new adapter.
 
     Raises:
-        UnsupportedFeatureError: for a leaf that is trained whole, or with a magnitude.
+        UnsupportedFeatureError: with every entry that has no two factors: leaves that
+            are trained whole, scales (IA3), those with a magnitude.
         TypeError: for `energy` under `jax.jit`, where a rank cannot depend on values.
         ValueError: if not one of `rank` and `energy` is given, or it is out of range.
 
@@ -169,7 +194,7 @@ def truncate(
         Eckart and Young, The approximation of one matrix by another of lower rank,
         Psychometrika 1, 1936.
     """
-    check_factors("jlora.truncate", adapter)
+    changes = factored("jlora.truncate", [adapter], params)
     if (rank is None) == (energy is None):
         raise ValueError(
             "`jlora.truncate` takes either `rank` or `energy`; got "
@@ -177,92 +202,56 @@ def truncate(
         )
     if energy is not None:
         check_energy("jlora.truncate", energy)
-        return {p: _truncated(f, _least_rank(p, f, energy)) for p, f in adapter.items()}
+        return {p: _truncated(c, _least_rank(p, c, energy)) for p, c in changes.items()}
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(
             f"`jlora.truncate(rank=...)` must be an int of at least 1; got {rank!r}"
         )
-    return {path: _truncated(factors, rank) for path, factors in adapter.items()}
+    return {path: _truncated(change, rank) for path, change in changes.items()}
 
 
-# --- numbers ---
+# --- multiples ---
 
 
-def check_number(told: str, factor: Any) -> float | Array:
-    """Returns a Python float, or the scalar array that may be traced.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(factor, jax.Array | np.ndarray):
-        if factor.shape == () and jnp.issubdtype(factor.dtype, jnp.number):
-            return factor
-        raise ValueError(
-            f"`{told}` must be a number or a scalar array; got an array of shape "
-            f"{factor.shape} and dtype {factor.dtype}"
-        )
-    if isinstance(factor, int | float | np.number) and math.isfinite(factor):
-        return float(factor)
-    raise ValueError(f"`{told}` must be a finite number; got {factor!r}")
+def _with_scaling(adapter: Entries, factor: float | Array) -> dict[str, Any]:
+    """Returns the entries of which a number changes the scaling alone, scaled."""
+    if not isinstance(factor, float):
+        return {}
+    return {
+        path: dataclasses.replace(entry, scaling=entry.scaling * factor)
+        for path, entry in adapter.items()
+        if variant_of_entry(entry).rank is not None
+    }
 
 
-def scaled(factors: LoraFactors, factor: float | Array) -> LoraFactors:
-    """Returns factors of `factor·ΔW`: of another scaling, or of another, wide `b`."""
-    if isinstance(factor, float):
-        return dataclasses.replace(factors, scaling=factors.scaling * factor)
-    return dataclasses.replace(factors, b=_times(factors.b, factor))
-
-
-def _times(b: Array, factor: float | Array) -> Array:
-    """Returns a product in float32 at least, in which a factor loses nothing."""
-    wide = widest(b)
-    host = isinstance(b, np.ndarray) and not isinstance(factor, jax.Array)
-    return b.astype(wide) * (np if host else jnp).asarray(factor, wide)
-
-
-# --- sums ---
-
-
-def joined(caller: str, adapters: Sequence[Factored]) -> dict[str, LoraFactors]:
-    """Returns the sum of adapters, in the name of the function that was called."""
-    if not adapters:
-        raise ValueError(f"`{caller}` needs at least one adapter")
-    check_factors(caller, *adapters)
-    several = by_path(caller, adapters)
-    return {path: _sum(list(found.values())) for path, found in several.items()}
-
-
-def _sum(entries: list[LoraFactors]) -> LoraFactors:
-    first = entries[0]
-    if len(entries) == 1:
-        return first
-    alike = all(factors.scaling == first.scaling for factors in entries)
-    bs = [f.b if alike else _times(f.b, f.scaling) for f in entries]
-    a = _concatenated([f.a for f in entries], axis=-1)
-    b = _concatenated(bs, axis=len(first.axes.batch))
-    return LoraFactors(a, b, first.axes, first.scaling if alike else 1.0)
-
-
-def _concatenated(arrays: list[Array], axis: int) -> Array:
-    dtype = common_dtype(*arrays)
-    host = all(isinstance(x, np.ndarray) for x in arrays)
-    return (np if host else jnp).concatenate([x.astype(dtype) for x in arrays], axis)
+def _negative(change: Factored | Valued) -> Any:
+    if isinstance(change, Valued):
+        return moved(change, [-1.0])
+    (parts,) = change.parts.values()
+    return change.rejoined([dataclasses.replace(f, b=-f.b) for f in parts])
 
 
 # --- ranks ---
 
 
-def _least_rank(path: str, factors: LoraFactors, energy: float) -> int:
-    values = singular_values(factors)
-    if isinstance(values, Tracer):
+def _least_rank(path: str, change: Factored, energy: float) -> int:
+    (parts,) = change.parts.values()
+    several = [singular_values(factors) for factors in parts]
+    if any(isinstance(values, Tracer) for values in several):
         raise TypeError(
             f"the rank of {path!r} would depend on its values, which are not known "
             "under `jax.jit`; give `jlora.truncate` a `rank`, or call it outside"
         )
-    return max(1, int(np.max(effective_rank(values, energy))))
+    ranks = [int(np.max(effective_rank(values, energy))) for values in several]
+    return max(1, *ranks)
 
 
-def _truncated(factors: LoraFactors, rank: int) -> LoraFactors:
+def _truncated(change: Factored, rank: int) -> Any:
+    (parts,) = change.parts.values()
+    return change.rejoined([_best(factors, rank) for factors in parts])
+
+
+def _best(factors: LoraFactors, rank: int) -> LoraFactors:
     u, s, v = product_svd(*matrices(factors))
     root = s[..., :rank] ** 0.5
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]

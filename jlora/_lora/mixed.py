@@ -15,8 +15,11 @@ import numpy as np
 from jax.core import Tracer
 
 from .._adapter.instead import check_order
+from .._adapter.variants import variant_of_entry
 from .._algebra.prepared import count_of_either
-from .._params.given import check_key
+from .._algebra.stackable import plain_stack
+from .._errors import UnsupportedFeatureError
+from .._params.given import check_key, some
 from .._params.paths import FlatParams, PyTree, is_array
 from .mixed_arguments import Arguments, Outputs, split_key
 from .mixed_entries import Mixture
@@ -44,9 +47,26 @@ def run_mixed(
     if dropout_key is not None and not hasattr(dropout_key, "ndim"):
         check_key(dropout_key, "lora_dropout_key")
     keys = None if dropout_key is None else split_key(dropout_key, index.shape[0])
-    call = _Call(apply, params, dict(stacked), index, arguments, keys)
+    _refuse_dora(stacked)
+    plain = {path: plain_stack(entry) for path, entry in stacked.items()}
+    call = _Call(apply, params, plain, index, arguments, keys)
     outputs = Outputs(out_axes)
     return outputs.rebuild(_on_any_mesh(call, outputs))
+
+
+def _refuse_dora(stacked: Mapping[str, Any]) -> None:
+    """Raises for magnitudes: the norm of a kernel would be another in each example."""
+    found = [
+        repr(p)
+        for p, entry in stacked.items()
+        if variant_of_entry(entry).is_dora(entry)
+    ]
+    if found:
+        raise UnsupportedFeatureError(
+            f"{some(found)}: a magnitude (DoRA) scales each kernel by the "
+            "norm of its sum: no product of all examples has that. Call `lora.apply("
+            "params, jlora.take(stacked, i), ...)` with the examples of adapter i"
+        )
 
 
 _ORDER = (

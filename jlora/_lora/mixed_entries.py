@@ -24,11 +24,13 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from .._adapter.factors import LoraFactors
+from .._adapter.variants import variant_of_entry
 from .._algebra.prepared import PreparedFactors, side_by_side, stacked_again
 from .._errors import UnsupportedFeatureError
 from .._jax.dots import as_laid_out
 from .._jax.sharding import spec_of
 from .._jax.symbolic import exceeds
+from .._params.quantized import dequantized
 from .._rules.view import Log
 from .adapt import Gated, Given
 from .mixed_mesh import Examples, take_row, take_rows
@@ -158,9 +160,12 @@ class Mixture(NamedTuple):
             a = jnp.where(index < 0, 0, row.a).astype(row.a.dtype)
             b = jnp.where(inside, row.b, fill.astype(row.b.dtype))
             return LoraFactors(a, b, row.axes, row.scaling)
-        own = jnp.asarray(self.base[path])
+        variant: Any = variant_of_entry(row)
+        ((name, value),) = variant.arrays(row).items()
+        own = jnp.asarray(variant.origin(row, dequantized(self.base[path], path)))
         other = jnp.where(index < 0, own, jnp.nan)
-        return jnp.where(inside, as_laid_out(row.astype(own.dtype), own), other)
+        value = jnp.where(inside, as_laid_out(value.astype(own.dtype), own), other)
+        return variant.replaced(row, {name: value})
 
     def _row(self, entry: Any, index: jax.Array) -> Any:
         """Returns one row of every array.

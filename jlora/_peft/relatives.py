@@ -5,6 +5,7 @@ its own. So everything that reads LoRA's files reads these, in any layout of the
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def as_lora(
 
     Raises:
         AdapterError: if tensors do not fit each other, or the factors are too large.
-        UnsupportedFeatureError: if a module has a Tucker form.
+        UnsupportedFeatureError: if VeRA's projections are not in the file.
         CorruptFileError: if a rank or an alpha is none.
     """
     kind = values["peft_type"]
@@ -73,7 +74,6 @@ def as_lora(
             f"{where} is of {kind}, whose tensors have {relative.part!r} in their "
             f"names, and holds {strange[:3] or sorted(tensors)[:3]}"
         )
-    _check_no_tucker(own, where)
     found, ranks, problems, left = {}, {}, [], max_bytes
     for module, parts in own.items():
         try:
@@ -132,16 +132,6 @@ def _by_module(
     return own, rest
 
 
-def _check_no_tucker(own: Mapping[str, Tensors], where: str) -> None:
-    tucker = [module for module, parts in own.items() if {"t1", "t2"} & {*parts}]
-    if tucker:
-        raise UnsupportedFeatureError(
-            f"{where}: {tucker[:5]} have the Tucker form of a convolution "
-            "(`use_effective_conv2d=True`), which jlora has not; make LoRA of it with "
-            "PEFT's `peft.save_as_lora(path, model, rank)`"
-        )
-
-
 def _with_projections(own: Mapping[str, Tensors], where: str) -> dict[str, Tensors]:
     """Gives each module of VeRA the projections, which stand beside the modules."""
     beside = {module: parts for module, parts in own.items() if {*parts} <= {"A", "B"}}
@@ -192,9 +182,7 @@ def _ones(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def _loha(parts: Tensors, limit: int) -> Pair:
     """`(a₁·b₁) ∘ (a₂·b₂)`: the products of columns, and of rows."""
-    a1, b1, a2, b2 = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    _check_product(a1, b1)
-    _check_product(a2, b2)
+    (a1, b1), (a2, b2) = (_pair(parts, number, limit) for number in "12")
     _check_size(len(a1), a1.shape[1] * a2.shape[1], b1.shape[1], limit)
     columns = np.einsum("oi,oj->oij", a1, a2).reshape(len(a1), -1)
     rows = np.einsum("in,jn->ijn", b1, b2).reshape(-1, b1.shape[1])
@@ -216,8 +204,7 @@ def _lokr(parts: Tensors, limit: int) -> Pair:
         one = np.eye(min(whole.shape), dtype=whole.dtype)
         a, b = (one, whole) if len(one) == len(whole) else (whole, one)
     else:
-        a, b = parts["w2_a"], parts["w2_b"]
-        _check_product(a, b)
+        a, b = _pair(parts, "2", limit)
     rank = min(c.shape) * a.shape[1]
     _check_size(len(c) * len(a), rank, c.shape[1] * b.shape[1], limit)
     one = np.eye(min(c.shape), dtype=c.dtype)
@@ -233,6 +220,23 @@ def _vera(parts: Tensors, limit: int) -> Pair:
         raise ValueError("they do not fit the projections")
     _check_size(len(b), len(d), first.shape[1], limit)
     return b[:, None] * last[: len(b)], d[:, None] * first
+
+
+def _pair(parts: Tensors, number: str, limit: int) -> Pair:
+    """Returns one of the low-rank matrices as two factors.
+
+    In the Tucker form of a convolution (`use_effective_conv2d`) it is
+    `W[o, i, …] = Σₚᵩ t[p, q, …]·a[p, o]·b[q, i]`. The sum over q is a matrix with the
+    window among its columns, so that the rank stays.
+    """
+    a, b, core = parts[f"w{number}_a"], parts[f"w{number}_b"], parts.get(f"t{number}")
+    if core is not None:
+        if a.ndim != 2 or b.ndim != 2 or core.shape[:2] != (len(a), len(b)):
+            raise ValueError(f"{core.shape} has no place between {a.shape}, {b.shape}")
+        _check_size(0, len(a), b.shape[1] * math.prod(core.shape[2:]), limit)
+        a, b = a.T, np.einsum("pq...,qi->pi...", core, b).reshape(len(a), -1)
+    _check_product(a, b)
+    return a, b
 
 
 def _check_product(a: np.ndarray, b: np.ndarray) -> None:

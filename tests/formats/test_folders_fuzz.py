@@ -185,7 +185,7 @@ def test_altered_bytes(folder: Folder, how: str, request: Any) -> None:
         folder.take(*case)
         for case in itertools.islice(folder.cases(how), 0, None, step)
     ]
-    assert not all(taken)
+    assert not all(taken) or wanted < MANY  # some may all be numbers
     assert folder.take(*next(iter(folder.good.items())))
 
 

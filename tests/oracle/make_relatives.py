@@ -49,12 +49,15 @@ CASES = {
     "lokr_whole": peft.LoKrConfig(
         r=40, alpha=8, target_modules=ALL, decompose_factor=3
     ),
-    "vera": peft.VeraConfig(r=4, target_modules=DENSE, projection_prng_key=3),
-}
-REFUSED = {
     "loha_tucker": peft.LoHaConfig(
         r=2, target_modules=["conv"], use_effective_conv2d=True
     ),
+    "lokr_tucker": peft.LoKrConfig(
+        r=2, alpha=3, target_modules=["conv"], use_effective_conv2d=True
+    ),
+    "vera": peft.VeraConfig(r=4, target_modules=DENSE, projection_prng_key=3),
+}
+REFUSED = {
     "vera_without": peft.VeraConfig(r=4, target_modules=DENSE, save_projection=False),
 }
 

@@ -27,9 +27,11 @@ import jlora.peft
 import jlora.weights
 
 FOLDER = DATA / "peft_relatives"
-CASES = ("loha", "lokr", "lokr_both", "lokr_whole", "vera")
+TUCKER = ("loha_tucker", "lokr_tucker")
+CASES = ("loha", "lokr", "lokr_both", "lokr_whole", "vera", *TUCKER)
 # LoHa's rank squared, LoKr's by blocks, of `up`.
 RANKS = {"loha": 4, "lokr": 6, "lokr_both": 3, "lokr_whole": 12, "vera": 4}
+RANKS |= {"loha_tucker": 4, "lokr_tucker": 4}
 each_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -69,7 +71,20 @@ def test_outputs_are_those_of_peft(name: str, arrays: Any) -> None:
     assert_close(y, jnp.asarray(own["y"]), 1e-5)
     merged = model(jlora.merge(params, adapter), jnp.asarray(own["x"]))
     assert_close(merged, jnp.asarray(own["y"]), 1e-5)
-    assert adapter["up/kernel"].rank == RANKS[name]
+    path = "conv/kernel" if name in TUCKER else "up/kernel"
+    assert adapter[path].rank == RANKS[name]
+
+
+@pytest.mark.parametrize("name", TUCKER)
+def test_a_core_that_does_not_fit_is_refused(
+    name: str, arrays: Any, tmp_path: Path
+) -> None:
+    tensors = load_file(FOLDER / name / "adapter_model.safetensors")
+    (key, *_) = [key for key in tensors if key.endswith("_t2")]
+    tensors[key] = np.ascontiguousarray(tensors[key][:, :1])
+    folder = changed(FOLDER / name, tmp_path / "cut", tensors)
+    with pytest.raises(jlora.AdapterError, match=r"\(2, 1, 2, 3\) has no place"):
+        jlora.peft.load(folder, params_of(arrays[name]), NAMES)
 
 
 def changed(folder: Path, to: Path, tensors: Any = None, **values: Any) -> Path:
@@ -84,8 +99,6 @@ def changed(folder: Path, to: Path, tensors: Any = None, **values: Any) -> Path:
 
 def test_what_is_not_told_is_refused_by_name(arrays: Any, tmp_path: Path) -> None:
     params, load = params_of(arrays["loha"]), jlora.peft.load
-    with pytest.raises(jlora.UnsupportedFeatureError, match="Tucker form"):
-        load(FOLDER / "loha_tucker", params, NAMES)
     with pytest.raises(jlora.UnsupportedFeatureError, match="save_projection=True"):
         load(FOLDER / "vera_without", params, NAMES)
     dropping = changed(FOLDER / "loha", tmp_path / "drop", rank_dropout=0.1)

@@ -159,6 +159,16 @@ def _new(new: New, leaf: Any) -> dict[str, Any]:
     return {"a": a, "b": b, "magnitude": magnitude.astype(widest(a))}
 
 
+def _parts(entry: LayerFactors) -> list[LoraFactors]:
+    """Returns the factors of the stack of the layers alone."""
+    return [LoraFactors(entry.a, entry.b, entry.axes, entry.scaling)]
+
+
+def _rejoined(entry: LayerFactors, parts: Sequence[LoraFactors]) -> LayerFactors:
+    (part,) = parts
+    return dataclasses.replace(entry, a=part.a, b=part.b, scaling=part.scaling)
+
+
 def _misfit(axes: KernelAxes, shape: Shape, layers: Layers) -> str | None:
     if not axes.batch:
         return (
@@ -186,6 +196,8 @@ LAYERS = Variant(
     optional={"magnitude": lambda config: config.dora},
     wide=("magnitude",),
     reads_for="magnitude",
+    parts=_parts,
+    rejoined=_rejoined,
     # The layers that are picked need not divide among devices as all of them do.
     along=lambda axes: {
         "a": (None, *axes.batch[1:], *axes.in_, None),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from ..._jax.dtypes import widest
 from ..._jax.sharding import beside, explicit_sharding, spec_of
 from ..._params.axes import KernelAxes, Shape
 from ..factors import LoraFactors
@@ -85,6 +86,13 @@ def _new(new: New, table: Any) -> dict[str, Any]:
     return {"values": _taken(table, new.axes, rows).astype(new.config.dtype)}
 
 
+def _origin(entry: TrainedRows, table: Any) -> jax.Array | None:
+    if table is None:
+        return None
+    old = _taken(jnp.asarray(table), entry.axes, entry.rows)
+    return old.astype(widest(entry.values))
+
+
 def _misfit(axes: KernelAxes, shape: Shape, rows: Sequence[int]) -> str | None:
     last = max(rows)
     if axes.batch or len(axes.in_) != 1:
@@ -111,6 +119,7 @@ ROWS = Variant(
     reads_kernel=True,
     leaf="table",
     merged=lambda table, entry: entry.placed_in(table),
+    origin=_origin,
     note=lambda entry: f"{len(entry.rows)} rows",
     plural="rows that are trained alone",
     peft="trainable_token_indices",

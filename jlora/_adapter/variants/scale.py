@@ -63,6 +63,10 @@ def _new(new: New, leaf: Any) -> dict[str, Any]:
     return {"scale": jnp.ones(shape, summed_in(new.config.dtype))}
 
 
+def _origin(entry: KernelScale, kernel: Any) -> Any:
+    return entry.scale.__array_namespace__().ones_like(entry.scale)
+
+
 SCALE = Variant(
     "ia3",
     KernelScale,
@@ -77,6 +81,7 @@ SCALE = Variant(
     reads_kernel=True,
     leaf="kernel",
     merged=lambda kernel, entry: entry.scaled(kernel),
+    origin=_origin,
     scaled_side=lambda owner: owner.scale_side,
     note=lambda entry: f"ia3 {entry.scale_side}",
     plural="scales of kernels",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -146,6 +147,30 @@ def _new(new: New, leaf: Any) -> dict[str, Any]:
     return {"a": a, "b": b, "magnitude": magnitude}
 
 
+def _parts(entry: SlicedFactors) -> list[LoraFactors]:
+    """Returns the factors of each slice, as of a kernel with one output axis."""
+    n, rank, found, start = len(entry.axes.batch), entry.rank, [], 0
+    end = entry.a.ndim - 1
+    axes = KernelAxes(tuple(range(n)), tuple(range(n, end)), (end,))
+    for i, (first, stop) in enumerate(entry.slices):
+        a = entry.a[..., i * rank : (i + 1) * rank]
+        b = entry.b[..., start : start + stop - first]
+        found.append(LoraFactors(a, b, axes, entry.scaling))
+        start += stop - first
+    return found
+
+
+def _rejoined(entry: SlicedFactors, parts: Sequence[LoraFactors]) -> SlicedFactors:
+    """Returns an entry with these factors; smaller ranks are padded with zeros."""
+    rank, xp = max(part.rank for part in parts), entry.a.__array_namespace__()
+    padded = lambda v, axis: xp.pad(
+        v, [(0, rank - v.shape[axis] if i == axis else 0) for i in range(v.ndim)]
+    )
+    a = xp.concatenate([padded(part.a, part.a.ndim - 1) for part in parts], axis=-1)
+    b = xp.concatenate([padded(part.b, part.b.ndim - 2) for part in parts], axis=-1)
+    return dataclasses.replace(entry, a=a, b=b, scaling=parts[0].scaling)
+
+
 def _misfit(axes: KernelAxes, shape: Shape, slices: Slices) -> str | None:
     _, outputs = axes.fans(shape)
     if slices[-1][1] > outputs:
@@ -168,6 +193,8 @@ SLICED = Variant(
     optional={"magnitude": lambda config: config.dora},
     wide=("magnitude",),
     reads_for="magnitude",
+    parts=_parts,
+    rejoined=_rejoined,
     # Slices cut across the output axes, which have no layout of theirs to follow.
     along=lambda axes: {
         "a": (*axes.batch, *axes.in_, None),

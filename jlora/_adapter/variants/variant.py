@@ -1,7 +1,7 @@
 """What jlora knows of a variant of LoRA: the record that each of them fills in."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,6 +123,12 @@ class Variant:
             its kernel, in an array called `scale`, from a config or an entry; else
             None. `lowered` gives the scaled kernel then, and the program is evaluated
             with the scale beside the kernel.
+        parts: an entry as factors of parts of its kernel that do not overlap, where it
+            is of some parts alone. Adapters of the same parts are added part by part.
+        rejoined: an entry with other factors of its parts, of whatever rank.
+        origin: for an entry that is one array, in which the change of its kernel is
+            linear, the array that changes nothing; from an entry and its leaf, and None
+            if that is told by a leaf that is None.
         problem: why an entry does not fit a kernel of a shape, in words that follow
             it, where there is more to say than that shapes differ.
         note: what a table says of an entry beside its rank, or in place of it.
@@ -155,6 +161,9 @@ class Variant:
     leaf: str = "leaf"
     merged: Callable[[jax.Array, Any], jax.Array] | None = None
     scaled_side: Callable[[Any], str | None] = _nothing
+    parts: Callable[[Any], Sequence[LoraFactors]] | None = None
+    rejoined: Callable[[Any, Sequence[LoraFactors]], Any] | None = None
+    origin: Callable[[Any, Any], Any] | None = None
     problem: Callable[[Any, Shape], str | None] | None = None
     note: Callable[[Any], str] = lambda entry: ""
     plural: str = ""
@@ -172,6 +181,15 @@ class Variant:
     def reads(self, entry: Any) -> bool:
         """Returns whether `lowered` looks at the values of the kernel of an entry."""
         return self.reads_kernel or self.reads_for in self.arrays(entry)
+
+    def is_dora(self, entry: Any) -> bool:
+        """Returns whether an entry has DoRA's magnitude, which not every one has."""
+        return "magnitude" in self.optional and "magnitude" in self.arrays(entry)
+
+    def has_factors(self, entry: Any) -> bool:
+        """Returns whether all that an entry changes is a sum of two factors."""
+        is_sum = self.has_roles and self.scaled_side(entry) is None
+        return is_sum and not self.is_dora(entry)
 
     def settings_of(self, owner: Any) -> Arrays:
         """Returns the settings of a config, or of an entry, by name."""

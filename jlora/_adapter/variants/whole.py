@@ -34,6 +34,7 @@ WHOLE_LEAF = Variant(
     labels={WHOLE: "full"},
     has_roles=False,
     merged=_merged,
+    origin=lambda entry, leaf: leaf,
     problem=_problem,
     note=lambda entry: "full",
 )
