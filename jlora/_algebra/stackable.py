@@ -1,7 +1,7 @@
 """What can be stacked, and what is a stacked adapter; every offender is named."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def refuse_unknown(rows: Mapping[str, Sequence[Any]]) -> None:
 # --- kinds ---
 
 
-def is_plain(entry: Any) -> bool:
+def is_plain(entry: Any) -> TypeGuard[LoraFactors]:
     """Returns whether an entry is two factors and nothing else, of any rank."""
     return isinstance(entry, LoraFactors) and entry.magnitude is None
 
