@@ -114,12 +114,6 @@ def test_peft_gets_plain_factors_of_the_same_change(tmp_path: Any) -> None:
     np.testing.assert_allclose(*same, 1e-5, 1e-5)
 
 
-def test_algebra_refuses_it_by_name() -> None:
-    _, _, adapter, _, _ = made("dense")
-    with pytest.raises(jlora.AdapterError, match=r"HadamardFactors|loha"):
-        jlora.stack([adapter, adapter])
-
-
 def test_dora_and_it_are_two_variants() -> None:
     with pytest.raises(ValueError, match="dora"):
         jlora.LoraConfig("w", dora=True, variant="loha")

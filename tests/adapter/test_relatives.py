@@ -151,19 +151,6 @@ def test_a_checkpoint_and_a_peft_file_have_the_same_change(
     assert_close(*merged, 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
-@each
-def test_algebra_refuses_it_by_name(name: str, getkey: Any) -> None:
-    case = made(name, "matmul_left", getkey())
-    kind = type(case.adapter["layer/w"]).__name__
-    for refused in (
-        lambda: jlora.stack([case.adapter, case.adapter]),
-        lambda: jlora.add(case.adapter, case.adapter),
-        lambda: jlora.delta(case.adapter["layer/w"]),
-    ):
-        with pytest.raises((jlora.AdapterError, TypeError), match=kind):
-            refused()
-
-
 def test_masks_know_what_is_frozen_by_its_name_in_a_state() -> None:
     """As the `nnx.State` of an adapter's variables has it: mappings for entries."""
     state = {"lora": {"w": {"frozen_a": 1.0, "b": 2.0}, "v": {"a": 3.0, "b": 4.0}}}
