@@ -66,15 +66,17 @@ def _tried(gpu: Any) -> str | None:
 
 
 def _differs(gpu: Any) -> bool:
-    """Runs both orders of the kernel, and compares with NumPy."""
+    """Runs both orders of the kernel, one for two adapters, and compares with NumPy."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
     x, w = draw(_ROWS, _DEPTH), draw(_DEPTH, _COLUMNS)
-    h, b = draw(_ROWS, _RANK), draw(_RANK, _COLUMNS)
-    wide = [np.asarray(v, np.float32) for v in (x, w, h, b)]
-    expected = wide[0] @ wide[1] + wide[2] @ wide[3]
+    h, bs = draw(_ROWS, _RANK), draw(2, _RANK, _COLUMNS)
+    wide = [np.asarray(v, np.float32) for v in (x, w, h, bs)]
+    base, each = wide[0] @ wide[1], wide[2].reshape(2, -1, _RANK)
     for turned in (False, True):
-        lies = np.ascontiguousarray(w.T) if turned else w
+        lies, b = (np.ascontiguousarray(w.T), bs) if turned else (w, bs[0])
+        own = wide[3] if turned else wide[3][:1]
+        expected = base + (each @ own).reshape(base.shape)
         args = jax.device_put(([x], [lies], h, b), gpu)
         run = jax.jit(functools.partial(sum_of_products, turned=turned))
         found = np.asarray(run(*args), np.float32)

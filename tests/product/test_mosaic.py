@@ -291,7 +291,10 @@ def stand_in(error: float) -> Any:
     def run(xs: Any, ws: Any, h: Any, b: Any, turned: bool = False) -> jax.Array:
         (x,), (w,) = xs, ws
         wide = {"preferred_element_type": jnp.float32}
-        y = jnp.matmul(x, w.T if turned else w, **wide) + jnp.matmul(h, b, **wide)
+        b = b.reshape(-1, *b.shape[-2:])  # one of each adapter
+        delta = jnp.matmul(h.reshape(len(b), -1, h.shape[1]), b, **wide)
+        y = jnp.matmul(x, w.T if turned else w, **wide)
+        y += delta.reshape(y.shape)
         return y.at[3, 5].add(error).astype(x.dtype)
 
     return run
