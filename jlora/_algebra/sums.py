@@ -80,17 +80,18 @@ def weighted(
     changes: Mapping[str, Factored | Valued], numbers: Sequence[float | Array]
 ) -> dict[str, Any]:
     """Returns the sum of what adapters change, each times a number."""
-    return {path: _weighted(change, numbers) for path, change in changes.items()}
+    return {path: summed(change, numbers) for path, change in changes.items()}
 
 
-def _weighted(change: Factored | Valued, numbers: Sequence[float | Array]) -> Any:
+def summed(change: Factored | Valued, numbers: Sequence[float | Array]) -> Any:
+    """Returns the sum of what adapters change in one leaf, each times a number."""
     if isinstance(change, Valued):
-        return moved(change, numbers)
+        return _moved(change, numbers)
     terms = [[scaled(f, numbers[i]) for f in own] for i, own in change.parts.items()]
     return change.rejoined([_sum(list(own)) for own in zip(*terms, strict=True)])
 
 
-def moved(change: Valued, numbers: Sequence[float | Array]) -> Any:
+def _moved(change: Valued, numbers: Sequence[float | Array]) -> Any:
     """Returns an entry whose values are as far from the origin as numbers say."""
     values, origin = change.values, change.origin
     (first, *others), wide = values, widest(*values.values())

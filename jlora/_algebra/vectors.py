@@ -17,7 +17,7 @@ from .._params.paths import PyTree
 from .changes import Factored, Valued, factored, summable
 from .matrices import Array, matrices, with_matrices
 from .spectrum import check_energy, effective_rank, product_svd, singular_values
-from .sums import Entries, check_number, joined, moved, weighted
+from .sums import Entries, check_number, joined, summed, weighted
 
 
 def scale(
@@ -141,10 +141,8 @@ def subtract(one: Entries, other: Entries, *, params: PyTree = None) -> dict[str
         Ilharco et al., Editing Models with Task Arithmetic,
         <https://arxiv.org/abs/2212.04089>, 2022, section 2.
     """
-    caller = "jlora.subtract"
-    summable(caller, (one, other), params)  # all problems of both at once
-    negative = {p: _negative(c) for p, c in summable(caller, [other], params).items()}
-    return joined(caller, (one, negative), params)
+    changes = summable("jlora.subtract", (one, other), params)
+    return {path: _difference(change) for path, change in changes.items()}
 
 
 def truncate(
@@ -224,11 +222,14 @@ def _with_scaling(adapter: Entries, factor: float | Array) -> dict[str, Any]:
     }
 
 
-def _negative(change: Factored | Valued) -> Any:
+def _difference(change: Factored | Valued) -> Any:
+    """Returns the change in the first of two adapters less that in the second."""
     if isinstance(change, Valued):
-        return moved(change, [-1.0])
-    (parts,) = change.parts.values()
-    return change.rejoined([dataclasses.replace(f, b=-f.b) for f in parts])
+        return summed(change, [1.0, -1.0])
+    # Negative factors, not a negative scaling: then both have one scaling.
+    negative = lambda own: tuple(dataclasses.replace(f, b=-f.b) for f in own)
+    parts = {i: negative(own) if i else own for i, own in change.parts.items()}
+    return summed(change._replace(parts=parts), [1.0, 1.0])
 
 
 # --- ranks ---

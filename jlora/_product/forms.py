@@ -282,9 +282,8 @@ def _shrink_cotangents_of_each(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> jax.Array:
     """`s·dy·bᵀ` of each adapter."""
-    axes = operands._replace(x=0, kernels=None, a=0, b=0)
     run = functools.partial(shrink_cotangents, dims)
-    return jax.vmap(run, in_axes=(axes, 0))(operands, list(cotangents))
+    return jax.vmap(run, in_axes=(operands.adapter_axes, 0))(operands, list(cotangents))
 
 
 # --- merged ---

@@ -83,9 +83,7 @@ def sum_whole(terms: Terms, how: How) -> jax.Array:
     xs, ws, h, b = _matrices(terms, how.turned)
     n, outputs = h.shape[0], b.shape[1]
     if all(fits(n, x.shape[1], outputs) for x in xs):
-        # Where a scan keeps the result for its backward pass, XLA:GPU would write it
-        # there by a second run of the kernel (jax 0.11.2): hence the barrier.
-        y = lax.optimization_barrier(sum_of_products(xs, ws, h, b, turned=how.turned))
+        y = _sum_by_kernel(xs, ws, h, b, how)
     else:
         y = _sum_of_dots(xs, ws, h, b, how, jnp.float32)
     return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])
@@ -102,7 +100,7 @@ def sum_grouped(terms: Terms, how: How) -> jax.Array:
     b = jnp.swapaxes(terms.b.reshape(count, outputs, rank), 1, 2)
     n = h.shape[0]
     if all(fits(n, x.shape[1], outputs) for x in xs) and apart(n // count, rank):
-        y = lax.optimization_barrier(sum_of_products(xs, ws, h, b, turned=how.turned))
+        y = _sum_by_kernel(xs, ws, h, b, how)
     else:
         base = _sum_of_bases(xs, ws, how, jnp.float32)
         pairs = (((2,), (1,)), ((0,), (0,)))
@@ -168,6 +166,18 @@ def _rows_and_kernels(
     shapes = [(outputs, k) if turned else (k, outputs) for k in inner]
     ws = [w.reshape(shape) for w, shape in zip(terms.ws, shapes, strict=True)]
     return xs, ws, terms.h.reshape(n, terms.h.shape[-1])
+
+
+def _sum_by_kernel(
+    xs: Sequence[jax.Array],
+    ws: Sequence[jax.Array],
+    h: jax.Array,
+    b: jax.Array,
+    how: How,
+) -> jax.Array:
+    # Where a scan keeps the result for its backward pass, XLA:GPU would write it
+    # there by a second run of the kernel (jax 0.11.2): hence the barrier.
+    return lax.optimization_barrier(sum_of_products(xs, ws, h, b, turned=how.turned))
 
 
 def _sum_of_dots(

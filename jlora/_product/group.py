@@ -103,6 +103,12 @@ class Operands(NamedTuple):
         """The rank of each kernel's factors."""
         return [a.shape[-1] for a in self.a]
 
+    @property
+    def adapter_axes(self) -> "Operands":
+        """What `jax.vmap` maps over where there is an axis of adapters, first."""
+        axes: Any = {"x": 0, "kernels": None, "a": 0, "b": 0}
+        return self._replace(**axes)
+
 
 def base_product(
     dims: GroupDims, one: KernelDims, x: jax.Array, w: jax.Array

@@ -125,7 +125,7 @@ class _Grouped:
 
     def portable(self, *leaves: jax.Array) -> list[jax.Array]:
         operands, *rest = jax.tree.unflatten(self.of.tree, leaves)
-        axes = (operands._replace(x=0, kernels=None, a=0, b=0), *(0 for _ in rest))
+        axes = (operands.adapter_axes, *(0 for _ in rest))
         run = lambda *args: self.of.one.run("separate", self.of.one.dims, *args)
         return jax.vmap(run, in_axes=axes)(operands, *rest)
 

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from alterations import ALTER, altered
+from alterations import ALTER, altered, profile
 from flax import nnx
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import DATA
 from peft_files import pack, unpack
@@ -29,16 +29,6 @@ import jlora.tunix
 from jlora._formats import mlx
 
 pytestmark = pytest.mark.slow
-profile = settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
 FEW, MANY = 300, 5000
 
 

@@ -16,8 +16,8 @@ import hypothesis.strategies as st
 import numpy as np
 import peft_files as files
 import pytest
-from alterations import ALTER, altered, values
-from hypothesis import HealthCheck, Phase, given, settings
+from alterations import ALTER, altered, profile, values
+from hypothesis import given, settings
 from peft_files import CONFIG, PARAMS, WEIGHTS, pack, unpack
 
 import jlora
@@ -28,15 +28,6 @@ from jlora._peft.config import PeftConfig
 from jlora._peft.config_file import config_json, parse_config
 from jlora._torch.fused import join, split
 from jlora._torch.modules import TorchModule
-
-profile = settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 pytestmark = pytest.mark.slow
 

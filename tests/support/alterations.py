@@ -7,6 +7,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
+from hypothesis import HealthCheck, Phase, settings
+
+# The same cases in every run, kept nowhere.
+profile = settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 # --- bytes ---
 
