@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from .dtypes import common, is_workable, summed_in
+from .dtypes import common, is_workable, narrowed, summed_in
 from .sharding import dot_sharding, explicit_sharding
 from .unless_cpu import unless_cpu
 from .versions import RANK_FIRST_ON_CPU
@@ -55,10 +55,7 @@ def where_first(mask: jax.Array, value: jax.Array, other: Any) -> jax.Array:
 
 def as_type_of(gradient: jax.Array, primal: jax.Array) -> jax.Array:
     """Gives a gradient the dtype (on Explicit meshes the sharding) of its primal."""
-    real = not jnp.issubdtype(primal.dtype, jnp.complexfloating)
-    if real and jnp.issubdtype(gradient.dtype, jnp.complexfloating):
-        gradient = lax.real(gradient)
-    return as_laid_out(lax.convert_element_type(gradient, primal.dtype), primal)
+    return as_laid_out(narrowed(gradient, primal.dtype), primal)
 
 
 def wide_dot(

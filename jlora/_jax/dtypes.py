@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def summed_in(dtype: Any, *operands: Any) -> Any:
@@ -94,6 +95,12 @@ def summands_in(dtype: Any, computed: Any) -> Any:
     """
     loses = _is_complex(computed) and not _is_complex(dtype)
     return computed if loses or not is_workable(dtype) else dtype
+
+
+def narrowed(value: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a value in a dtype; of a complex one in a real dtype the real part."""
+    loses = _is_complex(value.dtype) and not _is_complex(dtype)
+    return lax.convert_element_type(lax.real(value) if loses else value, dtype)
 
 
 def _is_complex(dtype: Any) -> bool:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._jax.dots import as_laid_out, as_type_of, dot
-from .._jax.dtypes import summands_in, summed_in, workable
+from .._jax.dtypes import narrowed, summands_in, summed_in, workable
 from .._jax.sharding import explicit_sharding
 from .fused import (
     How,
@@ -187,7 +187,7 @@ def expand(
         preferred_element_type=wide,
         out_sharding=explicit_sharding(y),
     )
-    return (y.astype(wide) + delta).astype(y.dtype)
+    return narrowed(y.astype(wide) + delta, y.dtype)
 
 
 def _separate_backward(

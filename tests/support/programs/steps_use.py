@@ -13,9 +13,9 @@ import jax
 from programs.build import Builder, Unfit
 from programs.steps_carry import ints
 
-# A convolution that is padded before its input by more than its taps reach has a wrong
-# gradient of that input on a CPU, in plain `jax.grad`: seen in jax 0.8.2 to 0.10.2,
-# right in 0.12.0.1.
+# Plain JAX is wrong on a CPU for a convolution that is padded before its input by more
+# than its taps reach (the gradient of that input), or cut there, padded by less than
+# nothing (its values too): seen in jax 0.8.2 to 0.11.2, right in 0.12.0.1.
 PADDING_WITHIN_TAPS = jax.__version_info__ < (0, 12)
 
 Use = Callable[[Builder, str], str]
@@ -72,15 +72,17 @@ def einsum(b: Builder, k: str) -> str:
         pairs.append(_third(b, out, size))
     pairs = b.shuffled(pairs)
     spec = ",".join("".join(c) for c, _ in pairs)
-    wide = _wide(b, k)
+    wide = _wide(b, k, x)
     values = ", ".join(v for _, v in pairs)
     return f'jnp.einsum("{spec}->{"".join(out)}", {values}{wide})'
 
 
-def _wide(b: Builder, k: str) -> str:
+def _wide(b: Builder, k: str, x: str) -> str:
     needed = b.dtype(k) == "float8_e4m3fn"
     if needed or (b.dtype(k) != "complex64" and b.flip(0.15)):
-        return ", preferred_element_type=jnp.float32"
+        # The real part of a complex product: JAX's own gradient of it is wrong.
+        complex_one = "complex" in b.dtype(x)
+        return "" if complex_one else ", preferred_element_type=jnp.float32"
     return b.rng.choice(["", "", ', precision="highest"'])
 
 
@@ -215,7 +217,10 @@ def conv(b: Builder, k: str) -> str:
     pads = [(b.rng.randint(-1, 2), b.rng.randint(0, 2)) for _ in taps]
     if PADDING_WITHIN_TAPS:
         reach = [(shape[tap] - 1) * d for tap, d in zip(rhs[2:], dilated, strict=True)]
-        pads = [(min(low, r), high) for (low, high), r in zip(pads, reach, strict=True)]
+        pads = [
+            (max(0, min(low, r)), high)
+            for (low, high), r in zip(pads, reach, strict=True)
+        ]
     padding = b.rng.choice(['"SAME"', '"VALID"', str(pads)])
     dilation = [1] * spatial
     if padding.startswith("["):
