@@ -19,7 +19,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from .group import (
     base_product,
     compute_dtype,
     concatenate,
+    dropped,
     per_kernel,
     through_gates,
 )
@@ -78,8 +79,15 @@ def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.
     n_batch = len(dims.batch)
     contract = (dims.contract, range(n_batch, a.ndim - 1))
     batch = (dims.batch, range(n_batch))
-    h = dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
-    return through_gates(operands, h)
+
+    def product(x: jax.Array, a: jax.Array) -> jax.Array:
+        return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
+
+    if not operands.drops:
+        return through_gates(operands, product(x, a))
+    each = enumerate(per_kernel(a, operands.ranks))
+    pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
+    return through_gates(operands, concatenate(pieces))
 
 
 def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
@@ -101,13 +109,32 @@ def backward(
     operands: Operands,
     cotangents: Sequence[jax.Array],
 ) -> Backward:
-    """Returns `g` and the gradient of `x`."""
-    g, dx = _FORMS[form].backward(dims, operands, cotangents)
-    if form in ("separate", "extended"):
-        layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
-        a = side_by_side(dims, operands)
-        dx = dx + layout.grad_x_of_delta(g, a, operands.x)
+    """Returns `g` and the gradient of `x`.
+
+    With dropout that of the deltas is masked, and so it is no part of the same sum.
+    """
+    if operands.drops:
+        g = shrink_cotangents(dims, operands, cotangents, form)
+        dx = _sum(_through_kernels(dims, operands, cotangents, g.dtype))
+    else:
+        g, dx = _FORMS[form].backward(dims, operands, cotangents)
+    if operands.drops or form in ("separate", "extended"):
+        dx = dx + grad_x_of_deltas(dims, operands, g, form)
     return Backward(g, as_type_of(dx, operands.x))
+
+
+def grad_x_of_deltas(
+    dims: GroupDims, operands: Operands, g: jax.Array, form: Form = "separate"
+) -> jax.Array:
+    """Returns `Σ g·aᵀ` in the layout of `x`, each summand through its dropout."""
+    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+    a = side_by_side(dims, operands)
+    if not operands.drops:
+        return layout.grad_x_of_delta(g, a, operands.x)
+    a, ranks = apart(a) if form in _APART else a, operands.ranks
+    pairs = zip(per_kernel(g, ranks), per_kernel(a, ranks), strict=True)
+    deltas = [layout.grad_x_of_delta(*pair, operands.x) for pair in pairs]
+    return _sum([dropped(dims, operands, i, dx) for i, dx in enumerate(deltas)])
 
 
 def gradients(
@@ -120,7 +147,13 @@ def gradients(
 ) -> list[jax.Array]:
     """Returns `da = xᵀ·g` of all kernels, concatenated, and each `db = hᵀ·dy`."""
     layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
-    found = [layout.grad_a(operands.x, g, operands.a[0].dtype)]
+    x, dtype = operands.x, operands.a[0].dtype
+    if operands.drops:
+        x, pieces = workable(x, g.dtype), enumerate(per_kernel(g, operands.ranks))
+        of_one = lambda i, g: layout.grad_a(dropped(dims, operands, i, x), g, dtype)
+        found = [concatenate([of_one(i, g) for i, g in pieces])]
+    else:
+        found = [layout.grad_a(x, g, dtype)]
     rows = _each(dims, operands, cotangents)
     hs = scaled(dims, h, operands.ranks)
     found += [one[1].grad_b(h, one[4], one[3]) for one, h in zip(rows, hs, strict=True)]
@@ -194,9 +227,15 @@ def _separate_backward(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     g = shrink_cotangents(dims, operands, cotangents)
-    each, x = _each(dims, operands, cotangents), operands.x
-    parts = [layout.grad_x(dy, w, x, g.dtype) for _, layout, w, _, dy in each]
-    return g, _sum(parts)
+    return g, _sum(_through_kernels(dims, operands, cotangents, g.dtype))
+
+
+def _through_kernels(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array], dtype: Any
+) -> list[jax.Array]:
+    """Returns `dy·Wᵀ` of each kernel."""
+    each = _each(dims, operands, cotangents)
+    return [layout.grad_x(dy, w, operands.x, dtype) for _, layout, w, _, dy in each]
 
 
 # --- extended ---

@@ -21,6 +21,7 @@ from .._jax.dtypes import (
 )
 from .._jax.sharding import place_of_axes
 from .._params.axes import free_axes
+from .dropout import Dropout, drop
 from .gate import through
 
 Axes = tuple[int, ...]
@@ -48,6 +49,7 @@ class KernelDims:
         first: whether the kernel is the left operand.
         scaling: the scaling of its delta.
         params: the other parameters of the equation, as sorted pairs.
+        dropout: that of the input of its low-rank branch, if it has any.
     """
 
     contract: Axes
@@ -55,6 +57,7 @@ class KernelDims:
     first: bool
     scaling: float
     params: tuple[tuple[str, Any], ...]
+    dropout: Dropout | None = None
 
     @property
     def precision(self) -> Any:
@@ -90,6 +93,7 @@ class Operands(NamedTuple):
     Both have the rank last, as they travel through the program (see `align`). `gates`
     has one entry for each kernel, or none at all: what `x·a` goes through, see `gate`,
     with as many axes as `x·a` has and the rank as the only one that is not 1; or None.
+    `words` is likewise: the state of the keys of its dropout, or None.
     """
 
     x: Any
@@ -97,6 +101,12 @@ class Operands(NamedTuple):
     a: tuple[Any, ...]
     b: tuple[Any, ...]
     gates: tuple[Any, ...] = ()
+    words: tuple[Any, ...] = ()
+
+    @property
+    def drops(self) -> bool:
+        """Whether the branch of any kernel has dropout, and so an input of its own."""
+        return any(word is not None for word in self.words)
 
     @property
     def ranks(self) -> list[int]:
@@ -140,6 +150,20 @@ def concatenate(pieces: Sequence[jax.Array]) -> jax.Array:
     if len(pieces) == 1:
         return pieces[0]
     return lax.concatenate(pieces, pieces[0].ndim - 1)
+
+
+def dropped(
+    dims: GroupDims, operands: Operands, index: int, value: jax.Array
+) -> jax.Array:
+    """Masks `x` for the branch of a kernel, or its cotangent, which has the same mask.
+
+    The value is laid out as `x` is, and widened: dropout divides by what it keeps.
+    """
+    words = operands.words[index] if operands.words else None
+    dropout = dims.kernels[index].dropout
+    if words is None or dropout is None:
+        return value
+    return drop(value, words, dropout, dims.batch)
 
 
 def through_gates(operands: Operands, value: jax.Array) -> jax.Array:

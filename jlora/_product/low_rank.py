@@ -70,6 +70,8 @@ def low_rank_product(
     varying = frozenset().union(*map(manual_axes, jax.tree.leaves(operands)))
     spread = lambda v: v if isinstance(v, Lazy) else vary(v, varying)
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
+    if form == "merged" and operands.drops:
+        form = "separate"  # a mask is one of inputs, and in no kernel
     if derive == "custom":
         return _product((dims, form), operands)
     # Mapped over gates, a merged kernel would be one for each example.
@@ -308,9 +310,9 @@ def _backward(
     das = map(factor_through, per_kernel(da, ranks), gates)
     each = tuple(map(as_type_of, das, operands.a))
     dbs = tuple(map(factor_through, db, gates))
-    # A gate is made of an index: it has no gradient.
-    none = (None,) * len(operands.gates)
-    return (Operands(dx, tuple(dw), each, dbs, none),)
+    # A gate is made of an index, and a key is one: neither has a gradient.
+    none = [(None,) * len(one) for one in (operands.gates, operands.words)]
+    return (Operands(dx, tuple(dw), each, dbs, *none),)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

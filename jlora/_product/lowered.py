@@ -87,8 +87,8 @@ class _Bodies:
         kernels = jax.tree.leaves(operands.kernels)
         factors = jax.tree.leaves((operands.a, operands.b))
         rows = len(mapped) - len(kernels) - len(factors)
-        if any(kernels) or sum(mapped) - sum(factors) < rows:
-            return None
+        if any(kernels) or sum(mapped) - sum(factors) < rows or operands.drops:
+            return None  # a mask is one of all places, the same for each example
         by = self.by.of_rows(size)
         if not any(factors):
             return dataclasses.replace(self, one=self.one.shifted(), by=by)

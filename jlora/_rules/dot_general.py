@@ -14,6 +14,7 @@ from jax import lax
 
 from .._jax.dots import dot
 from .._params.axes import Shape, free_axes
+from .._product.dropout import Dropout
 from .._product.group import GroupDims, KernelDims
 from .adapted import complete
 from .mix import Mix, mixing
@@ -38,13 +39,14 @@ def _roles(eqn: Any, operand: int) -> list[str]:
     return roles
 
 
-def group_dims(eqn: Any, operand: int, scaling: float = 1.0) -> GroupDims:
+def group_dims(
+    eqn: Any, operand: int, scaling: float = 1.0, dropout: Dropout | None = None
+) -> GroupDims:
     """Returns one product as a group, given which operand is the kernel."""
     contract, batch, x_contract, x_batch = dot_dims(eqn, operand)
     params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
-    one = KernelDims(
-        contract, batch, operand == 0, scaling, tuple(sorted(params.items()))
-    )
+    every = tuple(sorted(params.items()))
+    one = KernelDims(contract, batch, operand == 0, scaling, every, dropout)
     return GroupDims(x_contract, x_batch, (one,))
 
 

@@ -141,19 +141,21 @@ def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
 def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
     """Returns a product as a group of one.
 
-    None if its parts are no two matrices, or have dropout and so an `x` of their own,
-    or if it has none.
+    None if its parts are no two matrices, or have dropout and so an `x` each, or if it
+    has none.
     """
-    if not kernel.parts or any(part.dropout for part in kernel.parts):
+    first, *others = kernel.parts or (None,)
+    if first is None or (others and any(part.dropout for part in kernel.parts)):
         return None
     contract, batch, _, _ = dot_dims(eqn, operand)
     matrices = _as_matrices(kernel, contract, batch)
     if matrices is None:
         return None
     a, b, scaling = matrices
-    dims = group_dims(eqn, operand, scaling)
+    dims = group_dims(eqn, operand, scaling, first.dropout)
     gate = _gate_of(kernel.parts, x.ndim - len(contract))
-    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,), (gate,)))
+    words = part_words(first, batch)
+    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,), (gate,), (words,)))
 
 
 def _gate_of(parts: Sequence[Part], before: int) -> jax.Array | None:
@@ -184,6 +186,7 @@ def _join(members: Sequence[_Member]) -> tuple[GroupDims, Operands]:
             operands.a + more.a,
             operands.b + more.b,
             operands.gates + more.gates,
+            operands.words + more.words,
         )
     return dims, operands
 
@@ -239,7 +242,7 @@ def _apart(
             y = add_labelled(eqn, operand, dropped, computed, part, y, derive=derive)
             continue
         a, b, scaling = matrices
-        static = Static(group_dims(eqn, operand, scaling), kernel, part.dropout)
+        static = Static(group_dims(eqn, operand, scaling, part.dropout), kernel)
         gate = _gate_of((part,), x.ndim - len(contract))
         y = add_branch(static, Arrays(x, a, b, words, gate), y, derive=derive)
     return y
