@@ -21,10 +21,7 @@ RUNS = {
 }
 
 # Compiled quickly, on as many devices as a mesh needs.
-EASY = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-}
+DEVICES = "--xla_force_host_platform_device_count=4"
 
 
 def run(script: str, *flags: str) -> str:
@@ -32,7 +29,11 @@ def run(script: str, *flags: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", BENCHMARKS / script, *flags],
         cwd=ROOT,
-        env={**os.environ, **EASY},
+        env={
+            **os.environ,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}",
+        },
         capture_output=True,
         text=True,
         encoding="utf-8",
