@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA ends a process in which one of the host's devices waits 40 seconds for another one:
+# XLA ends a process in which one of the host's devices waits 40 seconds for another:
 # where other work has the processors, that is not long.
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+)
 
 import jax
 import pytest

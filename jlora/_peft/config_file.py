@@ -52,8 +52,8 @@ def parse_config(values: Any, where: str, ignore: Collection[str] = ()) -> PeftC
     if values.get("peft_type") != "LORA":
         raise AdapterError(
             f"{where} is of type {str(values.get('peft_type'))[:50]!r}; jlora reads "
-            "'LORA', and of PEFT's folders 'LOHA', 'LOKR' and 'VERA'. Of adapters of "
-            "other types that change weights PEFT makes one: "
+            "'LORA', and of PEFT's folders 'LOHA', 'LOKR', 'VERA' and 'IA3'. Of those "
+            "of other types that change weights PEFT makes one: "
             "`peft.save_as_lora(path, model, rank)`"
         )
     known = set(fields())

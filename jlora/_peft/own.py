@@ -1,4 +1,4 @@
-"""Adapters of LoRA's relatives as PEFT's own files of them: LoHa, LoKr, VeRA."""
+"""Adapters of LoRA's relatives as PEFT's own files: LoHa, LoKr, VeRA, IA3."""
 
 import dataclasses
 import json
@@ -21,6 +21,7 @@ from .._torch.named_params import Base
 from .config import PeftConfig
 from .config_file import RELEASE
 from .keys import PREFIX
+from .scales import check_no_biases
 from .write import config_of
 
 Array = np.ndarray
@@ -58,20 +59,20 @@ def own_files(
     said = config_of(modules, plain, base)
     fields = dict.fromkeys(_EMPTY) | {
         "inference_mode": True,
-        "init_weights": True,
         "peft_type": kind,
         "peft_version": RELEASE,
         "target_modules": said.target_modules,
-        **(_lycoris(said) if kind != "VERA" else _vera_fields(said)),
+        **_FIELDS[kind](said),
         **own,
     }
     return {name: np.ascontiguousarray(t) for name, t in tensors.items()}, fields
 
 
 _EMPTY = (
-    "auto_mapping", "base_model_name_or_path", "layers_pattern", "layers_to_transform",
-    "modules_to_save", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "modules_to_save", "revision",
+    "task_type",
 )  # fmt: skip
+_LAYERS: Fields = {"layers_pattern": None, "layers_to_transform": None}
 
 
 def own_json(fields: Fields, base_model: str | None, task_type: str | None) -> bytes:
@@ -86,7 +87,9 @@ def _lycoris(said: PeftConfig) -> Fields:
     return {
         "alpha": said.lora_alpha,
         "alpha_pattern": said.alpha_pattern,
+        **_LAYERS,
         "exclude_modules": None,
+        "init_weights": True,
         "module_dropout": 0.0,
         "r": said.r,
         "rank_dropout": 0.0,
@@ -97,9 +100,11 @@ def _lycoris(said: PeftConfig) -> Fields:
 
 def _vera_fields(said: PeftConfig) -> Fields:
     return {
+        **_LAYERS,
         "bias": "none",
         "d_initial": 0.1,
         "fan_in_fan_out": False,
+        "init_weights": True,
         "r": said.r,
         "save_projection": True,
         "vera_dropout": said.lora_dropout,
@@ -266,5 +271,41 @@ def _lokr(
     return tensors, modules, {**fields, "rank_dropout_scale": False}
 
 
-_WRITERS = {"LOHA": _loha, "LOKR": _lokr, "VERA": _vera}
+def _ia3(
+    entries: Mapping[str, Any], base: Base
+) -> tuple[Tensors, list[TorchModule], Fields]:
+    tensors: Tensors = {}
+    modules, inputs, outputs = [], [], []
+    for module, entry, index in _located("IA3", entries, base):
+        scale, of_inputs = entry.scale[index].reshape(-1), entry.scale_side == "in"
+        (inputs if of_inputs else outputs).append(module.name)
+        tensors[f"{PREFIX}{module.name}.ia3_l"] = (
+            scale[None] if of_inputs else scale[:, None]
+        )
+        modules.append(module)
+    check_no_biases(outputs, base)
+    ends = [name for name in outputs if name.endswith(tuple(inputs))]
+    if inputs and ends:  # PEFT compares ends of names, without a dot before them
+        raise UnsupportedFeatureError(
+            f"PEFT would take the outputs that these scale for inputs: {listed(ends)}, "
+            f"whose names end as those of {listed(inputs)} do"
+        )
+    # Whole names: what `target_modules` is shortened to may end those of both.
+    return (
+        tensors,
+        modules,
+        {
+            "feedforward_modules": sorted(inputs),
+            "target_modules": sorted([*inputs, *outputs]),
+        },
+    )
+
+
+def _ia3_fields(_: PeftConfig) -> Fields:
+    none = {"exclude_modules": None, "fan_in_fan_out": False}
+    return {**none, "init_ia3_weights": True}
+
+
+_WRITERS = {"LOHA": _loha, "LOKR": _lokr, "VERA": _vera, "IA3": _ia3}
+_FIELDS = {"LOHA": _lycoris, "LOKR": _lycoris, "VERA": _vera_fields, "IA3": _ia3_fields}
 KINDS = ("LORA", *_WRITERS)

@@ -22,6 +22,7 @@ from .keys import check_dora
 from .lora_bias import read_lora_biases
 from .relatives import fitted
 from .rows import read_rows
+from .scales import fitted_scale, scales_of
 from .sides import NO_VERSION, Version, exchanged, refuse_square
 from .tables import check_head
 from .whole import read_whole
@@ -90,6 +91,8 @@ def adapter_of(files: AdapterFiles, base: Base) -> dict[str, Any]:
         AdapterError: with everything that does not fit the params or the config.
     """
     factors: dict[str, Any] = {**read_factors(files, base)}
+    if files.kind == "IA3":
+        factors = {**scales_of(factors)}
     if files.config.layers_to_transform is not None:
         own = files.config.layers_to_transform
         factors = {path: of_layers(entry, own) for path, entry in factors.items()}
@@ -140,7 +143,10 @@ def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
             with assembly.noting():
                 homes = assembly.homes(module)
                 binding = base.bindings[homes[0].path]
-                module = fitted(module, files.kind, base, binding.path)
+                if files.kind == "IA3":
+                    module = fitted_scale(module, homes, base)
+                else:
+                    module = fitted(module, files.kind, base, binding.path)
                 for one in _as_configured(module, binding, files, base):
                     assembly.place(one, homes)
     assembly.problems += _not_selected(assembly.owners, files.config)

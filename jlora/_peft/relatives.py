@@ -1,7 +1,8 @@
-"""PEFT's files of LoRA's relatives, LoHa, LoKr and VeRA, read as files of LoRA.
+"""PEFT's files of LoRA's relatives, LoHa, LoKr, VeRA and IA3, read as files of LoRA.
 
 What each of them adds to a weight is a product of two factors, of a higher rank than
 its own. So everything that reads LoRA's files reads these, in any layout of the params.
+(IA3 multiplies a weight; see `scales.py` for what its factors stand for.)
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from .._torch.modules import TorchModule
 from .._torch.named_params import Base
 from .config import PeftConfig, exact_keys
 from .keys import PREFIX
+from .scales import as_factors, with_sides
 
 Tensors = Mapping[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -68,6 +70,8 @@ def as_lora(
     own, rest = _by_module(tensors, relative.part)
     if kind == "VERA":
         own = _with_projections(own, where)
+    elif kind == "IA3":
+        own = with_sides(own, values, where)
     strange = [key for key in rest if ".lora_" in key]
     if strange or not own:
         raise AdapterError(
@@ -91,7 +95,8 @@ def as_lora(
     dropped = relative.inert | {"peft_type", *relative.renamed}
     plain = {key: value for key, value in values.items() if key not in dropped}
     plain |= {to: values[key] for key, to in relative.renamed.items() if key in values}
-    plain |= _scalings(values, ranks, where) if kind != "VERA" else _ones(ranks)
+    scaled = kind in ("LOHA", "LOKR")
+    plain |= _scalings(values, ranks, where) if scaled else _ones(ranks)
     return {**plain, "peft_type": "LORA"}, {**rest, **found}
 
 
@@ -260,8 +265,10 @@ _LYCORIS = frozenset({
 })  # fmt: skip
 _VERA = frozenset({"r", "d_initial", "init_weights", "save_projection"})
 _VERA |= {"projection_prng_key"}
+_IA3 = frozenset({"init_ia3_weights", "feedforward_modules"})
 RELATIVES = {
     "LOHA": Relative("hada_", _LYCORIS, {}, _loha),
     "LOKR": Relative("lokr_", _LYCORIS, {}, _lokr),
     "VERA": Relative("vera_", _VERA, {"vera_dropout": "lora_dropout"}, _vera),
+    "IA3": Relative("ia3_", _IA3, {}, lambda parts, _: as_factors(parts)),
 }

@@ -86,9 +86,10 @@ def save(
         profile: "peft", or "vllm" for what vLLM and tpu-inference load: one rank and
             one alpha for all modules, experts apart, and nothing that they would drop.
         kind: "LORA", in whose files what other variants change is written as plain
-            factors; or "LOHA", "LOKR", "VERA" for PEFT's own files of these, of an
-            adapter all of whose entries are that variant. VeRA's projections are
-            written along. jlora reads such a file as plain factors again.
+            factors; or "LOHA", "LOKR", "VERA", "IA3" for PEFT's own files of these, of
+            an adapter all of whose entries are that variant. VeRA's projections are
+            written along. jlora reads such a file as plain factors again, and scales
+            as scales.
         base_model: the name of the base on the Hub, or its folder.
         task_type: PEFT's, such as "CAUSAL_LM".
         model_type: the kind of the base, as its `config.json` has it, for "vllm": the
@@ -117,7 +118,7 @@ def save(
         repository = push_to
         on_first(lambda: check_repository(repository))
     _check_order(params_or_plan, adapter, config)
-    check_writable(adapter)
+    check_writable(adapter, kind)
     several = (config,) if isinstance(config, LoraConfig) else tuple(config)
     about = {"base_model": base_model, "task_type": task_type}
     if kind == "LORA":

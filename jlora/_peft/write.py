@@ -19,25 +19,31 @@ from .._torch.names import Binding
 from .config import NO_MODULES, Patterns, PeftConfig, exact_keys, exact_names
 from .experts import nesting, packed
 from .keys import MAGNITUDE, PREFIX, check_dora, warn_of_doubling
+from .rows import FIELD
 from .sides import as_written
 
 
-def check_writable(adapter: Mapping[str, Any]) -> None:
+def check_writable(adapter: Mapping[str, Any], kind: str) -> None:
     """Refuses what is no factors without its kernel, and nothing that PEFT has.
+
+    Args:
+        adapter: the entries by path.
+        kind: that of the files, as for `save`.
 
     Raises:
         UnsupportedFeatureError: with their paths.
     """
-    kinds = {path: variant_of_entry(entry) for path, entry in adapter.items()}
+    each = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     for variant in variants():
-        own = {path for path, kind in kinds.items() if kind is variant}
+        own = {path for path, own in each.items() if own is variant}
         paths = sorted(path for path in own if variant.reads(adapter[path]))
-        if not variant.peft and paths:
+        if paths and variant.peft not in (FIELD, kind):
+            own_kind = f'or write them with `kind="{variant.peft}"`'
             raise UnsupportedFeatureError(
                 f"{variant.plural or variant.name}"
                 f"{'' if variant.reads_kernel else f' with a {variant.reads_for}'}, "
-                f"{paths[:5]}, have no place in the "
-                "files that jlora writes for PEFT; merge them instead"
+                f"{paths[:5]}, have no place in the files that jlora writes for PEFT; "
+                f"merge them instead{', ' + own_kind if variant.peft else ''}"
             )
 
 

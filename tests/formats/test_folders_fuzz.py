@@ -120,6 +120,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "loha": relative("loha"),
     "lokr": relative("lokr"),
     "vera": relative("vera"),
+    "ia3": relative("ia3"),
 }
 OF_ORBAX = ["qwix", "tunix", "nnx"]
 OF_SAFETENSORS = [kind for kind in KINDS if kind not in OF_ORBAX]

@@ -56,6 +56,7 @@ CASES = {
         r=2, alpha=3, target_modules=["conv"], use_effective_conv2d=True
     ),
     "vera": peft.VeraConfig(r=4, target_modules=DENSE, projection_prng_key=3),
+    "ia3": peft.IA3Config(target_modules=ALL, feedforward_modules=["down"]),
 }
 REFUSED = {
     "vera_without": peft.VeraConfig(r=4, target_modules=DENSE, save_projection=False),
@@ -71,7 +72,7 @@ def make(name: str, config: peft.PeftConfig) -> None:
     model = peft.get_peft_model(base, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.4)
+            nn.init.normal_(parameter, mean=float(name == "ia3"), std=0.4)
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)

@@ -28,7 +28,7 @@ import jlora.weights
 
 FOLDER = DATA / "peft_relatives"
 TUCKER = ("loha_tucker", "lokr_tucker")
-CASES = ("loha", "lokr", "lokr_both", "lokr_whole", "vera", *TUCKER)
+CASES = ("loha", "lokr", "lokr_both", "lokr_whole", "vera", *TUCKER, "ia3")
 # LoHa's rank squared, LoKr's by blocks, of `up`.
 RANKS = {"loha": 4, "lokr": 6, "lokr_both": 3, "lokr_whole": 12, "vera": 4}
 RANKS |= {"loha_tucker": 4, "lokr_tucker": 4}
@@ -72,7 +72,7 @@ def test_outputs_are_those_of_peft(name: str, arrays: Any) -> None:
     merged = model(jlora.merge(params, adapter), jnp.asarray(own["x"]))
     assert_close(merged, jnp.asarray(own["y"]), 1e-5)
     path = "conv/kernel" if name in TUCKER else "up/kernel"
-    assert adapter[path].rank == RANKS[name]
+    assert name == "ia3" or adapter[path].rank == RANKS[name]
 
 
 @pytest.mark.parametrize("name", TUCKER)
@@ -112,8 +112,10 @@ def test_what_is_not_told_is_refused_by_name(arrays: Any, tmp_path: Path) -> Non
         load(
             changed(FOLDER / "lokr", tmp_path / "mix", peft_type="LOHA"), params, NAMES
         )
-    with pytest.raises(jlora.AdapterError, match="'IA3'; jlora reads 'LORA', and"):
-        load(changed(FOLDER / "lokr", tmp_path / "ia3", peft_type="IA3"), params, NAMES)
+    with pytest.raises(jlora.AdapterError, match="'BOFT'; jlora reads 'LORA', and"):
+        load(
+            changed(FOLDER / "lokr", tmp_path / "oft", peft_type="BOFT"), params, NAMES
+        )
 
 
 @pytest.mark.parametrize("name, part", [("loha", "hada_w2_b"), ("lokr", "lokr_w1")])
@@ -244,10 +246,11 @@ def test_the_command_says_what_it_needs(name: str, tmp_path: Path) -> None:
 
 # --- PEFT's own files, written ---
 
-KINDS = {"loha": "LOHA", "lokr": "LOKR", "vera": "VERA"}
+KINDS = {"loha": "LOHA", "lokr": "LOKR", "vera": "VERA", "ia3": "IA3"}
 OWN = {"vera": {"projection_seed": 5}, "lokr": {"decompose_factor": 4}}
 each_kind = pytest.mark.parametrize("variant", KINDS)
 TARGETS = {"loha": "up|conv|down", "lokr": "up|down", "vera": "up|down"}
+TARGETS |= {"ia3": "up|down"}
 
 
 def trained(variant: str, params: Any, fn: Any, x: Any, **settings: Any) -> Any:
@@ -305,7 +308,7 @@ def test_own_files_of_a_stack_of_heads(variant: str, tmp_path: Path) -> None:
     kind = KINDS[variant]
     jlora.peft.save(tmp_path / "own", plan, adapter, configs, names, kind=kind)
     tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
-    assert sum("layers.2.down" in name for name in tensors) in (2, 3, 4)
+    assert sum("layers.2.down" in name for name in tensors) in (1, 2, 3, 4)
     _, plain = jlora.peft.load(tmp_path / "own", plan, names)
     assert_close(jlora.merge(params, adapter), jlora.merge(params, plain), 1e-5)
 
@@ -341,7 +344,7 @@ def test_own_files_are_of_one_variant(arrays: Any, tmp_path: Path) -> None:
     with pytest.raises(unsupported, match=r"LOHA.*\['down/kernel', 'up/kernel'\]"):
         save(kind="LOHA")
     with pytest.raises(ValueError, match="`kind` is one of"):
-        save(kind="IA3")
+        save(kind="OFT")
     with pytest.raises(ValueError, match="for 'peft'"):
         save(kind="VERA", profile="vllm")
     with pytest.raises(jlora.AdapterError, match="it is empty"):

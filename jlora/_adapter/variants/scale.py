@@ -84,5 +84,6 @@ SCALE = Variant(
     origin=_origin,
     scaled_side=lambda owner: owner.scale_side,
     note=lambda entry: f"ia3 {entry.scale_side}",
+    peft="IA3",
     plural="scales of kernels",
 )
