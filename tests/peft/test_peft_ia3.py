@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from oracle import assert_close
 from paths import DATA, ORACLE
+from relative_twin import model as twin
+from relative_twin import params_of
 from safetensors.numpy import load_file, save_file
-from test_peft_relatives import model as twin
-from test_peft_relatives import params_of
 from torch_python import oracle_python
 
 import jlora

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from oracle import assert_close
 from paths import DATA, ORACLE
+from relative_twin import model, params_of
 from safetensors.numpy import load_file, save_file
 from torch_python import oracle_python
 
@@ -33,24 +34,6 @@ CASES = ("loha", "lokr", "lokr_both", "lokr_whole", "vera", *TUCKER, "ia3")
 RANKS = {"loha": 4, "lokr": 6, "lokr_both": 3, "lokr_whole": 12, "vera": 4}
 RANKS |= {"loha_tucker": 4, "lokr_tucker": 4}
 each_case = pytest.mark.parametrize("name", CASES)
-
-
-def model(params: Any, x: jax.Array) -> jax.Array:
-    """The twin of `Model` in make_relatives.py."""
-    image = jnp.tanh(x @ params["up"]["kernel"]).reshape(-1, 6, 3, 5)
-    image = jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
-    layout = ("NCHW", "HWIO", "NCHW")
-    image = jax.lax.conv_general_dilated(
-        image, params["conv"]["kernel"], (1, 1), "VALID", dimension_numbers=layout
-    )
-    return jnp.tanh(image).reshape(len(x), -1) @ params["down"]["kernel"]
-
-
-def params_of(arrays: Any) -> dict[str, Any]:
-    """The params of the twin from torch's weights."""
-    up, down = (jnp.asarray(arrays[f"{name}.weight"].T) for name in ("up", "down"))
-    conv = jnp.asarray(arrays["conv.weight"].transpose(2, 3, 1, 0))
-    return {n: {"kernel": v} for n, v in (("up", up), ("conv", conv), ("down", down))}
 
 
 @pytest.fixture(scope="module")
