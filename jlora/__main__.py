@@ -24,7 +24,7 @@ from ._checkpoint.steps import CHECKPOINT, holds_steps
 from ._errors import AdapterError
 from ._files.format import Format
 from ._formats import FORMATS
-from ._formats.options import add_options, add_reading, options, read_all
+from ._formats.options import add_options, add_reading, check_base, options, read_all
 from ._formats.printing import table
 from ._peft.files import local
 
@@ -163,16 +163,27 @@ def _read(given: Any, *paths: Path) -> list[dict[str, Any]]:
 
 def _inspect(given: Any) -> int:
     """Print a table of an adapter: targets, ranks, norms, spectrum."""
+    form = _format_of(given.path)
+    check_base(given, [given.path], [form])
+    if shown := form.shown(given.path):
+        _say(table(shown.head, shown.rows))
+        _say(shown.total)
+        _say_untold(shown.untold)
+        return SAME
     (adapter,) = _read(given, given.path)
     rows = [summary.row(path, entry) for path, entry in _with_progress(adapter)]
     _say(table(summary.HEAD, rows))
     values = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter))
     _say(f"{len(adapter)} targets, {values:,} values, {size:,} bytes")
-    form = _format_of(given.path)
-    if untold := form.told_in_part(given.path, ignore=given.ignore):
-        _say(f"not told by the files: {untold}", sys.stderr)
+    _say_untold(form.told_in_part(given.path, ignore=given.ignore))
     return SAME
+
+
+def _say_untold(untold: str | None) -> None:
+    """Prints what the files do not tell, if there is something."""
+    if untold:
+        _say(f"not told by the files: {untold}", sys.stderr)
 
 
 def _convert(given: Any) -> int:

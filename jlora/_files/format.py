@@ -9,6 +9,23 @@ Configs: TypeAlias = Any  # a `LoraConfig`, or several
 
 
 @dataclasses.dataclass(frozen=True)
+class Shown:
+    """What is printed of an adapter that its files describe, and do not tell whole.
+
+    Attributes:
+        head: the names of the columns.
+        rows: a line for each module, and for each leaf that is trained whole.
+        total: what they are together.
+        untold: what the files do not tell.
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    total: str
+    untold: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """A file format of adapters: how its files are known, read and written.
 
@@ -33,6 +50,8 @@ class Format:
         told_in_part: `told_in_part(path, *, ignore=())` says what the files do not tell
             of an adapter without its params, which can be shown and is not converted
             then, or None.
+        shown: `shown(path)` gives what `inspect` prints of an adapter whose entries
+            only its params would tell, or None where `read` gives the entries.
         of_torch: whether what `read` gives without params has the names and layouts of
             torch's modules, so that a kernel of several input axes is that of a
             convolution. `write` takes that as `convolutions=True` then.
@@ -53,6 +72,7 @@ class Format:
     options: tuple[str, ...] = ()
     placing: tuple[str, ...] = ()
     told_in_part: Callable[..., str | None] = lambda path, *, ignore=(): None
+    shown: Callable[[Path], Shown | None] = lambda path: None
     of_torch: bool = False
     modules: Callable[..., Any] | None = None
     lost: Callable[..., str | None] = lambda path, target, *, ignore=(): None

@@ -26,6 +26,8 @@ from .._torch.alone import (
 from .._torch.families import names as family_names
 from .._torch.modules import TorchModule
 from .._torch.names import Names
+from .peft_relatives import shown
+from .peft_whole import add_whole
 
 Configs = LoraConfig | tuple[LoraConfig, ...]
 _OF_MLX = "adapters.safetensors"
@@ -173,6 +175,7 @@ FORMAT = Format(
     options=("names", "base_model", "profile", "model_type", "convolutions"),
     placing=("names", "params"),
     told_in_part=told_in_part,
+    shown=shown,
     lost=lost,
     of_torch=True,
 )
@@ -232,7 +235,7 @@ def params_alone(files: AdapterFiles) -> ParamsAlone:
         shape = (1 + max(_rows_of(name, files), default=0), values.shape[-1])
         params.add(path_of(name, "embedding"), shape, values.dtype, name, "embedding")
     for key, tensor in _trained_whole(files).items():
-        _add_whole(params, key.replace(".base_layer.", "."), tensor)
+        add_whole(params, key, tensor)
     return params
 
 
@@ -241,23 +244,6 @@ def _rows_of(name: str, files: AdapterFiles) -> tuple[int, ...]:
     if isinstance(said, Mapping):
         return next((said[end] for end in ends_of(name) if end in said), ())
     return said
-
-
-def _add_whole(params: ParamsAlone, name: str, tensor: np.ndarray) -> None:
-    owner, _, last = name.rpartition(".")
-    path = path_of(owner, _flax_name(last, tensor.ndim)) if owner else path_of(name)
-    path = path_of(name) if path in params.shapes else path
-    if path == path_of(owner, "kernel"):
-        params.add(path, tensor.shape[::-1], tensor.dtype, owner)
-    else:
-        params.add(path, tensor.shape, tensor.dtype, name, "parameter")
-
-
-def _flax_name(last: str, ndim: int) -> str:
-    """Returns what the mechanical map takes back to torch's name of a leaf."""
-    if last == "weight":
-        return {1: "scale", 2: "kernel"}.get(ndim, last)
-    return {"running_mean": "mean", "running_var": "var"}.get(last, last)
 
 
 def _trained_whole(files: AdapterFiles) -> dict[str, np.ndarray]:

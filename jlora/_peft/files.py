@@ -44,11 +44,8 @@ def read_files(
     Raises:
         AdapterError: as `load`, but for what concerns the params.
     """
-    folder = _folder(local(path, revision, max_bytes=max_bytes))
+    folder, values = opened(local(path, revision, max_bytes=max_bytes))
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
-    _check_present(folder)
-    text = read_file(config_file, JSON_LIMIT)
-    values = parse_json(text, str(config_file))
     kind = "LORA"
     if is_relative(values):
         kind = values["peft_type"]
@@ -76,6 +73,23 @@ def read_files(
         version_of(values.get("peft_version")),
         kind=kind,
     )
+
+
+def opened(path: Path) -> tuple[Path, Any]:
+    """Returns the folder of an adapter, which has both files, and its parsed config.
+
+    Args:
+        path: the folder, or one of its two files.
+
+    Raises:
+        AdapterError: if it is neither, or the config is no JSON.
+        FileNotFoundError: if a file is missing.
+    """
+    folder = _folder(path)
+    _check_present(folder)
+    config_file = folder / CONFIG
+    text = read_file(config_file, JSON_LIMIT)
+    return folder, parse_json(text, str(config_file))
 
 
 def local(

@@ -57,7 +57,8 @@ def own_files(
     tensors, modules, own = _WRITERS[kind](entries, base)
     plain = [dataclasses.replace(config, rslora=False) for config in configs]
     said = config_of(modules, plain, base)
-    fields = dict.fromkeys(_EMPTY) | {
+    fields: Fields = {
+        **dict.fromkeys(_EMPTY),
         "inference_mode": True,
         "peft_type": kind,
         "peft_version": RELEASE,
@@ -277,7 +278,7 @@ def _ia3(
     tensors: Tensors = {}
     modules, inputs, outputs = [], [], []
     for module, entry, index in _located("IA3", entries, base):
-        scale, of_inputs = entry.scale[index].reshape(-1), entry.scale_side == "in"
+        scale, of_inputs = entry.scale[index].reshape(-1), _setting(entry) == "in"
         (inputs if of_inputs else outputs).append(module.name)
         tensors[f"{PREFIX}{module.name}.ia3_l"] = (
             scale[None] if of_inputs else scale[:, None]

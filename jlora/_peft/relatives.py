@@ -151,10 +151,12 @@ def _with_projections(own: Mapping[str, Tensors], where: str) -> dict[str, Tenso
     return {module: {**parts, **dict(shared)} for module, parts in modules.items()}
 
 
-def _scalings(
-    values: Mapping[str, Any], ranks: Mapping[str, int], where: str
-) -> dict[str, Any]:
-    """Returns LoRA's fields for the scalings that the config gives each module."""
+def scalings_said(values: Mapping[str, Any], where: str) -> PeftConfig:
+    """Returns what the config of LoHa or LoKr says of ranks, alphas and scalings.
+
+    Raises:
+        CorruptFileError: if a rank or an alpha is none.
+    """
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
     positive = lambda v: number(v) and 0 < v < 1e30
     given = {"r": values.get("r", 8), "alpha": values.get("alpha", 8)}
@@ -166,7 +168,14 @@ def _scalings(
     )
     if not fine:
         raise CorruptFileError(f"{where}: {given} and {patterns} are no numbers")
-    said = PeftConfig(r=given["r"], lora_alpha=given["alpha"], **patterns)
+    return PeftConfig(r=given["r"], lora_alpha=given["alpha"], **patterns)
+
+
+def _scalings(
+    values: Mapping[str, Any], ranks: Mapping[str, int], where: str
+) -> dict[str, Any]:
+    """Returns LoRA's fields for the scalings that the config gives each module."""
+    said = scalings_said(values, where)
     scalings = {name: said.scaling(name, said.rank(name)) for name in ranks}
     alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
     return {"rank_pattern": exact_keys(ranks), "alpha_pattern": exact_keys(alphas)}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._adapter.factors import LoraFactors
-from .._adapter.variants.scale import KernelScale
+from .._adapter.variants import VARIANTS
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
 from .._files.patterns import file_pattern
 from .._params.given import listed
@@ -24,6 +24,7 @@ Tensors = Mapping[str, Array]
 
 
 INPUTS = "inputs"
+_VARIANT = next(variant for variant in VARIANTS if variant.peft == "IA3")
 
 
 def with_sides(
@@ -94,14 +95,14 @@ def fitted_scale(module: TorchModule, homes: Sequence[Home], base: Base) -> Torc
     inputs = tuple(shape[i] for i in axes.in_)
     window = inputs[:-1] if "conv" in binding.steps else ()
     window = inputs[1:] if "same" in binding.steps else window
-    changes = {"a": module.a, "b": module.b}
+    a, b = module.a, module.b
     if "experts" in binding.steps:
         raise UnsupportedFeatureError(
             f"{module.name!r} packs experts, of which PEFT's IA3 has no scales"
         )
     if of_outputs:
         check_no_biases([module.name], base)
-        changes["a"] = np.ones((fan_in, 1))
+        a = np.ones((fan_in, 1))
     elif window or len(homes) > 1 or len(binding.slots) > 1:
         what = "of a convolution" if window else "of a part of a fused kernel"
         raise UnsupportedFeatureError(
@@ -109,8 +110,8 @@ def fitted_scale(module: TorchModule, homes: Sequence[Home], base: Base) -> Torc
             "jlora. Merge it in PEFT: `merge_and_unload`"
         )
     else:
-        changes["b"] = np.ones((1, fan_out))
-    return TorchModule(module.name, **changes, window=window)
+        b = np.ones((1, fan_out))
+    return TorchModule(module.name, a, b, window=window)
 
 
 def check_no_biases(names: Sequence[str], base: Base) -> None:
@@ -128,7 +129,7 @@ def check_no_biases(names: Sequence[str], base: Base) -> None:
         )
 
 
-def scale_of(path: str, factors: LoraFactors) -> KernelScale:
+def scale_of(path: str, factors: LoraFactors) -> Any:
     """Returns the scale that the factors of a leaf stand for, in float32.
 
     Raises:
@@ -146,14 +147,14 @@ def scale_of(path: str, factors: LoraFactors) -> KernelScale:
         if ((ones == 1) | idle).all() and (side == "out" or ones.shape[-1] == 1):
             scale = 1 + change.sum(axis=-1)
             sizes = [*count, *(shape[i] for i in own)]
-            found: Any = scale.reshape(sizes).astype(np.float32)
-            return KernelScale(found, axes, side, shape)
+            found = scale.reshape(sizes).astype(np.float32)
+            return _VARIANT.entry(found, axes, side, shape)
     raise AdapterError(
         f"{path!r}: the file scales the inputs of some of its layers and the outputs "
         "of others; jlora has one side for all of a stack"
     )
 
 
-def scales_of(factors: Mapping[str, LoraFactors]) -> dict[str, KernelScale]:
+def scales_of(factors: Mapping[str, LoraFactors]) -> dict[str, Any]:
     """Returns the scales by path, see `scale_of`."""
     return {path: scale_of(path, entry) for path, entry in factors.items()}

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from .._jax.dots import as_type_of
 from .._jax.versions import manual_axes, vary
-from .forms import expand, grad_x_of_deltas, gradients, shrink, shrink_cotangents
+from .forms import expand
 from .gate import factor_through
 from .group import GroupDims, Operands
+from .skinny import grad_x_of_deltas, gradients, shrink, shrink_cotangents
 
 
 class Static(NamedTuple):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._jax.dots import as_laid_out, as_type_of, dot
-from .._jax.dtypes import narrowed, summands_in, summed_in, workable
+from .._jax.dtypes import narrowed, summands_in, summed_in
 from .._jax.sharding import explicit_sharding
 from .fused import (
     How,
@@ -46,16 +46,17 @@ from .group import (
     Layout,
     Operands,
     base_product,
-    compute_dtype,
     concatenate,
-    dropped,
-    per_kernel,
     through_gates,
 )
-from .partitioned import Sum, apart, sum_partitioned
-
-# Forms in which the sharding of a factor says nothing of activations.
-_APART = ("partitioned", "ruled")
+from .partitioned import Sum, sum_partitioned
+from .skinny import (
+    each_kernel,
+    grad_x_of_deltas,
+    scaled,
+    shrink_cotangents,
+    total,
+)
 
 
 class Backward(NamedTuple):
@@ -63,37 +64,6 @@ class Backward(NamedTuple):
 
     g: jax.Array
     dx: jax.Array
-
-
-def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
-    """Returns the concatenated `a`, in the dtype of the skinny products."""
-    dtype = compute_dtype(dims, operands.x, operands.kernels)
-    return concatenate([a.astype(dtype) for a in operands.a])
-
-
-def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.Array:
-    """Returns `h = x·a` of all kernels, with the rank last, through their gates."""
-    a = side_by_side(dims, operands)
-    a = apart(a) if form in _APART else a
-    x = workable(operands.x, a.dtype)
-    n_batch = len(dims.batch)
-    contract = (dims.contract, range(n_batch, a.ndim - 1))
-    batch = (dims.batch, range(n_batch))
-
-    def product(x: jax.Array, a: jax.Array) -> jax.Array:
-        return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
-
-    if not operands.drops:
-        return through_gates(operands, product(x, a))
-    each = enumerate(per_kernel(a, operands.ranks))
-    pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
-    return through_gates(operands, concatenate(pieces))
-
-
-def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
-    """Returns the pieces of a rank-sized value, each times its kernel's scaling."""
-    pieces = zip(dims.kernels, per_kernel(value, ranks), strict=True)
-    return [one.scaling * piece for one, piece in pieces]
 
 
 def forward(
@@ -115,80 +85,12 @@ def backward(
     """
     if operands.drops:
         g = shrink_cotangents(dims, operands, cotangents, form)
-        dx = _sum(_through_kernels(dims, operands, cotangents, g.dtype))
+        dx = total(_through_kernels(dims, operands, cotangents, g.dtype))
     else:
         g, dx = _FORMS[form].backward(dims, operands, cotangents)
     if operands.drops or form in ("separate", "extended"):
         dx = dx + grad_x_of_deltas(dims, operands, g, form)
     return Backward(g, as_type_of(dx, operands.x))
-
-
-def grad_x_of_deltas(
-    dims: GroupDims, operands: Operands, g: jax.Array, form: Form = "separate"
-) -> jax.Array:
-    """Returns `Σ g·aᵀ` in the layout of `x`, each summand through its dropout."""
-    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
-    a = side_by_side(dims, operands)
-    if not operands.drops:
-        return layout.grad_x_of_delta(g, a, operands.x)
-    a, ranks = apart(a) if form in _APART else a, operands.ranks
-    pairs = zip(per_kernel(g, ranks), per_kernel(a, ranks), strict=True)
-    deltas = [layout.grad_x_of_delta(*pair, operands.x) for pair in pairs]
-    return _sum([dropped(dims, operands, i, dx) for i, dx in enumerate(deltas)])
-
-
-def gradients(
-    form: Form,
-    dims: GroupDims,
-    operands: Operands,
-    h: jax.Array,
-    g: jax.Array,
-    cotangents: Sequence[jax.Array],
-) -> list[jax.Array]:
-    """Returns `da = xᵀ·g` of all kernels, concatenated, and each `db = hᵀ·dy`."""
-    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
-    x, dtype = operands.x, operands.a[0].dtype
-    if operands.drops:
-        x, pieces = workable(x, g.dtype), enumerate(per_kernel(g, operands.ranks))
-        of_one = lambda i, g: layout.grad_a(dropped(dims, operands, i, x), g, dtype)
-        found = [concatenate([of_one(i, g) for i, g in pieces])]
-    else:
-        found = [layout.grad_a(x, g, dtype)]
-    rows = _each(dims, operands, cotangents)
-    hs = scaled(dims, h, operands.ranks)
-    found += [one[1].grad_b(h, one[4], one[3]) for one, h in zip(rows, hs, strict=True)]
-    return [apart(value) for value in found] if form in _APART else found
-
-
-def _each(
-    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
-) -> list[tuple[KernelDims, Layout, jax.Array, jax.Array, jax.Array]]:
-    rows = zip(dims.kernels, operands.kernels, operands.b, cotangents, strict=True)
-    layout = lambda one, w: Layout.of(dims, one, operands.x, w)
-    return [(one, layout(one, w), w, b, dy) for one, w, b, dy in rows]
-
-
-def shrink_cotangents(
-    dims: GroupDims,
-    operands: Operands,
-    cotangents: Sequence[jax.Array],
-    form: Form = "separate",
-) -> jax.Array:
-    """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank, through gates."""
-    dtype = compute_dtype(dims, operands.x, operands.kernels)
-    parts = []
-    for one, layout, _, b, dy in _each(dims, operands, cotangents):
-        b = apart(b) if form in _APART else b
-        g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
-        parts.append(one.scaling * g)
-    return through_gates(operands, concatenate(parts))
-
-
-def _sum(parts: Sequence[jax.Array]) -> jax.Array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 # --- separate ---
@@ -227,14 +129,14 @@ def _separate_backward(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     g = shrink_cotangents(dims, operands, cotangents)
-    return g, _sum(_through_kernels(dims, operands, cotangents, g.dtype))
+    return g, total(_through_kernels(dims, operands, cotangents, g.dtype))
 
 
 def _through_kernels(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array], dtype: Any
 ) -> list[jax.Array]:
     """Returns `dy·Wᵀ` of each kernel."""
-    each = _each(dims, operands, cotangents)
+    each = each_kernel(dims, operands, cotangents)
     return [layout.grad_x(dy, w, operands.x, dtype) for _, layout, w, _, dy in each]
 
 
@@ -274,13 +176,13 @@ def _extended_backward(
     features = math.prod(x.shape[i] for i in dims.contract)
     lead = x.ndim - len(dims.contract)
     parts = []
-    for i, (one, _, _, _, dy) in enumerate(_each(dims, operands, cotangents)):
+    for i, (one, _, _, _, dy) in enumerate(each_kernel(dims, operands, cotangents)):
         kernel = _extended_kernel(operands, i, features)
         dy = dy.reshape(*dy.shape[:lead], -1)
         contract = ((lead,), (1,))
         parts.append(dot(dy, kernel, contract, ((), ()), x.dtype, one.precision))
-    total = _sum(parts)
-    dx, g = total[..., :features].reshape(x.shape), total[..., features:]
+    both = total(parts)
+    dx, g = both[..., :features].reshape(x.shape), both[..., features:]
     g = concatenate(scaled(dims, g, operands.ranks))
     return through_gates(operands, g), dx
 
@@ -314,7 +216,7 @@ def _summed_backward(
     a = concatenate([cast(a) for a in operands.a])
     every = Terms(tuple(cotangents), operands.kernels, cast(g), a)
     how = How(True, dims.kernels[0].precision)
-    return g, _sum([add(part, how) for part in in_parts(every, operands.ranks)])
+    return g, total([add(part, how) for part in in_parts(every, operands.ranks)])
 
 
 def _shrink_cotangents_of_each(

@@ -30,17 +30,11 @@ from .._params.lazy import (
     pulled,
 )
 from .choice import ByPlatform
-from .forms import (
-    Backward,
-    backward,
-    forward,
-    gradients,
-    shrink,
-    shrink_cotangents,
-)
+from .forms import Backward, backward, forward
 from .gate import factor_through
 from .group import Form, GroupDims, Layout, Operands, per_kernel
 from .lowered import Pass, run_lowered
+from .skinny import gradients, shrink, shrink_cotangents
 
 # `x·a` is kept for the backward pass where it has at most an eighth of the columns of
 # `x`, and not computed again under `jax.checkpoint` where it has at most 1/32 of them.

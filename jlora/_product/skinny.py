@@ -1,0 +1,126 @@
+"""The skinny products of a group: `x·a`, `dy·bᵀ`, and the gradients of factors.
+
+They are those of all forms, see `_product.forms`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from .._jax.dots import dot
+from .._jax.dtypes import workable
+from .group import (
+    Form,
+    GroupDims,
+    KernelDims,
+    Layout,
+    Operands,
+    compute_dtype,
+    concatenate,
+    dropped,
+    per_kernel,
+    through_gates,
+)
+from .partitioned import apart
+
+# Forms in which the sharding of a factor says nothing of activations.
+APART = ("partitioned", "ruled")
+
+
+def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
+    """Returns the concatenated `a`, in the dtype of the skinny products."""
+    dtype = compute_dtype(dims, operands.x, operands.kernels)
+    return concatenate([a.astype(dtype) for a in operands.a])
+
+
+def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.Array:
+    """Returns `h = x·a` of all kernels, with the rank last, through their gates."""
+    a = side_by_side(dims, operands)
+    a = apart(a) if form in APART else a
+    x = workable(operands.x, a.dtype)
+    n_batch = len(dims.batch)
+    contract = (dims.contract, range(n_batch, a.ndim - 1))
+    batch = (dims.batch, range(n_batch))
+
+    def product(x: jax.Array, a: jax.Array) -> jax.Array:
+        return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
+
+    if not operands.drops:
+        return through_gates(operands, product(x, a))
+    each = enumerate(per_kernel(a, operands.ranks))
+    pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
+    return through_gates(operands, concatenate(pieces))
+
+
+def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
+    """Returns the pieces of a rank-sized value, each times its kernel's scaling."""
+    pieces = zip(dims.kernels, per_kernel(value, ranks), strict=True)
+    return [one.scaling * piece for one, piece in pieces]
+
+
+def grad_x_of_deltas(
+    dims: GroupDims, operands: Operands, g: jax.Array, form: Form = "separate"
+) -> jax.Array:
+    """Returns `Σ g·aᵀ` in the layout of `x`, each summand through its dropout."""
+    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+    a = side_by_side(dims, operands)
+    if not operands.drops:
+        return layout.grad_x_of_delta(g, a, operands.x)
+    a, ranks = apart(a) if form in APART else a, operands.ranks
+    pairs = zip(per_kernel(g, ranks), per_kernel(a, ranks), strict=True)
+    deltas = [layout.grad_x_of_delta(*pair, operands.x) for pair in pairs]
+    return total([dropped(dims, operands, i, dx) for i, dx in enumerate(deltas)])
+
+
+def gradients(
+    form: Form,
+    dims: GroupDims,
+    operands: Operands,
+    h: jax.Array,
+    g: jax.Array,
+    cotangents: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Returns `da = xᵀ·g` of all kernels, concatenated, and each `db = hᵀ·dy`."""
+    layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
+    x, dtype = operands.x, operands.a[0].dtype
+    if operands.drops:
+        x, pieces = workable(x, g.dtype), enumerate(per_kernel(g, operands.ranks))
+        of_one = lambda i, g: layout.grad_a(dropped(dims, operands, i, x), g, dtype)
+        found = [concatenate([of_one(i, g) for i, g in pieces])]
+    else:
+        found = [layout.grad_a(x, g, dtype)]
+    rows = each_kernel(dims, operands, cotangents)
+    hs = scaled(dims, h, operands.ranks)
+    found += [one[1].grad_b(h, one[4], one[3]) for one, h in zip(rows, hs, strict=True)]
+    return [apart(value) for value in found] if form in APART else found
+
+
+def each_kernel(
+    dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
+) -> list[tuple[KernelDims, Layout, jax.Array, jax.Array, jax.Array]]:
+    rows = zip(dims.kernels, operands.kernels, operands.b, cotangents, strict=True)
+    layout = lambda one, w: Layout.of(dims, one, operands.x, w)
+    return [(one, layout(one, w), w, b, dy) for one, w, b, dy in rows]
+
+
+def shrink_cotangents(
+    dims: GroupDims,
+    operands: Operands,
+    cotangents: Sequence[jax.Array],
+    form: Form = "separate",
+) -> jax.Array:
+    """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank, through gates."""
+    dtype = compute_dtype(dims, operands.x, operands.kernels)
+    parts = []
+    for one, layout, _, b, dy in each_kernel(dims, operands, cotangents):
+        b = apart(b) if form in APART else b
+        g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
+        parts.append(one.scaling * g)
+    return through_gates(operands, concatenate(parts))
+
+
+def total(parts: Sequence[jax.Array]) -> jax.Array:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
