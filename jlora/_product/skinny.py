@@ -98,6 +98,7 @@ def gradients(
 def each_kernel(
     dims: GroupDims, operands: Operands, cotangents: Sequence[jax.Array]
 ) -> list[tuple[KernelDims, Layout, jax.Array, jax.Array, jax.Array]]:
+    """Returns what the gradients need of each kernel: dims, layout, W, b and dy."""
     rows = zip(dims.kernels, operands.kernels, operands.b, cotangents, strict=True)
     layout = lambda one, w: Layout.of(dims, one, operands.x, w)
     return [(one, layout(one, w), w, b, dy) for one, w, b, dy in rows]
@@ -120,7 +121,5 @@ def shrink_cotangents(
 
 
 def total(parts: Sequence[jax.Array]) -> jax.Array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    """Returns the sum of some arrays, in their order."""
+    return functools.reduce(jnp.add, parts)
