@@ -3,9 +3,11 @@
 They are those of all forms, see `_product.forms`.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from .._jax.dots import dot
 from .._jax.dtypes import workable
