@@ -48,7 +48,8 @@ def _kind(entry: Any, batch: tuple[int, ...] | None) -> tuple[Any, ...]:
         dora = getattr(entry, "magnitude", None) is not None
         return entry.rank, entry.scaling, str(entry.a.dtype), dora, batch, settings
     dtypes = {str(array.dtype) for array in variant.arrays(entry).values()}
-    settings = (("variant", variant.name), *settings)
+    if variant.is_named:
+        settings = (("variant", variant.name), *settings)
     return (max(dtypes), settings if variant.has_roles else None)
 
 

@@ -374,7 +374,7 @@ def test_text_of_the_config(
     ("saved", {"modules_to_save": "head"}, Corrupt, "`modules_to_save`"),
     ("init", {"init_lora_weights": 3}, Corrupt, "`init_lora_weights`", "3"),
     ("no type", {"peft_type": ...}, AdapterError, "None", "LORA"),
-    ("other type", {"peft_type": "IA3"}, AdapterError, "IA3", "LORA"),
+    ("other type", {"peft_type": "BOFT"}, AdapterError, "BOFT", "LORA"),
     ("OFT", {"peft_type": "OFT"}, AdapterError, "OFT", "peft.save_as_lora"),
     ("odd type", {"peft_type": ["LORA"]}, AdapterError, "LORA"),
     ("dora number", {"use_dora": 1}, Corrupt, "use_dora"),
