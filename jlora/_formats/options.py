@@ -114,7 +114,9 @@ def read_all(
         AdapterError: if adapters of different formats would not be under one kind of
             names without a base.
     """
-    check_base(given, paths, forms)
+    if given.base is not None and not any("base" in form.placing for form in forms):
+        told = f"{paths[0]} is of {forms[0].name}"
+        raise ValueError(f"{told}, which has no place for --base; leave that out")
     if len({form.name for form in forms}) > 1 and not given.base:
         for form, path in zip(forms, paths, strict=True):
             told = form.told_in_part(path, ignore=given.ignore)
@@ -122,17 +124,6 @@ def read_all(
                 raise AdapterError(told)
     every = zip(forms, paths, strict=True)
     return [f.read(p, ignore=given.ignore, **_for(f, given))[1] for f, p in every]
-
-
-def check_base(given: Any, paths: Sequence[Path], forms: Sequence[Format]) -> None:
-    """Raises for a base that none of the formats needs.
-
-    Raises:
-        ValueError: that names the first path.
-    """
-    if given.base is not None and not any("base" in form.placing for form in forms):
-        told = f"{paths[0]} is of {forms[0].name}"
-        raise ValueError(f"{told}, which has no place for --base; leave that out")
 
 
 def _for(form: Format, given: Any) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from .._errors import AdapterError
 from .._files.safetensors import MAX_BYTES, check_finite, read_tensors
 from .files import WEIGHTS, opened
 from .keys import sort_keys
-from .relatives import RELATIVES, is_relative, scalings_said
+from .relatives import (
+    RELATIVES,
+    by_module,
+    is_relative,
+    of_other_tensors,
+    scalings_said,
+)
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -94,8 +100,7 @@ def describe(path: Path) -> Description | None:
     projections, others = _apart(tensors, where) if kind == "VERA" else ({}, tensors)
     own, whole = _by_module(kind, others, where)
     measures = _measures(kind, own, projections, where)
-    scaled = kind in ("LOHA", "LOKR")
-    said = scalings_said(values, str(folder)) if scaled else None
+    said = scalings_said(values, str(folder)) if RELATIVES[kind].scaled else None
     modules = {}
     for name, measure in measures.items():
         alpha = said.alpha(name) if said else None
@@ -123,23 +128,11 @@ def _by_module(
     kind: str, tensors: Mapping[str, np.ndarray], where: str
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Returns the tensors of each module by what is left of their names, and others."""
-    part = RELATIVES[kind].part
     strange, others = sort_keys(tensors, where)
-    own: dict[str, dict[str, np.ndarray]] = {}
-    whole = {}
-    for key, tensor in others.items():
-        module, dot, name = key.rpartition(f".{part}")
-        if dot:
-            own.setdefault(module, {})[name] = tensor
-        elif not key.endswith(_FROZEN):
-            whole[key] = tensor
+    own, rest = by_module(others, RELATIVES[kind].part)
     if strange or not own:
-        raise AdapterError(
-            f"{where} is of {kind}, whose tensors have {part!r} in their names, and "
-            f"holds {[*strange][:3] or sorted(tensors)[:3]}; `peft_type` in the config "
-            "must be that of the tensors"
-        )
-    return own, whole
+        raise of_other_tensors(where, kind, [*strange] or sorted(tensors))
+    return own, {key: t for key, t in rest.items() if not key.endswith(_FROZEN)}
 
 
 def _measures(

@@ -22,7 +22,7 @@ from .keys import check_dora
 from .lora_bias import read_lora_biases
 from .relatives import fitted
 from .rows import read_rows
-from .scales import fitted_scale, scales_of
+from .scales import scales_of
 from .sides import NO_VERSION, Version, exchanged, refuse_square
 from .tables import check_head
 from .whole import read_whole
@@ -143,10 +143,7 @@ def read_factors(files: AdapterFiles, base: Base) -> dict[str, LoraFactors]:
             with assembly.noting():
                 homes = assembly.homes(module)
                 binding = base.bindings[homes[0].path]
-                if files.kind == "IA3":
-                    module = fitted_scale(module, homes, base)
-                else:
-                    module = fitted(module, files.kind, base, binding.path)
+                module = fitted(module, files.kind, homes, base)
                 for one in _as_configured(module, binding, files, base):
                     assembly.place(one, homes)
     assembly.problems += _not_selected(assembly.owners, files.config)

@@ -7,17 +7,17 @@ its own. So everything that reads LoRA's files reads these, in any layout of the
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
 from .._torch.modules import TorchModule
-from .._torch.named_params import Base
+from .._torch.named_params import Base, Home
 from .config import PeftConfig, exact_keys
 from .keys import PREFIX
-from .scales import as_factors, with_sides
+from .scales import as_factors, fitted_scale, with_sides
 
 Tensors = Mapping[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -33,12 +33,14 @@ class Relative:
         renamed: LoRA's name of a field that means the same.
         factors: `(out, rank)` and `(rank, in)` of a module, from its tensors by what is
             left of their names, and the bytes that they may take.
+        scaled: whether its config has an alpha and ranks, as LoRA's has.
     """
 
     part: str
     inert: frozenset[str]
     renamed: Mapping[str, str]
     factors: Callable[[Tensors, int], Pair]
+    scaled: bool = False
 
 
 def is_relative(values: Any) -> bool:
@@ -67,17 +69,16 @@ def as_lora(
     """
     kind = values["peft_type"]
     relative = RELATIVES[kind]
-    own, rest = _by_module(tensors, relative.part)
+    found_own, rest = by_module(tensors, relative.part)
+    widen = lambda parts: {name: _widened(tensor) for name, tensor in parts.items()}
+    own = {module: widen(parts) for module, parts in found_own.items()}
     if kind == "VERA":
         own = _with_projections(own, where)
     elif kind == "IA3":
         own = with_sides(own, values, where)
     strange = [key for key in rest if ".lora_" in key]
     if strange or not own:
-        raise AdapterError(
-            f"{where} is of {kind}, whose tensors have {relative.part!r} in their "
-            f"names, and holds {strange[:3] or sorted(tensors)[:3]}"
-        )
+        raise of_other_tensors(where, kind, strange or sorted(tensors))
     found, ranks, problems, left = {}, {}, [], max_bytes
     for module, parts in own.items():
         try:
@@ -95,33 +96,33 @@ def as_lora(
     dropped = relative.inert | {"peft_type", *relative.renamed}
     plain = {key: value for key, value in values.items() if key not in dropped}
     plain |= {to: values[key] for key, to in relative.renamed.items() if key in values}
-    scaled = kind in ("LOHA", "LOKR")
-    plain |= _scalings(values, ranks, where) if scaled else _ones(ranks)
+    plain |= _scalings(values, ranks, where) if relative.scaled else _ones(ranks)
     return {**plain, "peft_type": "LORA"}, {**rest, **found}
 
 
-def fitted(module: TorchModule, kind: str, base: Base, path: str) -> TorchModule:
+def fitted(
+    module: TorchModule, kind: str, homes: Sequence[Home], base: Base
+) -> TorchModule:
     """Returns a module in the shape that its kernel tells and its tensors do not.
 
-    Those of LoHa and LoKr have the window of a convolution among their columns, and
-    VeRA's projection has the columns of the widest module.
+    Those of LoHa and LoKr have the window of a convolution among their columns, VeRA's
+    projection has the columns of the widest module, and IA3's scale has one side.
     """
     if kind == "LORA" or module.window:
         return module
+    if kind == "IA3":
+        return fitted_scale(module, homes, base)
+    path = homes[0].path
     binding, shape = base.bindings[path], base.shape(path)
     axes = base.axes(path)
     if kind == "VERA":
         fan_in, _ = axes.fans(shape)
         return dataclasses.replace(module, a=module.a[:fan_in])
-    inputs = tuple(shape[i] for i in axes.in_)
-    if "same" in binding.steps:
-        return dataclasses.replace(module, window=inputs[1:])
-    if "conv" in binding.steps:
-        return dataclasses.replace(module, window=inputs[:-1])
-    return module
+    window = binding.window(tuple(shape[i] for i in axes.in_))
+    return dataclasses.replace(module, window=window)
 
 
-def _by_module(
+def by_module(
     tensors: Tensors, part: str
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Returns the tensors of each module by what is left of their names, and others."""
@@ -130,11 +131,23 @@ def _by_module(
     for key, tensor in tensors.items():
         module, dot, name = key.rpartition(f".{part}")
         if dot:
-            wide = tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
-            own.setdefault(module, {})[name] = wide
+            own.setdefault(module, {})[name] = tensor
         else:
             rest[key] = tensor
     return own, rest
+
+
+def of_other_tensors(where: str, kind: str, held: Sequence[str]) -> AdapterError:
+    """Returns the error of a file whose tensors are not those of its kind."""
+    return AdapterError(
+        f"{where} is of {kind}, whose tensors have {RELATIVES[kind].part!r} in their "
+        f"names, and holds {[*held][:3]}; `peft_type` in the config must be that of "
+        "the tensors"
+    )
+
+
+def _widened(tensor: np.ndarray) -> np.ndarray:
+    return tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
 
 
 def _with_projections(own: Mapping[str, Tensors], where: str) -> dict[str, Tensors]:
@@ -276,8 +289,8 @@ _VERA = frozenset({"r", "d_initial", "init_weights", "save_projection"})
 _VERA |= {"projection_prng_key"}
 _IA3 = frozenset({"init_ia3_weights", "feedforward_modules"})
 RELATIVES = {
-    "LOHA": Relative("hada_", _LYCORIS, {}, _loha),
-    "LOKR": Relative("lokr_", _LYCORIS, {}, _lokr),
+    "LOHA": Relative("hada_", _LYCORIS, {}, _loha, scaled=True),
+    "LOKR": Relative("lokr_", _LYCORIS, {}, _lokr, scaled=True),
     "VERA": Relative("vera_", _VERA, {"vera_dropout": "lora_dropout"}, _vera),
     "IA3": Relative("ia3_", _IA3, {}, lambda parts, _: as_factors(parts)),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._adapter.variants import VARIANTS, variant_of_entry
+from .._adapter.variants import variant_of_entry, variant_of_peft
 from .._errors import AdapterError
 from .._files.patterns import ends_of
 from .._torch.named_params import Base
@@ -17,7 +17,7 @@ from .config import PeftConfig
 
 FIELD = "trainable_token_indices"
 KEY = ".token_adapter.trainable_tokens_delta"
-_VARIANT = next(variant for variant in VARIANTS if variant.peft == FIELD)
+_VARIANT = variant_of_peft(FIELD)
 (_SETTING,) = _VARIANT.settings
 (_VALUES,) = _VARIANT.names
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._adapter.factors import LoraFactors
-from .._adapter.variants import VARIANTS
+from .._adapter.variants import variant_of_peft
 from .._errors import AdapterError, CorruptFileError, UnsupportedFeatureError
 from .._files.patterns import file_pattern
 from .._params.given import listed
@@ -21,10 +21,8 @@ from .keys import PREFIX
 
 Array = np.ndarray
 Tensors = Mapping[str, Array]
-
-
 INPUTS = "inputs"
-_VARIANT = next(variant for variant in VARIANTS if variant.peft == "IA3")
+_VARIANT = variant_of_peft("IA3")
 
 
 def with_sides(
@@ -92,9 +90,7 @@ def fitted_scale(module: TorchModule, homes: Sequence[Home], base: Base) -> Torc
     of_outputs = np.array_equal(module.a, [[1]])
     axes = base.axes(path, None if of_outputs else len(module.a))
     fan_in, fan_out = axes.fans(shape)
-    inputs = tuple(shape[i] for i in axes.in_)
-    window = inputs[:-1] if "conv" in binding.steps else ()
-    window = inputs[1:] if "same" in binding.steps else window
+    window = binding.window(tuple(shape[i] for i in axes.in_))
     a, b = module.a, module.b
     if "experts" in binding.steps:
         raise UnsupportedFeatureError(

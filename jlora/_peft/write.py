@@ -33,9 +33,8 @@ def check_writable(adapter: Mapping[str, Any], kind: str) -> None:
     Raises:
         UnsupportedFeatureError: with their paths.
     """
-    each = {path: variant_of_entry(entry) for path, entry in adapter.items()}
     for variant in variants():
-        own = {path for path, own in each.items() if own is variant}
+        own = [p for p, entry in adapter.items() if variant_of_entry(entry) is variant]
         paths = sorted(path for path in own if variant.reads(adapter[path]))
         if paths and variant.peft not in (FIELD, kind):
             own_kind = f'or write them with `kind="{variant.peft}"`'

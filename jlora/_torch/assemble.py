@@ -307,11 +307,7 @@ def _joined(
             for e in range(max(map(len, places.values())))
         ]
     inputs = sizes(entry.kernel_shape, entry.axes.in_)
-    if "same" in binding.steps and "experts" not in binding.steps:
-        return [dataclasses.replace(one, window=inputs[1:]) for one in found]
-    if "conv" not in binding.steps:
-        return found
-    return [
-        dataclasses.replace(one, a=window_last(one.a, inputs), window=inputs[:-1])
-        for one in found
-    ]
+    window = binding.window(inputs)
+    if window and "same" not in binding.steps:
+        found = [dataclasses.replace(m, a=window_last(m.a, inputs)) for m in found]
+    return [dataclasses.replace(one, window=window) for one in found]

@@ -195,6 +195,12 @@ class Binding:
             )
         return widths
 
+    def window(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the window of a convolution, of the sizes of the leaf's inputs."""
+        if "same" in self.steps and "experts" not in self.steps:
+            return inputs[1:]
+        return inputs[:-1] if "conv" in self.steps else ()
+
     def parameter(self, module: str) -> str:
         """Returns torch's name of the leaf, given that of its module."""
         if {"experts", "parameter"} & set(self.steps):

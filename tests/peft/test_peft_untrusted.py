@@ -530,7 +530,7 @@ def test_many_patterns_take_no_time(tmp_path: Path, key: str) -> None:
         refusal(tmp_path, Unsupported, "`rank_pattern`", "too many")
     else:
         jlora.peft.load(tmp_path, PARAMS)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 2
 
 
 LISTS = {
@@ -555,7 +555,7 @@ def test_many_names_take_no_time(tmp_path: Path, field: str) -> None:
     write(tmp_path, config(**said))
     begun = time.process_time()
     jlora.peft.load(tmp_path, params)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 3
 
 
 def test_a_parameter_that_is_promised_and_not_there(tmp_path: Path) -> None:

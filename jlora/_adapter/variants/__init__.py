@@ -93,6 +93,11 @@ def _check_settings(config: LoraConfig, variant: Variant) -> None:
             )
 
 
+def variant_of_peft(name: str) -> Variant:
+    """Returns the variant that has this name of PEFT's, `Variant.peft`."""
+    return next(variant for variant in VARIANTS if variant.peft == name)
+
+
 def variant_of_entry(entry: Any) -> Variant:
     """Returns the variant of an entry of an adapter."""
     return _of_class(type(entry))
