@@ -80,7 +80,7 @@ def unrolled(model: Decoder, params: Params) -> tuple[Decoder, Params]:
 
 def empty_cache(model: Decoder, length: int) -> Cache:
     """Returns keys and values, (batch, kv_heads, length, head size), of each layer."""
-    shape = (model.batch, model.kv_heads, length, model.d // model.heads)
+    shape = (model.batch, model.kv_heads, length, model.features_of_head)
     zeros = lambda: jnp.zeros(shape, model.dtype)
     return [(zeros(), zeros()) for _ in range(model.layers)]
 
@@ -113,7 +113,7 @@ def decode_layer(
     """
     h = rms_norm(x, layer["norm_1"])
     q, k, v = plain(h, layer, ("q", "k", "v"))
-    heads = lambda y, n: y.reshape(*y.shape[:-1], n, model.d // model.heads)
+    heads = lambda y, n: y.reshape(*y.shape[:-1], n, model.features_of_head)
     new = rotate_at(heads(k, model.kv_heads), position), heads(v, model.kv_heads)
     put = lambda old, one: lax.dynamic_update_slice_in_dim(
         old, one.swapaxes(1, 2), position, axis=2

@@ -29,8 +29,9 @@ class Decoder:
     """A dense Llama-like decoder: RMS norms, rotary attention, a gated MLP.
 
     `loss_chunks` splits the tokens of the head's loss, so that the logits of one chunk
-    exist at a time. On a mesh, `rows` is the layout of the embedded tokens, and
-    `features` theirs as they come out of the table (`placing.on_mesh`).
+    exist at a time. A head has `d / heads` features, or `head_dim`. On a mesh, `rows`
+    is the layout of the embedded tokens, and `features` theirs as they come out of the
+    table (`placing.on_mesh`).
     """
 
     d: int = 512
@@ -38,6 +39,7 @@ class Decoder:
     layers: int = 4
     heads: int = 8
     kv_heads: int = 8
+    head_dim: int | None = None
     vocab: int = 2048
     batch: int = 4
     seq: int = 256
@@ -55,10 +57,16 @@ class Decoder:
         """The tokens of a batch."""
         return self.batch * self.seq
 
+    @property
+    def features_of_head(self) -> int:
+        """The features of one head of the attention."""
+        return self.head_dim or self.d // self.heads
+
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns (d_in, d_out) of each kernel of a layer."""
-        d, kv = self.d, self.d // self.heads * self.kv_heads
-        attention = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d)}
+        d, dim = self.d, self.features_of_head
+        q, kv = dim * self.heads, dim * self.kv_heads
+        attention = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d)}
         return attention | {
             "gate": (d, self.ffn),
             "up": (d, self.ffn),
@@ -126,9 +134,10 @@ class Decoder:
         """One layer."""
         h = rms_norm(x, layer["norm_1"])
         q, k, v = linears(h, layer, ("q", "k", "v"))
-        heads = lambda y, n: y.reshape(*y.shape[:-1], n, self.d // self.heads)
+        heads = lambda y, n: y.reshape(*y.shape[:-1], n, self.features_of_head)
         q, k = rotate(heads(q, self.heads)), rotate(heads(k, self.kv_heads))
-        mixed = self.mix(q, k, heads(v, self.kv_heads)).reshape(x.shape)
+        mixed = self.mix(q, k, heads(v, self.kv_heads))
+        mixed = mixed.reshape(*x.shape[:-1], -1)
         x = x + linears(mixed, layer, ("o",))[0]
         return x + self.mlp(rms_norm(x, layer["norm_2"]), layer, linears)
 

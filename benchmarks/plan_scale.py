@@ -28,6 +28,7 @@ SIZES = {
     "8B": {"d": 4096, "ffn": 14336, "layers": 32, "heads": 32, "kv_heads": 8},
     "70B": {"d": 8192, "ffn": 28672, "layers": 80, "heads": 64, "kv_heads": 8},
     "175B": {"d": 12288, "ffn": 32768, "layers": 96, "heads": 96, "kv_heads": 96},
+    "405B": {"d": 16384, "ffn": 53248, "layers": 126, "heads": 128, "kv_heads": 8},
     "1T": {"d": 25600, "ffn": 68352, "layers": 128, "heads": 200, "kv_heads": 200},
 }
 VOCABULARIES = {"1B": 32000, "175B": 50257}

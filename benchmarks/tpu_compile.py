@@ -24,6 +24,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
+from cases import preset
 from memory import counted
 from models import Decoder
 from plan_scale import LLAMA, SIZES
@@ -50,14 +51,14 @@ class Case:
     Attributes:
         topology: the chips, such as "v5e:4x4".
         mesh: the sizes of the axes; none for one layer on the first chip.
-        model: the decoder; None for one layer.
+        model: what is stepped; None for one layer.
         width, tokens: those of one layer.
         contenders: the steps.
     """
 
     topology: str
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    model: Decoder | None = None
+    model: Any = None
     width: int = 2048
     tokens: int = 8192
     contenders: tuple[str, ...] = OF_A_LAYER
@@ -74,6 +75,11 @@ def large(topology: str, model: Decoder, **mesh: int) -> Case:
     return Case(topology, mesh, model, contenders=OF_A_MODEL)
 
 
+def on_one(topology: str, model: Any) -> Case:
+    """Returns the case of a whole model on the first chip."""
+    return Case(topology, {"fsdp": 1}, model, contenders=(FROZEN, JLORA, FULL))
+
+
 EXPERTS = Experts(
     d=2048,
     ffn=2816,
@@ -87,15 +93,29 @@ EXPERTS = Experts(
     dtype=jnp.bfloat16,
     remat=True,
 )
+# The shapes of Gemma 3 4B, whose attention is causal over all tokens here.
+GEMMA = Decoder(
+    d=2560,
+    ffn=10240,
+    layers=34,
+    heads=8,
+    kv_heads=4,
+    head_dim=256,
+    vocab=262144,
+    batch=4,
+    seq=1024,
+    dtype=jnp.bfloat16,
+    remat=True,
+    loss_chunks=8,
+)
+VIT = preset("vit", "b")
 SMALL = Decoder(d=512, layers=4, batch=8, dtype=jnp.bfloat16, remat=True)
 CASES = {
     "layer, d = 2048, v5e": Case("v5e:2x2"),
     "layer, d = 4096, v5e": Case("v5e:2x2", width=4096),
     "layer, d = 2048, v6e": Case("v6e:2x2"),
     "layer, d = 4096, v6e": Case("v6e:2x2", width=4096),
-    "8 experts, one v5e": Case(
-        "v5e:2x2", {"fsdp": 1}, EXPERTS, contenders=(FROZEN, JLORA, FULL)
-    ),
+    "8 experts, one v5e": on_one("v5e:2x2", EXPERTS),
     "8B, v5e 4x4, fsdp 16": large("v5e:4x4", llama("8B", 16), fsdp=16),
     "8B, v5e 4x4, fsdp 4 x tensor 4": large(
         "v5e:4x4", llama("8B", 16), fsdp=4, tensor=4
@@ -103,6 +123,11 @@ CASES = {
     "70B, v5p 4x4x4, fsdp 16 x tensor 4": large(
         "v5p:4x4x4", llama("70B", 64), fsdp=16, tensor=4
     ),
+    "405B, v5p 8x8x8, fsdp 64 x tensor 8": large(
+        "v5p:8x8x8", llama("405B", 512), fsdp=64, tensor=8
+    ),
+    "4B as Gemma 3, one v5e": on_one("v5e:2x2", GEMMA),
+    "ViT-B, one v5e": on_one("v5e:2x2", VIT),
 }
 QUICK = {
     "layer, d = 1024, v5e": Case(

@@ -130,11 +130,12 @@ class Experts(MixtureOfExperts):
 
 
 def model_step(
-    name: str, model: Decoder, topology: str, sizes: dict[str, int]
+    name: str, model: Any, topology: str, sizes: dict[str, int]
 ) -> tuple[Any, tuple[Any, ...]]:
     """Returns a contender's jitted step, and its arguments as shapes with places."""
     mesh = mesh_of(chips_of(topology), sizes)
-    model, rows = on_mesh(model, mesh), rows_of(mesh)
+    rows = rows_of(mesh)
+    model = on_mesh(model, mesh) if isinstance(model, Decoder) else model
     *state, params, batch = shapes_of(JLORA if name == SPREAD else name, model)
     batch = placed(batch, rows)
     full = name == FULL

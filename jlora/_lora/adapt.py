@@ -17,7 +17,7 @@ from .._params.quantized import Quantized
 from .._product.dropout import key_words
 from .._program.interpret import outputs_of
 from .._program.trace import Traced
-from .._rules.adapted import Adapted
+from .._rules.adapted import Adapted, Held, laid_out
 from .._rules.view import Log
 
 
@@ -64,7 +64,7 @@ def adapted(
         cut: the axes of a shard_map that the input axes of a DoRA kernel are cut along.
     """
     if isinstance(entry, Gated):
-        value = adapted(leaf, entry.factors, key, rate)
+        value = laid_out(adapted(leaf, entry.factors, key, rate))
         gate = entry.gate.reshape(*[1] * value.base.ndim, -1)
         parts = [dataclasses.replace(part, gate=gate) for part in value.parts]
         return dataclasses.replace(value, parts=tuple(parts))
@@ -85,11 +85,14 @@ def with_factors(
     key: jax.Array | None,
     rate: float,
     cut: tuple[str, ...] = (),
-) -> Adapted:
+) -> Adapted | Held:
     """Returns a kernel with its factors, DoRA's scale and a key for dropout."""
-    axes = factors.axes
-    value = Adapted.of(kernel, axes, factors.a, factors.b, factors.scaling)
-    if key is not None and rate:
+    axes, key = factors.axes, key if rate else None
+    held = Held(kernel, axes, factors.a, factors.b, factors.scaling)
+    if key is None and factors.magnitude is None:
+        return held
+    value = held.laid_out
+    if key is not None:
         batch = tuple(kernel.shape[i] for i in axes.batch)
         words, dropout = key_words(key, batch, rate)
         aligned = expand(words, axes.batch, axes.ndim)

@@ -57,7 +57,7 @@ def _operands(static: Static, arrays: Arrays) -> Operands:
 
 def _evaluate(static: Static, arrays: Arrays, y: jax.Array) -> jax.Array:
     one, h = static.dims.kernels[0], shrink(static.dims, _operands(static, arrays))
-    return expand(static.dims, one, one.scaling * h, arrays.b, y)
+    return expand(static.dims, one, h, arrays.b, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

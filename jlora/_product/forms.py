@@ -47,6 +47,7 @@ from .group import (
     Operands,
     base_product,
     concatenate,
+    per_kernel,
     through_gates,
 )
 from .partitioned import Sum, sum_partitioned
@@ -69,7 +70,7 @@ class Backward(NamedTuple):
 def forward(
     form: Form, dims: GroupDims, operands: Operands, h: jax.Array
 ) -> list[jax.Array]:
-    """Returns the adapted products, each laid out as its base product; `h = x·a`."""
+    """Returns the adapted products, each laid out as its base product; `h = s·x·a`."""
     return _FORMS[form].forward(dims, operands, h)
 
 
@@ -97,7 +98,7 @@ def backward(
 
 
 def _separate(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
-    pieces = scaled(dims, h, operands.ranks)
+    pieces = per_kernel(h, operands.ranks)
     rows = zip(dims.kernels, operands.kernels, operands.b, pieces, strict=True)
     return [
         expand(dims, one, h, b, base_product(dims, one, operands.x, w))
@@ -144,8 +145,7 @@ def _through_kernels(
 
 
 def _extended(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
-    x, ranks = operands.x, operands.ranks
-    h = concatenate(scaled(dims, h, ranks))
+    x = operands.x
     features = math.prod(x.shape[i] for i in dims.contract)
     x = jnp.concatenate([x.reshape(*h.shape[:-1], features), h], axis=-1)
     outputs = []
@@ -183,7 +183,7 @@ def _extended_backward(
         parts.append(dot(dy, kernel, contract, ((), ()), x.dtype, one.precision))
     both = total(parts)
     dx, g = both[..., :features].reshape(x.shape), both[..., features:]
-    g = concatenate(scaled(dims, g, operands.ranks))
+    g = scaled(dims, g, operands.ranks)
     return through_gates(operands, g), dx
 
 
@@ -193,7 +193,7 @@ def _extended_backward(
 def _summed(
     dims: GroupDims, operands: Operands, h: jax.Array, add: Sum
 ) -> list[jax.Array]:
-    x, pieces = operands.x, scaled(dims, h, operands.ranks)
+    x, pieces = operands.x, per_kernel(h, operands.ranks)
     cast = lambda value: value.astype(x.dtype)
     how = How(False, dims.kernels[0].precision)
     rows = zip(operands.kernels, operands.b, pieces, strict=True)

@@ -1,4 +1,4 @@
-"""The skinny products of a group: `x·a`, `dy·bᵀ`, and the gradients of factors.
+"""The skinny products of a group: `s·x·a`, `dy·bᵀ`, and the gradients of factors.
 
 They are those of all forms, see `_product.forms`.
 """
@@ -36,7 +36,7 @@ def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
 
 
 def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.Array:
-    """Returns `h = x·a` of all kernels, with the rank last, through their gates."""
+    """Returns `h = s·x·a` of all kernels, with the rank last, through their gates."""
     a = side_by_side(dims, operands)
     a = apart(a) if form in APART else a
     x = workable(operands.x, a.dtype)
@@ -47,17 +47,22 @@ def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.
     def product(x: jax.Array, a: jax.Array) -> jax.Array:
         return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
 
-    if not operands.drops:
-        return through_gates(operands, product(x, a))
-    each = enumerate(per_kernel(a, operands.ranks))
-    pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
-    return through_gates(operands, concatenate(pieces))
+    if operands.drops:
+        each = enumerate(per_kernel(a, operands.ranks))
+        pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
+        h = concatenate(pieces)
+    else:
+        h = product(x, a)
+    return through_gates(operands, scaled(dims, h, operands.ranks))
 
 
-def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> list[jax.Array]:
-    """Returns the pieces of a rank-sized value, each times its kernel's scaling."""
-    pieces = zip(dims.kernels, per_kernel(value, ranks), strict=True)
-    return [one.scaling * piece for one, piece in pieces]
+def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> jax.Array:
+    """Returns a rank-sized value of all kernels, each piece times its scaling."""
+    scalings = [one.scaling for one in dims.kernels]
+    if len({*scalings}) == 1:
+        return scalings[0] * value
+    pieces = zip(scalings, per_kernel(value, ranks), strict=True)
+    return concatenate([scaling * piece for scaling, piece in pieces])
 
 
 def grad_x_of_deltas(
@@ -92,8 +97,8 @@ def gradients(
     else:
         found = [layout.grad_a(x, g, dtype)]
     rows = each_kernel(dims, operands, cotangents)
-    hs = scaled(dims, h, operands.ranks)
-    found += [one[1].grad_b(h, one[4], one[3]) for one, h in zip(rows, hs, strict=True)]
+    pairs = zip(rows, per_kernel(h, operands.ranks), strict=True)
+    found += [layout.grad_b(h, dy, b) for (_, layout, _, b, dy), h in pairs]
     return [apart(value) for value in found] if form in APART else found
 
 
@@ -115,11 +120,11 @@ def shrink_cotangents(
     """Returns `s·dy·bᵀ` of each kernel, concatenated along the rank, through gates."""
     dtype = compute_dtype(dims, operands.x, operands.kernels)
     parts = []
-    for one, layout, _, b, dy in each_kernel(dims, operands, cotangents):
+    for _, layout, _, b, dy in each_kernel(dims, operands, cotangents):
         b = apart(b) if form in APART else b
-        g = layout.shrink_cotangent(dy, b.astype(dtype), dtype)
-        parts.append(one.scaling * g)
-    return through_gates(operands, concatenate(parts))
+        parts.append(layout.shrink_cotangent(dy, b.astype(dtype), dtype))
+    g = scaled(dims, concatenate(parts), operands.ranks)
+    return through_gates(operands, g)
 
 
 def total(parts: Sequence[jax.Array]) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 from .._jax.versions import equation_scope, in_shard_map, is_literal, rebind, staged
 from .._params.lazy import called, dense, is_lazy
 from .._rules import CARRY, CONSUME, CONTROL_FLOW
-from .._rules.adapted import materialize
+from .._rules.adapted import laid_out, materialize
 from .._rules.broadcast import cut
 from .._rules.lazy_moves import stays_small
 from .._rules.lookup import look_up
@@ -64,26 +64,30 @@ def walk(program: Program, values: Sequence[Any], evaluation: Evaluation) -> lis
     """
     env = dict(zip(program.jaxpr.invars, values, strict=True))
     env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
-    read = lambda v: v.val if is_literal(v) else env[v]
+    held = lambda v: v.val if is_literal(v) else env[v]
+    read = lambda v: laid_out(held(v))
     for step in program.steps:
         if step.action == "dead":
             continue
         with equation_scope(step.eqns[0]):
-            outputs = _outputs(step, read, evaluation)
+            outputs = _outputs(step, read, held, evaluation)
         outvars = itertools.chain.from_iterable(eqn.outvars for eqn in step.eqns)
         env.update(zip(outvars, outputs, strict=True))
     return [read(v) for v in program.jaxpr.outvars]
 
 
 def _outputs(
-    step: Step, read: Callable[[Any], Any], evaluation: Evaluation
+    step: Step,
+    read: Callable[[Any], Any],
+    held: Callable[[Any], Any],
+    evaluation: Evaluation,
 ) -> Sequence[Any]:
-    """Returns the outputs of all equations of a step."""
+    """Returns the outputs of all equations of a step; products take what is held."""
     if step.action == "product":
         # Siblings are evaluated where the first stands, with its other operand.
         x = read(step.eqns[0].invars[1 - step.kernels[0]])
         pairs = zip(step.eqns, step.kernels, strict=True)
-        return evaluation.product(step, x, [read(eqn.invars[i]) for eqn, i in pairs])
+        return evaluation.product(step, x, [held(eqn.invars[i]) for eqn, i in pairs])
     (eqn,) = step.eqns
     values = [read(v) for v in eqn.invars]
     if step.along is not None:
@@ -99,7 +103,7 @@ def outputs_of(program: Program, inputs: Sequence[Any], *, derive: str) -> Any:
 
     Args:
         program: the jaxpr with the step of each equation.
-        inputs: one array, `Adapted` or `Lazy`, per input of the jaxpr.
+        inputs: one array, `Adapted`, `Held` or `Lazy`, per input of the jaxpr.
         derive: "custom" or "autodiff", see `low_rank_product`.
     """
 

@@ -81,6 +81,63 @@ class Adapted:
         return dataclasses.replace(self, base=base)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A kernel that nothing has moved, and its factors as the adapter holds them.
+
+    Most kernels are multiplied as they are, and then their factors are the matrices of
+    the product. Laid out along the axes of the kernel and back, with the derivatives of
+    that, they would be eight more equations a kernel.
+
+    Attributes:
+        base: the frozen kernel.
+        axes: the roles of its axes.
+        a: of shape (*batch, *in, r).
+        b: of shape (*batch, r, *out).
+        scaling: the scaling of the delta.
+    """
+
+    base: jax.Array | Lazy
+    axes: KernelAxes = dataclasses.field(metadata={"static": True})
+    a: jax.Array
+    b: jax.Array
+    scaling: float = dataclasses.field(metadata={"static": True})
+
+    @functools.cached_property
+    def laid_out(self) -> Adapted:
+        """The same in the layout that all other rules take."""
+        return Adapted.of(self.base, self.axes, self.a, self.b, self.scaling)
+
+    def matrices(
+        self, batch: Sequence[int], contract: Sequence[int], free: Sequence[int]
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Returns `(*batch, *contract, r)` and `(*batch, *free, r)` of a product.
+
+        None if that splits the axes of the kernel in another way.
+        """
+        axes, split = self.axes, ({*batch}, {*contract}, {*free})
+        b = jnp.moveaxis(self.b, len(axes.batch), -1)
+        sides = (axes.in_, self.a), (axes.out, b)
+        for (own, first), (other, second) in (sides, sides[::-1]):
+            if split == ({*axes.batch}, {*own}, {*other}):
+                first = _ordered(first, axes.batch + own, [*batch, *contract])
+                return first, _ordered(second, axes.batch + other, [*batch, *free])
+        return None
+
+
+def _ordered(
+    factor: jax.Array, axes: Sequence[int], wanted: Sequence[int]
+) -> jax.Array:
+    """Returns a factor, which has the rank last, with its axes in another order."""
+    return jax.lax.transpose(factor, (*map(axes.index, wanted), len(axes)))
+
+
+def laid_out(value: Any) -> Any:
+    """Returns a value of which each factor has all axes."""
+    return value.laid_out if isinstance(value, Held) else value
+
+
 def times_place(factor: jax.Array, place: jax.Array) -> jax.Array:
     """Returns a factor that is zero where its part does not stand."""
     if factor.dtype != place.dtype:

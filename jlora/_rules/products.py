@@ -22,7 +22,7 @@ from .._product.branch import Arrays, Static, add_branch
 from .._product.choice import ByPlatform
 from .._product.group import Form, GroupDims, Operands, concatenate
 from .._product.low_rank import low_rank_product
-from .adapted import Adapted, Part
+from .adapted import Adapted, Held, Part, laid_out
 from .dot_einsum import add_labelled
 from .dot_general import dot_dims, group_dims
 from .parts import contracted_first, dropped_input, factor_matrix, part_words, times
@@ -37,7 +37,7 @@ def run_products(
     eqns: Sequence[Any],
     operands: Sequence[int],
     x: jax.Array,
-    kernels: Sequence[Adapted],
+    kernels: Sequence[Adapted | Held],
     form: Form | ByPlatform,
     derive: str,
 ) -> list[jax.Array]:
@@ -69,8 +69,8 @@ def run_products(
         found = [m for i in which if (m := members[i]) is not None]
         if not found:
             (i,) = which
-            one = scaled[i]
-            outputs[i] = _apart(eqns[i], operands[i], one.x, one.kernel, derive)
+            one, kernel = scaled[i], laid_out(scaled[i].kernel)
+            outputs[i] = _apart(eqns[i], operands[i], one.x, kernel, derive)
             continue
         dims, arrays = _join(found)
         products = low_rank_product(dims, arrays, form=form, derive=derive)
@@ -88,13 +88,13 @@ class Scaled(NamedTuple):
     """
 
     x: jax.Array
-    kernel: Adapted
+    kernel: Adapted | Held
     after: jax.Array | None = None
 
     @classmethod
-    def of(cls, eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> "Scaled":
+    def of(cls, eqn: Any, operand: int, x: jax.Array, kernel: Any) -> "Scaled":
         """Moves the scale of a kernel, if it has one."""
-        scale = kernel.scale
+        scale = None if isinstance(kernel, Held) else kernel.scale
         if scale is None:
             return cls(x, kernel)
         kernel = dataclasses.replace(kernel, scale=None)
@@ -138,12 +138,30 @@ def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
     return jnp.expand_dims(value, free_axes(ndim, places))
 
 
-def _member(eqn: Any, operand: int, x: jax.Array, kernel: Adapted) -> _Member | None:
+def _member_as_held(
+    eqn: Any, operand: int, x: jax.Array, kernel: Held
+) -> _Member | None:
+    """Returns the product of a kernel that is split as its roles say."""
+    contract, batch, _, _ = dot_dims(eqn, operand)
+    free = free_axes(kernel.axes.ndim, contract, batch)
+    matrices = kernel.matrices(batch, contract, free)
+    if matrices is None:
+        return _member(eqn, operand, x, kernel.laid_out)
+    dims = group_dims(eqn, operand, kernel.scaling)
+    a, b = matrices
+    return _Member(dims, Operands(x, (kernel.base,), (a,), (b,), (None,), (None,)))
+
+
+def _member(
+    eqn: Any, operand: int, x: jax.Array, kernel: Adapted | Held
+) -> _Member | None:
     """Returns a product as a group of one.
 
     None if its parts are no two matrices, or have dropout and so an `x` each, or if it
     has none.
     """
+    if isinstance(kernel, Held):
+        return _member_as_held(eqn, operand, x, kernel)
     first, *others = kernel.parts or (None,)
     if first is None or (others and any(part.dropout for part in kernel.parts)):
         return None
