@@ -14,7 +14,7 @@ from .._rules.adapted import laid_out, materialize
 from .._rules.broadcast import cut
 from .._rules.lazy_moves import stays_small
 from .._rules.lookup import look_up
-from .._rules.products import run_products
+from .._rules.products import run_products, taken
 from .._rules.rule import Gathered, Run
 from .._rules.view import Program, Step
 
@@ -65,34 +65,37 @@ def walk(program: Program, values: Sequence[Any], evaluation: Evaluation) -> lis
     env = dict(zip(program.jaxpr.invars, values, strict=True))
     env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
     held = lambda v: v.val if is_literal(v) else env[v]
-    read = lambda v: laid_out(held(v))
     for step in program.steps:
         if step.action == "dead":
             continue
+        # Before its scope is entered, which may be one of other mesh axes.
+        operands = _operands(step, held)
         with equation_scope(step.eqns[0]):
-            outputs = _outputs(step, read, held, evaluation)
+            outputs = _outputs(step, operands, evaluation)
         outvars = itertools.chain.from_iterable(eqn.outvars for eqn in step.eqns)
         env.update(zip(outvars, outputs, strict=True))
-    return [read(v) for v in program.jaxpr.outvars]
+    return [laid_out(held(v)) for v in program.jaxpr.outvars]
 
 
-def _outputs(
-    step: Step,
-    read: Callable[[Any], Any],
-    held: Callable[[Any], Any],
-    evaluation: Evaluation,
-) -> Sequence[Any]:
-    """Returns the outputs of all equations of a step; products take what is held."""
+def _operands(step: Step, held: Callable[[Any], Any]) -> list[Any]:
+    """Returns what a step takes: of a product the other operand, and all kernels."""
+    if step.action != "product":
+        (eqn,) = step.eqns
+        return [laid_out(held(v)) for v in eqn.invars]
+    # Siblings are evaluated where the first stands, with its other operand.
+    x = laid_out(held(step.eqns[0].invars[1 - step.kernels[0]]))
+    pairs = zip(step.eqns, step.kernels, strict=True)
+    return [x, *(taken(eqn, i, held(eqn.invars[i])) for eqn, i in pairs)]
+
+
+def _outputs(step: Step, values: list[Any], evaluation: Evaluation) -> Sequence[Any]:
+    """Returns the outputs of all equations of a step."""
     if step.action == "product":
-        # Siblings are evaluated where the first stands, with its other operand.
-        x = read(step.eqns[0].invars[1 - step.kernels[0]])
-        pairs = zip(step.eqns, step.kernels, strict=True)
-        return evaluation.product(step, x, [held(eqn.invars[i]) for eqn, i in pairs])
-    (eqn,) = step.eqns
-    values = [read(v) for v in eqn.invars]
+        x, *kernels = values
+        return evaluation.product(step, x, kernels)
     if step.along is not None:
         values = cut(values, step.along)
-    return getattr(evaluation, step.action)(eqn, step, values)
+    return getattr(evaluation, step.action)(step.eqns[0], step, values)
 
 
 # --- a program with adapted kernels ---

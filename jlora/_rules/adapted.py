@@ -109,21 +109,23 @@ class Held:
         """The same in the layout that all other rules take."""
         return Adapted.of(self.base, self.axes, self.a, self.b, self.scaling)
 
+    def is_split(self, batch: Sequence[int], contract: Sequence[int]) -> bool:
+        """Whether a product contracts one side of the kernel and maps to the other."""
+        axes = self.axes
+        sides = {*axes.in_}, {*axes.out}
+        return {*batch} == {*axes.batch} and {*contract} in sides
+
     def matrices(
         self, batch: Sequence[int], contract: Sequence[int], free: Sequence[int]
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """Returns `(*batch, *contract, r)` and `(*batch, *free, r)` of a product.
-
-        None if that splits the axes of the kernel in another way.
-        """
-        axes, split = self.axes, ({*batch}, {*contract}, {*free})
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the `(*batch, *contract, r)` and `(*batch, *free, r)` of that."""
+        axes = self.axes
         b = jnp.moveaxis(self.b, len(axes.batch), -1)
-        sides = (axes.in_, self.a), (axes.out, b)
-        for (own, first), (other, second) in (sides, sides[::-1]):
-            if split == ({*axes.batch}, {*own}, {*other}):
-                first = _ordered(first, axes.batch + own, [*batch, *contract])
-                return first, _ordered(second, axes.batch + other, [*batch, *free])
-        return None
+        (own, first), (other, second) = (axes.in_, self.a), (axes.out, b)
+        if {*contract} != {*own}:
+            (own, first), (other, second) = (other, second), (own, first)
+        first = _ordered(first, axes.batch + own, [*batch, *contract])
+        return first, _ordered(second, axes.batch + other, [*batch, *free])
 
 
 def _ordered(

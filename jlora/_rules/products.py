@@ -22,7 +22,7 @@ from .._product.branch import Arrays, Static, add_branch
 from .._product.choice import ByPlatform
 from .._product.group import Form, GroupDims, Operands, concatenate
 from .._product.low_rank import low_rank_product
-from .adapted import Adapted, Held, Part, laid_out
+from .adapted import Adapted, Held, Part
 from .dot_einsum import add_labelled
 from .dot_general import dot_dims, group_dims
 from .parts import contracted_first, dropped_input, factor_matrix, part_words, times
@@ -47,7 +47,7 @@ def run_products(
         eqns: the `dot_general` equations.
         operands: which operand of each is the kernel.
         x: the other operand.
-        kernels: the kernels.
+        kernels: the kernels, as `taken` returns them.
         form: how the group is computed.
         derive: who derives the backward pass.
 
@@ -69,8 +69,8 @@ def run_products(
         found = [m for i in which if (m := members[i]) is not None]
         if not found:
             (i,) = which
-            one, kernel = scaled[i], laid_out(scaled[i].kernel)
-            outputs[i] = _apart(eqns[i], operands[i], one.x, kernel, derive)
+            one = scaled[i]
+            outputs[i] = _apart(eqns[i], operands[i], one.x, one.kernel, derive)
             continue
         dims, arrays = _join(found)
         products = low_rank_product(dims, arrays, form=form, derive=derive)
@@ -138,17 +138,19 @@ def _placed(value: jax.Array, places: Sequence[int], ndim: int) -> jax.Array:
     return jnp.expand_dims(value, free_axes(ndim, places))
 
 
-def _member_as_held(
-    eqn: Any, operand: int, x: jax.Array, kernel: Held
-) -> _Member | None:
-    """Returns the product of a kernel that is split as its roles say."""
+def taken(eqn: Any, operand: int, kernel: Any) -> Any:
+    """Returns a kernel as its product takes it: held where that splits it by roles."""
+    if not isinstance(kernel, Held):
+        return kernel
+    contract, batch, _, _ = dot_dims(eqn, operand)
+    return kernel if kernel.is_split(batch, contract) else kernel.laid_out
+
+
+def _member_as_held(eqn: Any, operand: int, x: jax.Array, kernel: Held) -> _Member:
     contract, batch, _, _ = dot_dims(eqn, operand)
     free = free_axes(kernel.axes.ndim, contract, batch)
-    matrices = kernel.matrices(batch, contract, free)
-    if matrices is None:
-        return _member(eqn, operand, x, kernel.laid_out)
+    a, b = kernel.matrices(batch, contract, free)
     dims = group_dims(eqn, operand, kernel.scaling)
-    a, b = matrices
     return _Member(dims, Operands(x, (kernel.base,), (a,), (b,), (None,), (None,)))
 
 
@@ -242,9 +244,7 @@ def _alike(factors: list[jax.Array]) -> list[jax.Array]:
     return [factor.astype(dtype) for factor in factors]
 
 
-def _apart(
-    eqn: Any, operand: int, x: jax.Array, value: Adapted, derive: str
-) -> jax.Array:
+def _apart(eqn: Any, operand: int, x: jax.Array, value: Any, derive: str) -> jax.Array:
     """The base product, and each part by itself."""
     base = [value.base, x] if operand == 0 else [x, value.base]
     (y,) = called(eqn, base, derive)

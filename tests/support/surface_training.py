@@ -35,6 +35,9 @@ _each_training("train_bias_all", "heads", bias="all")
 _each_training("train_full", "dense|table|layers/up", full=True)
 _each_training("train_zero_a", EVERY, init="zero_a")
 _each_training("train_orthogonal", EVERY, init="orthogonal", rank=4)
+VARIANTS = ("loha", "lokr", "vera", "lora_fa", "lora_xs", "ia3")
+for _variant in VARIANTS:
+    _each_training(f"train_{_variant}", EVERY, variant=_variant)
 _each_training("train_gaussian", EVERY, init="gaussian")
 
 
@@ -159,6 +162,15 @@ def mixed_whole_index(place: Place) -> Any:
 @feature
 def mixed_sharded_index(place: Place) -> Any:
     return _mixed(place, "data" if place.mesh is not None else None)
+
+
+def _mixed_variants(name: str, target: Any = EVERY) -> None:
+    run = lambda place: _mixed(place, place.rows, target=target, variant=name)
+    FEATURES[f"mixed_{name}"] = run
+
+
+for _variant in VARIANTS:
+    _mixed_variants(_variant)
 
 
 @feature
