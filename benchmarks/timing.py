@@ -4,6 +4,7 @@ Round after round, every contender runs once, so that a machine that slows down 
 up does so for all of them. Times are wall times until the result is there.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -11,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -117,24 +118,32 @@ def run_plot(path: Path, label: str) -> Path:
     )
 
 
-def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None:
-    """Draws horizontal bars to a PNG file."""
+@contextlib.contextmanager
+def drawing(path: Path, panels: int = 1, **sizes: Any) -> Iterator[Any]:
+    """Gives axes, or an array of them, and writes the figure to a PNG file after."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.36 * len(values)))
-    names = list(values)[::-1]
-    heights = [values[name] for name in names]
-    colors = ["tab:orange" if n.startswith("jlora") else "tab:gray" for n in names]
-    drawn = axes.barh(names, heights, color=colors)
-    axes.bar_label(drawn, fmt="%.3g", padding=3)
-    axes.set(xlabel=unit, title=title)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = pyplot.subplots(1, panels, **sizes)
+    yield axes
+    for one in figure.axes:
+        one.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None:
+    """Draws horizontal bars to a PNG file."""
+    names = list(values)[::-1]
+    heights = [values[name] for name in names]
+    colors = ["tab:orange" if n.startswith("jlora") else "tab:gray" for n in names]
+    with drawing(path, figsize=(7, 0.6 + 0.36 * len(values))) as axes:
+        drawn = axes.barh(names, heights, color=colors)
+        axes.bar_label(drawn, fmt="%.3g", padding=3)
+        axes.set(xlabel=unit, title=title)
 
 
 def lines(
@@ -144,21 +153,12 @@ def lines(
     labels: tuple[str, str],
 ) -> None:
     """Draws a line for each name over numbers on a logarithmic axis, to a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, points in values.items():
-        axes.plot(list(points), list(points.values()), marker="o", label=name)
-    axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
-    ticks = sorted({x for points in values.values() for x in points})
-    axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with drawing(path, figsize=(7, 4)) as axes:
+        for name, points in values.items():
+            axes.plot(list(points), list(points.values()), marker="o", label=name)
+        axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
+        ticks = sorted({x for points in values.values() for x in points})
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.legend()

@@ -26,7 +26,7 @@ from programs import (
     shapes_of,
     step_of,
 )
-from timing import table, write
+from timing import drawing, table, write
 
 NAMES = {"plain": FULL, FROZEN: FROZEN, FACTORED: FACTORED, JLORA: JLORA}
 PHASES = ("trace", "lower", "compile")
@@ -180,29 +180,20 @@ def targets_of(ratios: Mapping[str, float]) -> dict[str, str]:
 
 def lines(path: Path, rows: Sequence[Row]) -> None:
     """Draws seconds over layers: dashed with the compilation, where it is known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     colors = {"plain": "tab:gray", FROZEN: "black"}
     colors |= {FACTORED: "tab:blue", JLORA: "tab:orange"}
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6))
-    for axes, mode in zip(panels, MODES, strict=True):
-        for name, color in colors.items():
-            for what, style in (("trace + lower", "o-"), ("total", "o--")):
-                chosen = pick(rows, mode, name, what)
-                x, y = [r["layers"] for r in chosen], [r[what] for r in chosen]
-                axes.plot(x, y, style, color=color, ms=3, label=f"{name}, {what}")
-        axes.set(title=f"Before the first step, {mode}", xlabel="layers")
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("seconds")
-    beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    panels[1].legend(frameon=False, fontsize="small", **beside)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with drawing(path, 2, figsize=(11, 3.6)) as panels:
+        for axes, mode in zip(panels, MODES, strict=True):
+            for name, color in colors.items():
+                for what, style in (("trace + lower", "o-"), ("total", "o--")):
+                    chosen = pick(rows, mode, name, what)
+                    x, y = [r["layers"] for r in chosen], [r[what] for r in chosen]
+                    axes.plot(x, y, style, color=color, ms=3, label=f"{name}, {what}")
+            axes.set(title=f"Before the first step, {mode}", xlabel="layers")
+            axes.set_ylim(bottom=0)
+        panels[0].set_ylabel("seconds")
+        beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+        panels[1].legend(frameon=False, fontsize="small", **beside)
 
 
 def report(rows: Sequence[Row], flags: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What DoRA, dropout and a quantised base cost beside plain LoRA, interleaved.
+"""What variants, dropout and a quantised base cost beside plain LoRA, interleaved.
 
 `python benchmarks/variants.py`. All steps are of the same decoder with all linears
 adapted, AdamW included; peak bytes are what XLA says that each step needs. On a GPU
@@ -21,8 +21,14 @@ from timing import Contender, bars, interleave, summarize, table, write
 import jlora
 
 LORA, DORA, DROPOUT = "jlora LoRA", "jlora DoRA", "jlora LoRA, dropout 0.1"
+RELATIVES = {"jlora VeRA": "vera", "jlora LoKr": "lokr"}
 QUANTIZED = {"jlora QLoRA nf4": "nf4", "jlora QLoRA int8": "int8"}
-TARGETS = {f"{DORA} / LoRA": "<= 1.15"}
+TARGETS = {
+    f"{DORA} / LoRA": "<= 1.08",
+    f"{DROPOUT} / LoRA": "<= 1.12",
+    "jlora VeRA / LoRA": "<= 1.02",
+    "jlora LoKr / LoRA": "<= 1.10",
+}
 QLORA_TARGETS = {
     "jlora QLoRA nf4 / LoRA": "<= 1.10",
     "jlora QLoRA nf4 / LoRA, peak bytes": "<= 0.6",
@@ -53,6 +59,8 @@ def contenders(model: Decoder, large: bool) -> list[Contender]:
     if not large:
         made.append(step_of(DORA, varied(model, dora=True), params, batch))
         made.append(step_of(DROPOUT, varied(model, dropout=0.1), params, batch))
+        for name, variant in RELATIVES.items():
+            made.append(step_of(name, varied(model, variant=variant), params, batch))
     if importlib.util.find_spec("qwix") is None:
         print("skipped QLoRA: qwix is not installed")
         return made

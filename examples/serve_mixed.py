@@ -112,7 +112,7 @@ class Batch:
         # The stack and the cache are written in place.
         self._put = jax.jit(jlora.put, donate_argnums=0)
         self._prepare = jax.jit(jlora.prepare)
-        self.prepared = self._prepare(self.stacked)
+        self.prepared: Any = None  # made of the stack by the next step
         self._step = jax.jit(self._next, donate_argnums=(3, 4))
 
     # --- what is compiled ---
@@ -192,7 +192,7 @@ class Batch:
         # Before the stack is given away: a misfit must not take it along.
         jax.eval_shape(jlora.put, self.stacked, 0, adapter)
         self.stacked = self._put(self.stacked, jnp.asarray(place), adapter)
-        self.prepared = self._prepare(self.stacked)  # once, not at each token
+        self.prepared = None
         self.names[place] = name
 
     def remove(self, name: str) -> None:
@@ -230,6 +230,8 @@ class Batch:
         for place, one in enumerate(self.running):
             if one is None and self.waiting:
                 self.running[place] = Answer(self.waiting.popleft(), []), 0
+        if self.prepared is None:  # once for all new adapters, not at each token
+            self.prepared = self._prepare(self.stacked)
         rows = [self._row(one) for one in self.running]
         tokens, positions, index = map(np.array, zip(*rows, strict=True))
         found, self.keys, self.values = self._step(

@@ -68,6 +68,36 @@ def test_a_core_that_does_not_fit_is_refused(
         jlora.peft.load(folder, params_of(arrays[name]), NAMES)
 
 
+@pytest.mark.parametrize("name", TUCKER)
+def test_a_core_of_one_axis_has_a_second_of_size_one(name: str, tmp_path: Path) -> None:
+    """As PEFT writes those of `Conv1d`: `Σ t[p, q, k]·a[p, o]·b[q, i]`."""
+    rng, rank, ins, outs, taps = np.random.default_rng(4), 2, 6, 10, 3
+    drawn = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
+    core = lambda a, b, t: np.einsum("pqk,po,qi->oik", t[..., 0], a, b)
+    if name == "loha_tucker":
+        one, two = (
+            (drawn(rank, outs), drawn(rank, ins), drawn(rank, rank, taps, 1))
+            for _ in range(2)
+        )
+        parts = zip(
+            ("w1_a", "w1_b", "t1", "w2_a", "w2_b", "t2"), one + two, strict=True
+        )
+        tensors = {f"hada_{key}": value for key, value in parts}
+        delta = core(*one) * core(*two)
+    else:
+        left, first, last = drawn(2, 2), drawn(rank, outs // 2), drawn(rank, ins // 2)
+        middle = drawn(rank, rank, taps, 1)
+        tensors = {"w1": left, "w2_a": first, "w2_b": last, "t2": middle}
+        tensors = {f"lokr_{key}": value for key, value in tensors.items()}
+        delta = np.kron(left[..., None], core(first, last, middle))
+    tensors = {f"base_model.model.conv.{key}": v for key, v in tensors.items()}
+    folder = changed(FOLDER / name, tmp_path / "one", tensors, alpha=5, r=rank)
+    params = {"conv": {"kernel": jnp.asarray(drawn(taps, ins, outs))}}
+    _, adapter = jlora.peft.load(folder, params, NAMES)
+    found = jlora.merge(params, adapter)["conv"]["kernel"] - params["conv"]["kernel"]
+    assert_close(found, 2.5 * jnp.asarray(delta.transpose(2, 1, 0)), 1e-5)
+
+
 def changed(folder: Path, to: Path, tensors: Any = None, **values: Any) -> Path:
     """A copy of a fixture with other values in its config, or other tensors."""
     shutil.copytree(folder, to)
