@@ -137,7 +137,8 @@ QUICK = {
 }
 NOTES = (
     "cycles: estimated by the compiler for its fusions, in millions; no times, and",
-    "without collectives and kernels. A loop counts as often as it runs.",
+    "without collectives, kernels and fusions of which there is `no estimate`. A loop",
+    "counts as often as it runs.",
     "HBM: GiB of a chip; `peak` is what the program takes, `of` what a program may",
     "take, where one did not fit; collectives: how many in a step, and MB of results",
 )
@@ -206,6 +207,8 @@ def does_not_fit(error: Exception) -> Row:
 def described(program: Program) -> Row:
     """Returns what the text of a program says, without what there is none of."""
     row: Row = {"M cycles": program.cycles / 1e6}
+    if program.unestimated:
+        row["no estimate"] = program.unestimated
     if program.kernels:
         row["kernels"] = program.kernels
     if program.unknown:

@@ -18,6 +18,7 @@ KINDS = (
 )
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1  # what stands there where the compiler has none
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -42,6 +43,7 @@ class Program:
 
     Attributes:
         cycles: the estimates of all fusions, those of a loop times its steps.
+        unestimated: fusions of which the compiler has no estimate, counted likewise.
         moves: the collectives by kind, those of a loop times its steps.
         kernels: calls of kernels, of which the compiler estimates nothing.
         unknown: loops of which it is not seen how many steps they take; they are
@@ -49,6 +51,7 @@ class Program:
     """
 
     cycles: int
+    unestimated: int
     moves: Mapping[str, Moves]
     kernels: int
     unknown: int
@@ -57,12 +60,14 @@ class Program:
 def read(text: str) -> Program:
     """Returns what the optimised HLO text of a program says."""
     parts, entry = _computations(text)
-    cycles = kernels = unknown = 0
+    cycles = unestimated = kernels = unknown = 0
     moved: dict[str, tuple[str, int, int]] = {}
     for name, times, is_known in _walk(parts, entry, 1):
         unknown += not is_known
         for line in parts[name]:
-            cycles += times * sum(map(int, _CYCLES.findall(line)))
+            found = list(map(int, _CYCLES.findall(line)))
+            cycles += times * sum(each for each in found if each != _NO_ESTIMATE)
+            unestimated += times * found.count(_NO_ESTIMATE)
             kernels += times * ("tpu_custom_call" in line)
             move = _MOVE.search(line)
             if move is None:
@@ -80,7 +85,7 @@ def read(text: str) -> Program:
         own = [(size, times) for k, size, times in moved.values() if k == kind]
         total = sum(size * times for size, times in own)
         moves[kind] = Moves(sum(times for _, times in own), total)
-    return Program(cycles, moves, kernels, unknown)
+    return Program(cycles, unestimated, moves, kernels, unknown)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -67,6 +67,16 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert program.kernels == 1
 
 
+def test_what_the_compiler_does_not_estimate_is_told_apart() -> None:
+    without = SCAN.replace("{20}", CYCLES.format(2**63 - 1), 1)
+    for number in (20, 100, 3):
+        without = without.replace(f"{{{number}}}", CYCLES.format(number))
+    program = tpu_hlo.read(without)
+    assert program.cycles == 5 * 20 + 100 + 3
+    assert program.unestimated == 5
+    assert tpu_hlo.read(text()).unestimated == 0
+
+
 def test_a_collective_counts_once_for_its_channel_in_each_step() -> None:
     """A gather that is written in two fusions; a sum of two arrays; one that starts."""
     moves = tpu_hlo.read(text()).moves
