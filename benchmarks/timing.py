@@ -143,7 +143,8 @@ def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None
     with drawing(path, figsize=(7, 0.6 + 0.36 * len(values))) as axes:
         drawn = axes.barh(names, heights, color=colors)
         axes.bar_label(drawn, fmt="%.3g", padding=3)
-        axes.set(xlabel=unit, title=title)
+        axes.set(xlabel=unit)
+        axes.figure.suptitle(title)  # over the names too, which may be long
 
 
 def lines(
