@@ -130,9 +130,7 @@ def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.
     `delta == scaling * sum(a * b, axis=-1)` by broadcasting, and every operation that
     moves the kernel's axes moves those of both factors in the same way.
     """
-    n_batch = len(axes.batch)
-    axes_of_b = (*range(n_batch), *range(n_batch + 1, b.ndim), n_batch)
-    b = jax.lax.transpose(b, axes_of_b)
+    b = jnp.moveaxis(b, len(axes.batch), -1)
     return (
         expand(a, axes.batch + axes.in_, axes.ndim),
         expand(b, axes.batch + axes.out, axes.ndim),
@@ -141,9 +139,13 @@ def align(a: jax.Array, b: jax.Array, axes: KernelAxes) -> tuple[jax.Array, jax.
 
 def expand(factor: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
     """Moves the leading axes of `factor` to the positions `axes` of `ndim` axes."""
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    factor = jax.lax.transpose(factor, (*order, len(axes)))
+    factor = ordered(factor, axes, sorted(axes))
     return jax.lax.expand_dims(factor, free_axes(ndim, axes))
+
+
+def ordered(factor: jax.Array, axes: Sequence[int], wanted: Sequence[int]) -> jax.Array:
+    """Returns a factor with `axes`, and the rank last, with these in another order."""
+    return jax.lax.transpose(factor, (*map(axes.index, wanted), len(axes)))
 
 
 def contract_rank(

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from .._jax.dtypes import summed_in
-from .._params.axes import KernelAxes, align, contract_rank
+from .._params.axes import KernelAxes, align, contract_rank, ordered
 from .._params.lazy import Lazy, dense
 from .._product.dropout import Dropout
 from .._product.gate import through
@@ -103,6 +103,7 @@ class Held:
     a: jax.Array
     b: jax.Array
     scaling: float = dataclasses.field(metadata={"static": True})
+    scale: ClassVar[None] = None  # as `Adapted` has one
 
     @functools.cached_property
     def laid_out(self) -> Adapted:
@@ -124,15 +125,8 @@ class Held:
         (own, first), (other, second) = (axes.in_, self.a), (axes.out, b)
         if {*contract} != {*own}:
             (own, first), (other, second) = (other, second), (own, first)
-        first = _ordered(first, axes.batch + own, [*batch, *contract])
-        return first, _ordered(second, axes.batch + other, [*batch, *free])
-
-
-def _ordered(
-    factor: jax.Array, axes: Sequence[int], wanted: Sequence[int]
-) -> jax.Array:
-    """Returns a factor, which has the rank last, with its axes in another order."""
-    return jax.lax.transpose(factor, (*map(axes.index, wanted), len(axes)))
+        first = ordered(first, axes.batch + own, [*batch, *contract])
+        return first, ordered(second, axes.batch + other, [*batch, *free])
 
 
 def laid_out(value: Any) -> Any:

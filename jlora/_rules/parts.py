@@ -8,7 +8,7 @@ from jax import lax
 
 from .._jax.dtypes import common, is_workable, summed_in
 from .._jax.versions import source_line
-from .._params.axes import free_axes
+from .._params.axes import free_axes, ordered
 from .._product.dropout import drop
 from .adapted import Part, complete, times_place
 
@@ -56,8 +56,7 @@ def factor_matrix(
     factor = complete(factor, axes, shape)
     if absent := free_axes(len(shape), axes):
         factor = lax.squeeze(factor, absent)
-    kept = sorted(axes)
-    return lax.transpose(factor, (*map(kept.index, axes), len(kept)))
+    return ordered(factor, sorted(axes), axes)
 
 
 def part_words(part: Part, batch: Sequence[int]) -> jax.Array | None:

@@ -94,7 +94,7 @@ class Scaled(NamedTuple):
     @classmethod
     def of(cls, eqn: Any, operand: int, x: jax.Array, kernel: Any) -> "Scaled":
         """Moves the scale of a kernel, if it has one."""
-        scale = None if isinstance(kernel, Held) else kernel.scale
+        scale = kernel.scale
         if scale is None:
             return cls(x, kernel)
         kernel = dataclasses.replace(kernel, scale=None)

@@ -4,16 +4,18 @@ Layouts are equations that broadcast, reshape, squeeze, or sum over an axis of s
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import assert_close
+from forms import bodies
+from oracle import assert_close, random_like
 
 import jlora
+from jlora._jax.platforms import Target
 from jlora._rules.adapted import Held
 
 LAYOUTS = {"broadcast_in_dim", "reshape", "squeeze", "reduce_sum"}
@@ -29,30 +31,21 @@ USES = {
 }
 
 
-def eqns_of(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner programs at each use."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for part in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from eqns_of(inner)
+def names_of(fn: Callable[..., Any], *args: Any) -> Counter[str]:
+    """How many equations of each kind a function has on a CPU."""
+    program = jax.make_jaxpr(fn)(*args).jaxpr
+    return Counter(eqn.primitive.name for eqn in bodies(program, Target("cpu")))
 
 
 def layouts(fn: Callable[..., Any], *args: Any) -> Counter[str]:
     """How many equations of each kind lay something out."""
-    names = [eqn.primitive.name for eqn in eqns_of(jax.make_jaxpr(fn)(*args).jaxpr)]
-    return Counter(name for name in names if name in LAYOUTS)
+    found = names_of(fn, *args)
+    return Counter({name: found[name] for name in LAYOUTS & found.keys()})
 
 
 def drawn(*shape: int) -> jax.Array:
     rng = np.random.default_rng(sum(shape))
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def filled(adapter: Any) -> Any:
-    return jax.tree.map(lambda leaf: drawn(*leaf.shape), adapter)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -61,7 +54,7 @@ def test_a_product_lays_no_factor_out(use: str) -> None:
     fn = lambda p, x: jnp.einsum(equation, x, p["w"])
     params, x = {"w": drawn(*w_shape)}, drawn(*x_shape)
     lora = jlora.lora(fn, jlora.LoraConfig("w", rank=RANK, alpha=ALPHA))
-    adapter = filled(lora.init(jax.random.key(0), params, x))
+    adapter = random_like(lora.init(jax.random.key(0), params, x), 3)
 
     plain = jax.grad(lambda p, x: jnp.vdot(y := fn(p, x), y), argnums=(0, 1))
     loss = lambda a, x: jnp.vdot(y := lora.apply(params, a, x), y)
@@ -83,7 +76,7 @@ def test_a_kernel_is_laid_out_once_for_all_its_other_uses() -> None:
         return (h @ w.T) @ w
 
     lora = jlora.lora(fn, jlora.LoraConfig("w", rank=RANK, alpha=ALPHA))
-    adapter = filled(lora.init(jax.random.key(0), params, x))
+    adapter = random_like(lora.init(jax.random.key(0), params, x), 3)
     loss = lambda a: jnp.vdot(y := lora.apply(params, a, x), y)
     want = lambda a: jnp.vdot(y := fn(jlora.merge(params, a), x), y)
     assert_close(jax.grad(loss)(adapter), jax.grad(want)(adapter), 2e-5)
@@ -103,12 +96,10 @@ def test_siblings_are_scaled_at_once_where_they_agree(scalings: Any) -> None:
         for n, s in zip(names, scalings, strict=True)
     ]
     lora = jlora.lora(fn, rules)
-    adapter = filled(lora.init(jax.random.key(0), params, x))
+    adapter = random_like(lora.init(jax.random.key(0), params, x), 3)
     total = lambda ys: sum(jnp.vdot(y, y) for y in ys)
     loss = lambda a: total(lora.apply(params, a, x))
     want = lambda a: total(fn(jlora.merge(params, a), x))
     assert_close(jax.grad(loss)(adapter), jax.grad(want)(adapter), 2e-5)
-    found = Counter(
-        e.primitive.name for e in eqns_of(jax.make_jaxpr(loss)(adapter).jaxpr)
-    )
+    found = names_of(loss, adapter)
     assert found["mul"] == (1 if len({*scalings}) == 1 else len(scalings))

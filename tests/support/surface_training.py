@@ -35,10 +35,10 @@ _each_training("train_bias_all", "heads", bias="all")
 _each_training("train_full", "dense|table|layers/up", full=True)
 _each_training("train_zero_a", EVERY, init="zero_a")
 _each_training("train_orthogonal", EVERY, init="orthogonal", rank=4)
+_each_training("train_gaussian", EVERY, init="gaussian")
 VARIANTS = ("loha", "lokr", "vera", "lora_fa", "lora_xs", "ia3")
 for _variant in VARIANTS:
     _each_training(f"train_{_variant}", EVERY, variant=_variant)
-_each_training("train_gaussian", EVERY, init="gaussian")
 
 
 @feature
@@ -150,8 +150,12 @@ def mixed(place: Place) -> Any:
 
 
 @feature
-def mixed_every(place: Place) -> Any:
-    return _mixed(place, place.rows, target=EVERY)
+def mixed_every(place: Place, **settings: Any) -> Any:
+    return _mixed(place, place.rows, target=EVERY, **settings)
+
+
+for _variant in VARIANTS:
+    FEATURES[f"mixed_{_variant}"] = functools.partial(mixed_every, variant=_variant)
 
 
 @feature
@@ -162,15 +166,6 @@ def mixed_whole_index(place: Place) -> Any:
 @feature
 def mixed_sharded_index(place: Place) -> Any:
     return _mixed(place, "data" if place.mesh is not None else None)
-
-
-def _mixed_variants(name: str, target: Any = EVERY) -> None:
-    run = lambda place: _mixed(place, place.rows, target=target, variant=name)
-    FEATURES[f"mixed_{name}"] = run
-
-
-for _variant in VARIANTS:
-    _mixed_variants(_variant)
 
 
 @feature

@@ -57,10 +57,7 @@ def product(x: jax.Array, w: jax.Array, spec: str = "ni,io->no") -> jax.Array:
 
 def in_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """A product whose rows the program keeps in place, as the guide on meshes says."""
-    y = product(x, w)
-    if jax.typeof(y).sharding.mesh.explicit_axes:
-        return y
-    return jax.lax.with_sharding_constraint(y, P("i", P.UNCONSTRAINED))
+    return jax.lax.with_sharding_constraint(product(x, w), P("i", P.UNCONSTRAINED))
 
 
 def mlp(params: Params, x: jax.Array, product: Product = product) -> jax.Array:
@@ -303,23 +300,41 @@ def test_a_step(kind: Kind, topology: str, layout: str, axes: AxisType) -> None:
     Step(kind, topology, layout, axes).check()
 
 
-@pytest.mark.parametrize("axes", [AUTO, EXPLICIT])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["dense", "dora", "scanned"])
-def test_a_step_of_spread_factors(name: str, layout: str, axes: AxisType) -> None:
-    """Each chip holds a part of each factor, by all axes that its kernel lies along.
-
-    Without a word on its rows XLA gathers them in place of wide factors.
-    """
-    fn = functools.partial(KINDS[name].fn, product=in_rows)
-    # For DoRA's norm XLA gathers a quarter of a kernel once more, of those cut twice.
-    kind = dataclasses.replace(KINDS[name], fn=fn, moves=name == "dora")
+def check_spread(kind: Kind, layout: str, axes: AxisType) -> None:
+    """Each chip holds a part of each factor, by all axes that its kernel lies along."""
     step = Step(kind, "v5e:2x2", layout, axes, spread=True)
     parts = 4 if layout == "both" else 2
     for leaf in jax.tree.leaves(step.adapter):
         part = leaf.sharding.shard_shape(leaf.shape)
         assert math.prod(part) * parts == leaf.size
     step.check()
+
+
+SPREAD = ["dense", "dora", "scanned"]
+
+
+@pytest.mark.parametrize("axes", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_step_of_spread_factors(
+    name: str, layout: str, axes: AxisType, request: pytest.FixtureRequest
+) -> None:
+    if axes is AUTO and layout != "tp":
+        why = "XLA gathers rows in place of wide factors: see `in_rows`"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+    check_spread(KINDS[name], layout, axes)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "both"])
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_step_of_spread_factors_that_keeps_its_rows(
+    name: str, layout: str, request: pytest.FixtureRequest
+) -> None:
+    if (name, layout) == ("dora", "both"):
+        why = "for the norm XLA gathers a quarter of a kernel once more"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+    fn = functools.partial(KINDS[name].fn, product=in_rows)
+    check_spread(dataclasses.replace(KINDS[name], fn=fn), layout, AUTO)
 
 
 def test_experts_on_one_chip() -> None:
