@@ -5,6 +5,7 @@ whole models on meshes, scanned and rematerialized, with AdamW.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -148,13 +149,21 @@ def model_step(
         step = trained_step(lambda p, _, batch: model.loss(p, batch))
         state = _with_moments(base, places)
     else:
-        step = trained_step(low_rank_losses(model)[JLORA])
-        own = jlora.shardings(places, state[0], spread=name == SPREAD)
+        loss, own = low_rank_losses(model)[JLORA], jlora.shardings(places, state[0])
+        if name == SPREAD:
+            loss = functools.partial(_gathered, loss, own)
+            own = jlora.shardings(places, state[0], spread=True)
+        step = trained_step(loss)
         state = _with_moments(state[0], own)
     params = None if full else placed(params, places)
     args = (*state, params, batch)
     out = where(tuple(state))
     return jitted(step, len(state), out), args
+
+
+def _gathered(loss: Any, at_use: Any, adapter: jlora.Adapter, *args: Any) -> jax.Array:
+    """Returns the loss of spread factors, which are gathered on purpose."""
+    return loss(jax.lax.with_sharding_constraint(adapter, at_use), *args)
 
 
 def _with_moments(trained: Any, places: Any) -> list[Any]:

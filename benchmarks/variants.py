@@ -21,13 +21,18 @@ from timing import Contender, bars, interleave, summarize, table, write
 import jlora
 
 LORA, DORA, DROPOUT = "jlora LoRA", "jlora DoRA", "jlora LoRA, dropout 0.1"
-RELATIVES = {"jlora VeRA": "vera", "jlora LoKr": "lokr"}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "jlora VeRA": {"variant": "vera"},
+    "jlora LoKr": {"variant": "lokr"},
+    "jlora LoKr, 8 blocks": {"variant": "lokr", "decompose_factor": 8},
+}
 QUANTIZED = {"jlora QLoRA nf4": "nf4", "jlora QLoRA int8": "int8"}
 TARGETS = {
     f"{DORA} / LoRA": "<= 1.08",
     f"{DROPOUT} / LoRA": "<= 1.12",
     "jlora VeRA / LoRA": "<= 1.02",
     "jlora LoKr / LoRA": "<= 1.10",
+    "jlora LoKr, 8 blocks / LoRA": "<= 1.10",
 }
 QLORA_TARGETS = {
     "jlora QLoRA nf4 / LoRA": "<= 1.10",
@@ -59,8 +64,8 @@ def contenders(model: Decoder, large: bool) -> list[Contender]:
     if not large:
         made.append(step_of(DORA, varied(model, dora=True), params, batch))
         made.append(step_of(DROPOUT, varied(model, dropout=0.1), params, batch))
-        for name, variant in RELATIVES.items():
-            made.append(step_of(name, varied(model, variant=variant), params, batch))
+        for name, changes in RELATIVES.items():
+            made.append(step_of(name, varied(model, **changes), params, batch))
     if importlib.util.find_spec("qwix") is None:
         print("skipped QLoRA: qwix is not installed")
         return made

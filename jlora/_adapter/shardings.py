@@ -40,9 +40,13 @@ def shardings(
     holds an nth of both, both are gathered, and the gradients are summed into their
     parts (a reduce-scatter, where XLA makes one). Optimizer state follows. Choose
     `spread` where factors and moments take room that a batch needs: many devices, high
-    ranks, a quantised base; `replicate` where many small collectives cost more. Factors
-    that are spread are no `in_specs` of a `jax.shard_map` around `lora.apply`, in which
-    each device needs the factors of its own part of the kernel.
+    ranks, a quantised base; `replicate` where many small collectives cost more.
+
+    Factors that are spread are no `in_specs` of a `jax.shard_map` around `lora.apply`,
+    in which each device needs the factors of its own part of the kernel. On TPUs, with
+    Auto axes, XLA can gather rows in their place: say in the loss that they are
+    gathered, by `jax.lax.with_sharding_constraint(adapter, at_use)`, where `at_use` are
+    the shardings without `spread`.
 
     Args:
         params: the frozen params, or a tree with their paths: arrays and
