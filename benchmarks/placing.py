@@ -7,7 +7,7 @@ of a batch lie along the first two; kernels along the last two, as do their fact
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,25 @@ def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
 def rows_of(mesh: Mesh) -> NamedSharding:
     """Returns where the rows of a batch lie."""
     return NamedSharding(mesh, P(tuple(n for n in ("data", "fsdp") if n in mesh.shape)))
+
+
+def inside(
+    mesh: Mesh, loss: Callable[..., Any], first: P | None = None
+) -> Callable[..., Any]:
+    """Returns the mean of a loss that each device computes of its own rows.
+
+    Args:
+        mesh: the devices, of which each has whole kernels.
+        loss: a function of what is differentiated, params and rows.
+        first: where the first of these lies; it is whole by default.
+    """
+    specs = (first or P(), P(), rows_of(mesh).spec)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
+    def mean(value: Any, params: Any, batch: Any) -> jax.Array:
+        return jax.lax.pmean(loss(value, params, batch), mesh.axis_names)
+
+    return mean
 
 
 def whole_on(mesh: Mesh) -> NamedSharding:

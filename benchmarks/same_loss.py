@@ -1,7 +1,8 @@
 """Whether all low-rank contenders of `train_step.py` compute the same.
 
 On small decoders, the same weights, factors and tokens: the loss, and the norm of its
-gradient by the factors. On a mesh, too, if one is given: the values of one device.
+gradient by the factors. On a mesh, too, if one is given, and inside of a `shard_map`:
+the values of one device.
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from models import Decoder, Params
-from placing import drawn, on_mesh
+from placing import drawn, inside, on_mesh
 from rivals import RIVALS
 from steps import adapter_of, lora_of, low_rank_losses
 from timing import table
@@ -27,8 +28,10 @@ TOLERANCE = 1e-5 if jax.default_backend() == "cpu" else 1e-2
 Values = dict[str, tuple[float, float]]
 
 
-def check(torch_python: str, without: list[str], mesh: Mesh | None) -> None:
-    """Prints the values of all contenders.
+def check(
+    torch_python: str, without: list[str], mesh: Mesh | None, within: bool
+) -> None:
+    """Prints the values of all contenders; on a mesh, maybe within a `shard_map`.
 
     Raises:
         SystemExit: if one is further than the tolerance from jlora's on one device.
@@ -49,7 +52,7 @@ def check(torch_python: str, without: list[str], mesh: Mesh | None) -> None:
         )
         print(f"\n{'scanned' if scan else 'unrolled'}{', remat' if remat else ''}")
         wanted = ours(model)
-        values = compared(model, torch_python, without, mesh)
+        values = compared(model, torch_python, without, mesh, within)
         rows = [(n, f"{loss:.6f}", f"{norm:.6f}") for n, (loss, norm) in values.items()]
         print(table(("contender", "loss", "gradient norm"), rows))
         wrong += [name for name, value in values.items() if not close(value, wanted)]
@@ -66,14 +69,19 @@ def ours(model: Decoder) -> tuple[float, float]:
 
 
 def compared(
-    model: Decoder, torch_python: str, without: list[str], mesh: Mesh | None
+    model: Decoder,
+    torch_python: str,
+    without: list[str],
+    mesh: Mesh | None,
+    within: bool,
 ) -> Values:
     """Returns name -> loss and gradient norm."""
-    model = model if mesh is None else on_mesh(model, mesh)
+    model = model if mesh is None or within else on_mesh(model, mesh)
+    placed = lambda loss: inside(mesh, loss) if mesh and within else loss
     params, tokens = drawn(model, mesh)
     adapter = adapter_of(lora_of(model), params, tokens)
     values = {
-        name: evaluated(loss, adapter, params, tokens)
+        name: evaluated(placed(loss), adapter, params, tokens)
         for name, loss in low_rank_losses(model).items()
     }
     left_out = lambda name: any(part.lower() in name.lower() for part in without)
@@ -82,7 +90,8 @@ def compared(
             continue
         if not left_out(name):
             made = maker(model, params, adapter, tokens)
-            values[name] = evaluated(made.loss, made.trained, made.frozen, tokens)
+            loss = placed(made.loss)
+            values[name] = evaluated(loss, made.trained, made.frozen, tokens)
     # PyTorch's decoder has its layers in a list.
     if not model.scan and mesh is None and not left_out("PyTorch PEFT"):
         values |= torch_values(model, params, adapter, tokens, torch_python)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from cases import PORTABLE
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import Layer, Linears, Params, plain
+from placing import inside, rows_of
 from timing import Contender
 
 import jlora
@@ -107,13 +108,17 @@ def trained_step(loss: Callable[..., jax.Array]) -> Callable[..., tuple[Any, ...
     return step
 
 
-def frozen_step(model: Any) -> Callable[..., tuple[Any, ...]]:
-    """Returns the limit: forward, and backward to the inputs of the first layer."""
+def frozen_step(model: Any, mesh: Mesh | None = None) -> Callable[..., tuple[Any, ...]]:
+    """Returns the limit: forward, and backward to the inputs of the first layer.
+
+    With a mesh, inside of a `shard_map` over it.
+    """
+    loss = lambda inputs, params, batch: model.loss(params, batch, inputs)
+    loss = loss if mesh is None else inside(mesh, loss, rows_of(mesh).spec)
 
     def step(out: Any, params: Params, batch: jax.Array) -> tuple[Any, ...]:
         inputs = model.embed(params, batch)
-        loss = lambda inputs: model.loss(params, batch, inputs)
-        return jax.value_and_grad(loss)(inputs), params, batch
+        return jax.value_and_grad(loss)(inputs, params, batch), params, batch
 
     return step
 
@@ -171,39 +176,51 @@ def contenders(model: Any, params: Params, batch: jax.Array) -> dict[str, Conten
 
 
 def makers(
-    model: Any, params: Params, batch: jax.Array
+    model: Any, params: Params, batch: jax.Array, mesh: Mesh | None = None
 ) -> dict[str, Callable[[], Contender]]:
-    """Returns what makes each contender: of a large model, not all fit at once."""
+    """Returns what makes each contender: of a large model, not all fit at once.
+
+    With a mesh, the losses are computed inside of a `shard_map` over it.
+    """
 
     def frozen() -> Contender:
-        step = frozen_step(model)
+        step = frozen_step(model, mesh)
         state = (jax.jit(step)(0.0, params, batch)[0], params, batch)
         return Contender("frozen limit", compiled(step, state, 1), state)
 
     def full() -> Contender:
         own = jax.tree.map(jnp.copy, params)
         loss = lambda trained, _, batch: model.loss(trained, batch, linears=plain)
-        return contender("full fine-tuning", loss, own, None, batch)
+        return contender("full fine-tuning", loss, own, None, batch, mesh)
 
     def low_rank(
         name: str, loss: Callable[..., jax.Array], **options: Any
     ) -> Contender:
         adapter = adapter_of(lora_of(model), params, batch, **options)
-        return contender(name, loss, adapter, params, batch)
+        return contender(name, loss, adapter, params, batch, mesh)
 
     made = {"frozen limit": frozen}
     losses = low_rank_losses(model)
     for name, loss in losses.items():
         made[name] = functools.partial(low_rank, name, loss)
-    if on_a_mesh(params):
+    if on_a_mesh(params) and mesh is None:
         made[SPREAD] = functools.partial(low_rank, SPREAD, losses["jlora"], spread=True)
     return made | {"full fine-tuning": full}
 
 
 def contender(
-    name: str, loss: Callable[..., jax.Array], trained: Any, params: Any, batch: Any
+    name: str,
+    loss: Callable[..., jax.Array],
+    trained: Any,
+    params: Any,
+    batch: Any,
+    mesh: Mesh | None = None,
 ) -> Contender:
-    """Returns the AdamW step of `loss(trained, params, batch)`, compiled."""
+    """Returns the AdamW step of `loss(trained, params, batch)`, compiled.
+
+    With a mesh, of that loss inside of a `shard_map` over it.
+    """
+    loss = loss if mesh is None else inside(mesh, loss)
     state = (trained, started(trained), params, batch)
     return Contender(name, compiled(trained_step(loss), state, 2), state)
 

@@ -7,7 +7,8 @@ a process of its own (`--torch-python`), its steps between those of JAX.
 
 `--mesh fsdp=4,tensor=2` runs all on a mesh of devices, Auto axes, each case with as
 many times the rows as there are devices: the work of each device is that of one alone.
-PyTorch is not there then.
+With `--inside` each device computes its loss in a `shard_map`, with kernels that are
+whole there. PyTorch is not there then.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def flags_of() -> argparse.Namespace:
     )
     made.add_argument("--mesh", help="such as data, or fsdp=4,tensor=2")
     made.add_argument("--devices", type=int, help="of the mesh, all by default")
+    made.add_argument("--inside", action="store_true", help="of a shard_map")
     made.add_argument("--without", nargs="+", default=[], help="parts of names")
     made.add_argument("--torch-python", default=sys.executable, metavar="PATH")
     made.add_argument("--out", type=Path, default=RESULTS)
@@ -82,6 +84,8 @@ def flags_of() -> argparse.Namespace:
             flags.mesh = mesh_of(jax.devices()[:count], sizes)
         except ValueError as error:
             made.error(str(error))
+    if flags.inside and (not flags.mesh or set(flags.mesh.shape) != {"data"}):
+        made.error("--inside is for --mesh data, on which kernels are whole")
     cpu = jax.default_backend() == "cpu"
     alone = not cpu or flags.mesh
     models = flags.model or (["decoder"] if alone else ["decoder", "chain"])
@@ -102,17 +106,24 @@ def changes_of(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def all_makers(
-    model: Any, params: Params, batch: Any, torch: TorchProcess | None
+    model: Any,
+    params: Params,
+    batch: Any,
+    torch: TorchProcess | None,
+    mesh: Mesh | None,
 ) -> dict[str, Make]:
-    """Returns what makes each contender, of this process and of PyTorch's."""
-    made = makers(model, params, batch)
+    """Returns what makes each contender, of this process and of PyTorch's.
+
+    With a mesh, their losses are computed inside of a `shard_map` over it.
+    """
+    made = makers(model, params, batch, mesh)
     if type(model) is not Decoder:
         return made
     for name, maker in RIVALS.items():
         if name.startswith("Qwix") and importlib.util.find_spec("qwix") is None:
             print(f"skipped {name}: qwix is not installed")
             continue
-        made[name] = functools.partial(rival, name, maker, model, params, batch)
+        made[name] = functools.partial(rival, name, maker, model, params, batch, mesh)
     for name in NAMES if torch else ():
         step = functools.partial(torch.step, name)
         made[name] = functools.partial(Contender, name, step, ())
@@ -120,21 +131,27 @@ def all_makers(
 
 
 def rival(
-    name: str, maker: Maker, model: Decoder, params: Params, tokens: jax.Array
+    name: str,
+    maker: Maker,
+    model: Decoder,
+    params: Params,
+    tokens: jax.Array,
+    mesh: Mesh | None,
 ) -> Contender:
     """Returns another library's step, on factors of its own."""
     adapter = adapter_of(lora_of(model), params, tokens)
     made = maker(model, params, adapter, tokens)
-    return contender(name, made.loss, made.trained, made.frozen, tokens)
+    return contender(name, made.loss, made.trained, made.frozen, tokens, mesh)
 
 
-def laid_out(case: Case, mesh: Mesh) -> Case:
+def laid_out(case: Case, mesh: Mesh, within: bool) -> Case:
     """Returns a case on a mesh, with as much work for each device; no targets."""
-    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    batch = case.model.batch * mesh.size
-    model = on_mesh(dataclasses.replace(case.model, batch=batch), mesh)
+    parts = [f"{name}={size}" for name, size in mesh.shape.items()]
+    model = dataclasses.replace(case.model, batch=case.model.batch * mesh.size)
+    model = model if within else on_mesh(model, mesh)
+    label = ", ".join([case.label, *parts, *["inside shard_map"] * within])
     return dataclasses.replace(
-        case, label=f"{case.label}, {axes}", model=model, devices=mesh.size, targets={}
+        case, label=label, model=model, devices=mesh.size, targets={}
     )
 
 
@@ -202,7 +219,8 @@ def run(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     trained = jax.eval_shape(lora_of(case.model).init, jax.random.key(2), params, batch)
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
     with torch_of(case, flags) as torch:
-        makes = all_makers(case.model, params, batch, torch)
+        mesh = flags.mesh if flags.inside else None
+        makes = all_makers(case.model, params, batch, torch, mesh)
         makes = {n: m for n, m in makes.items() if chosen(n, case, flags.without)}
         ready, skipped, seconds = prepared(makes)
         fitting = int(flags.budget / max(seconds, 1e-9)) - WARMUP
@@ -254,11 +272,11 @@ def main() -> None:
     """Runs all cases."""
     flags = flags_of()
     if flags.check:
-        check(flags.torch_python, flags.without, flags.mesh)
+        check(flags.torch_python, flags.without, flags.mesh, flags.inside)
         return
     lines = []
     for case in cases(flags.model, flags.size, changes_of(flags)):
-        case = laid_out(case, flags.mesh) if flags.mesh else case
+        case = laid_out(case, flags.mesh, flags.inside) if flags.mesh else case
         result = run(case, flags)
         result |= {"ratios": ratios(result["seconds"]), "targets": dict(case.targets)}
         keep(result, flags.out)

@@ -61,8 +61,11 @@ def test_all_contenders_compute_the_same() -> None:
 
 
 @pytest.mark.examples
-def test_on_a_mesh_all_contenders_compute_what_one_device_does() -> None:
-    flags = "--check --devices 4 --mesh tensor=2,fsdp --without PyTorch hand".split()
+@pytest.mark.parametrize(
+    "mesh", ["--devices 4 --mesh tensor=2,fsdp", "--devices 2 --mesh data --inside"]
+)
+def test_on_a_mesh_all_contenders_compute_what_one_device_does(mesh: str) -> None:
+    flags = f"--check {mesh} --without PyTorch hand".split()
     assert "all the same" in run("train_step.py", *flags)
 
 
