@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from llama import place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class GPT3Config:
     """The sizes of a GPT-3; the defaults are those of the largest, 175B.
 
     `dtype` is the type of the computation, not of the parameters; `remat` computes each
-    layer again in the backward pass.
+    layer again in the backward pass. `activations` and `embeddings` are shardings, as
+    in `llama.LlamaConfig`.
     """
 
     vocab: int = 50257
@@ -34,6 +36,8 @@ class GPT3Config:
     positions: int = 2048
     dtype: Any = jnp.float32
     remat: bool = False
+    activations: Any = None
+    embeddings: Any = None
 
 
 class Attention(nn.Module):
@@ -73,8 +77,8 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(nn.LayerNorm, dtype=c.dtype)
         attention, mlp = Attention(c, name="attention"), Mlp(c, name="mlp")
-        x = x + attention(norm(name="attention_norm")(x))
-        return x + mlp(norm(name="mlp_norm")(x)), None
+        x = place(x + attention(norm(name="attention_norm")(x)), c.activations)
+        return place(x + mlp(norm(name="mlp_norm")(x)), c.activations), None
 
 
 class GPT3(nn.Module):
@@ -88,7 +92,8 @@ class GPT3(nn.Module):
         c = self.config
         embed = nn.Embed(c.vocab, c.hidden, dtype=c.dtype, name="embed")
         places = nn.Embed(c.positions, c.hidden, dtype=c.dtype, name="positions")
-        x = embed(tokens) + places(jnp.arange(tokens.shape[1]))[None]
+        x = place(embed(tokens), c.embeddings)
+        x = place(x + places(jnp.arange(tokens.shape[1]))[None], c.activations)
         stack = nn.scan(
             nn.remat(Block, prevent_cse=False) if c.remat else Block,
             variable_axes={"params": 0},

@@ -26,7 +26,8 @@ class LlamaConfig:
     embedding table as the output head, and `remat` computes each layer again in the
     backward pass instead of keeping what is inside of it. `activations` is the sharding
     of what flows from layer to layer, (batch, time, hidden), and `embeddings` that of
-    the embeddings before; None leaves it to XLA.
+    the embeddings before; None leaves it to XLA. `attention` is the implementation of
+    `jax.nn.dot_product_attention` where no mask is given, such as "cudnn".
     """
 
     vocab: int = 49152
@@ -44,6 +45,7 @@ class LlamaConfig:
     remat: bool = False
     activations: Any = None
     embeddings: Any = None
+    attention: str | None = None
 
 
 class KVCache(NamedTuple):
@@ -99,7 +101,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Any, mask: jax.Array, positions: jax.Array
+        self, x: jax.Array, cache: Any, mask: jax.Array | None, positions: jax.Array
     ) -> tuple[jax.Array, Any]:
         c = self.config
         dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=c.dtype)
@@ -112,7 +114,11 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice_in_dim, start_index=positions[0], axis=1
             )
             k, v = cache = (write(cache[0], k), write(cache[1], v))
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        if mask is None:
+            mix, how = jax.nn.dot_product_attention, c.attention
+            y = mix(q, k, v, is_causal=True, implementation=how)
+        else:
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return dense(c.hidden, axis=(-2, -1), name="o_proj")(y), cache
 
 
@@ -137,7 +143,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Any, mask: jax.Array, positions: jax.Array
+        self, x: jax.Array, cache: Any, mask: jax.Array | None, positions: jax.Array
     ) -> tuple[jax.Array, Any]:
         c = self.config
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype)
@@ -174,9 +180,9 @@ class Llama(nn.Module):
         c = self.config
         start = 0 if cache is None else cache.index
         positions = start + jnp.arange(tokens.shape[1])
-        if mask is None:
-            keys = tokens.shape[1] if cache is None else cache.keys.shape[2]
-            mask = (jnp.arange(keys)[None] <= positions[:, None])[None]
+        if mask is None and cache is not None:
+            keys = jnp.arange(cache.keys.shape[2])
+            mask = (keys[None] <= positions[:, None])[None]
         embed = nn.Embed(c.vocab, c.hidden, dtype=c.dtype, name="embed")
         x = place(place(embed(tokens), c.embeddings), c.activations)
         x, layers = self._blocks(x, cache, mask, positions)
@@ -193,7 +199,7 @@ class Llama(nn.Module):
         self,
         x: jax.Array,
         cache: KVCache | None,
-        mask: jax.Array,
+        mask: jax.Array | None,
         positions: jax.Array,
     ) -> tuple[jax.Array, Any]:
         """Returns the output of all layers, and their keys and values stacked."""

@@ -33,7 +33,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--target", help="regex of the kernels to adapt; every linear by default")
     add("--replicate", action="store_true", help="whole factors on every device")
     add("--seed", type=int, default=0, help="seed of data, order and factors")
-    add("--lr", type=float, default=3e-3, help="learning rate after five steps")
+    add("--lr", type=float, default=1e-3, help="learning rate after five steps")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),

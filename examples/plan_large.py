@@ -100,13 +100,18 @@ def memory_of(plan: jlora.Plan, params: Any, mesh: AbstractMesh) -> jlora.Memory
 def fits_on(
     topology: tpu_memory.Topology, model: nn.Module, sizes: dict[str, int], rank: int
 ) -> str:
-    """Returns whether a step fits on TPUs: by their compiler, or from shapes alone."""
+    """Returns whether a step fits on TPUs, and the bound of its speed.
+
+    By their compiler, or from shapes alone.
+    """
     params = abstract_params(model)
     plan = plan_of(model, params, rank=rank)
+    most = topology.most_tokens(plan.flops.step / LENGTH) if plan.flops else ""
     if not tpu_memory.has_compiler():
         held = memory_of(plan, params, abstract_mesh(sizes)).total
         told = tpu_memory.verdict(topology, held, "a step holds")
-        return f"From shapes alone (libtpu is not installed), activations aside: {told}"
+        by = "From shapes alone (libtpu is not installed), activations aside"
+        return f"{by}: {told}; {most}"
     mesh = tpu_memory.mesh_of(topology, sizes)
     placed = plan_step.placed(params, on_mesh(param_specs(params, mesh), mesh))
     lora = lora_of(plan_step.model_on(model, mesh), rank)
@@ -114,7 +119,7 @@ def fits_on(
     tokens = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
     step, args = plan_step.step_on(mesh, lora, optax.adam(1e-4), placed, tokens)
     told = tpu_memory.verdict(topology, tpu_memory.peak_of(step, *args), "a step takes")
-    return f"By the TPU's own compiler, without a TPU, so an estimate: {told}"
+    return f"By the TPU's own compiler, without a TPU, so an estimate: {told}; {most}"
 
 
 def totals(plan: jlora.Plan, whole: jlora.Memory) -> str:

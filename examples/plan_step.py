@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from llama import Llama
 from placement import EMBEDDINGS, ROWS
 
 import jlora
@@ -17,11 +16,9 @@ import jlora
 
 def model_on(model: nn.Module, mesh: Mesh) -> nn.Module:
     """Returns a model with remat, and activations that stay where their rows are."""
-    changes: dict[str, Any] = {"remat": True}
-    if isinstance(model, Llama):
-        on = lambda spec: NamedSharding(mesh, spec)
-        changes |= {"activations": on(ROWS), "embeddings": on(EMBEDDINGS)}
-    return type(model)(dataclasses.replace(model.config, **changes))
+    on = lambda spec: NamedSharding(mesh, spec)
+    changes = {"activations": on(ROWS), "embeddings": on(EMBEDDINGS)}
+    return type(model)(dataclasses.replace(model.config, remat=True, **changes))
 
 
 def placed(tree: Any, places: Any) -> Any:

@@ -110,9 +110,13 @@ def _pretrained(args: argparse.Namespace, mesh: Mesh) -> Source:
 
 def _fields(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Returns what the options say of the model besides its sizes."""
+    # cuDNN's attention has neither float32 nor rows of odd length.
+    fused = args.dtype == "bfloat16" and args.length % 2 == 0
+    fused = fused and jax.default_backend() == "gpu"
     return {
         "dtype": jnp.dtype(args.dtype),
         "remat": args.remat,
+        "attention": "cudnn" if fused else None,
         "activations": placement.rows(mesh),
         "embeddings": NamedSharding(mesh, placement.EMBEDDINGS),
     }

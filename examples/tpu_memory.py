@@ -1,4 +1,4 @@
-"""Whether a step fits into the memory of TPUs, without a TPU.
+"""Whether a step fits into the memory of TPUs, and its bound in time, without a TPU.
 
 The TPU's own compiler (libtpu, `pip install "jax[tpu]"` on Linux on x86-64) compiles a
 step for chips that are not there, and refuses one that does not fit. All is an estimate
@@ -25,6 +25,8 @@ GIB = 1 << 30
 # GiB, and how many of these a chip is.
 HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
 HALVES = ("tpu7x",)
+# The peak in bfloat16 that Google publishes, of one of JAX's devices, in FLOP/s.
+PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 1153.5e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Topology:
     def hbm(self) -> float:
         """The bytes that a program may take of one device."""
         return HBM[self.kind] * GIB
+
+    def most_tokens(self, flops: float) -> str:
+        """Returns in words the bound of a step that takes so many FLOPs a token.
+
+        >>> parse_topology("v5e:4x4").most_tokens(3.2e10)
+        'at most 6,156 tokens a second a device, by its FLOPs at the published peak'
+        """
+        most = PEAK[self.kind] / flops
+        return (
+            f"at most {most:,.0f} tokens a second a device, by its FLOPs at the "
+            "published peak"
+        )
 
 
 def parse_topology(text: str) -> Topology:
