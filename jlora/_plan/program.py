@@ -12,8 +12,9 @@ from .._params.quantized import Quantized
 from .._product.choice import Contraction
 from .._program.decide import DORA, OF_DORA, OF_SCALE, OF_SUM, SideScale, decide
 from .._program.trace import Traced
+from .._rules import CONSUME
 from .._rules.view import Flow, Log, Use, Value, View
-from .conflicts import conflicts, other_batch, other_roles
+from .conflicts import conflicts, other_batch, other_roles, told_roles
 from .target import Target, variant_of
 
 
@@ -90,7 +91,7 @@ def program_of(
         told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, scales)
         if told:
             raise (misfit or other_roles)(told)
-        raise MaterializationError(_obstacles(log.obstacles, shapes))
+        raise MaterializationError(_obstacles(log.obstacles, shapes, axes))
     return program, log
 
 
@@ -106,10 +107,17 @@ def inputs_known(
     return inputs
 
 
-def _obstacles(uses: Sequence[Use], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _obstacles(
+    uses: Sequence[Use],
+    shapes: Mapping[str, tuple[int, ...]],
+    axes: Mapping[str, KernelAxes],
+) -> str:
+    # A product has a rule, and none where its sum is not over one side of the factors.
+    has_rule = lambda use: use.primitive in CONSUME and use.kind == use.primitive
+    roles = lambda use: f" for {told_roles(axes[use.path])}" if has_rule(use) else ""
     lines = [
         f"adapted kernel {use.path!r} {shapes[use.path]} reaches {use.kind} at "
-        f"{use.source}, which has no low-rank rule"
+        f"{use.source}, which has no low-rank rule{roles(use)}"
         for use in dict.fromkeys(uses)
     ]
     of_own = any(use.primitive in OWN_DERIVATIVE for use in uses)
