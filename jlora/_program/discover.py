@@ -187,9 +187,10 @@ def _roles_of(view: View, roles: Sequence[str]) -> dict[int, str]:
     them. If nothing came from it, it is on the side that has no axis.
     """
     seen: dict[int, str] = {}
-    for origin, role in zip(view.origins, roles, strict=True):
+    either = lambda pair: pair[1] == "either"
+    for origin, role in sorted(zip(view.origins, roles, strict=True), key=either):
         for axis in sorted(origin):
-            seen.setdefault(axis, role)
+            seen.setdefault(axis, "in" if role == "either" else role)
     own = {role for axis, role in seen.items() if axis in view.untouched}
     first = min(view.untouched, default=0)
     if {"in", "out"} <= own and all(axis < first for axis in view.mixed):

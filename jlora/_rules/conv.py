@@ -40,9 +40,9 @@ def _is_depthwise(eqn: Any) -> bool:
 def _roles(eqn: Any, operand: int) -> list[str] | None:
     if eqn.params["batch_group_count"] != 1:
         return None
-    out_feature = eqn.params["dimension_numbers"].rhs_spec[0]
+    out, in_, *_ = eqn.params["dimension_numbers"].rhs_spec
     ndim = eqn.invars[1].aval.ndim
-    return ["out" if i == out_feature else "in" for i in range(ndim)]
+    return [{out: "out", in_: "in"}.get(i, "either") for i in range(ndim)]
 
 
 def _details(eqn: Any, view: View) -> str:
@@ -76,12 +76,22 @@ def _order(eqn: Any, view: View) -> str:
 
 
 def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
+    """Whether inputs and outputs of a convolution are on different factors.
+
+    An axis of the window may be on either, see `_low_rank`; in groups all are on that
+    of the inputs.
+    """
     if eqn.params["batch_group_count"] != 1:
         return False
-    out_feature = eqn.params["dimension_numbers"].rhs_spec[0]
-    others = {r for i, r in enumerate(roles) if i != out_feature and r is not None}
-    single = len(others) <= 1 and "batch" not in {*others, roles[out_feature]}
-    return _is_depthwise(eqn) or (single and roles[out_feature] not in others)
+    out, in_, *space = eqn.params["dimension_numbers"].rhs_spec
+    if _is_depthwise(eqn):
+        return True
+    taken = [i for i in (in_, *space) if roles[i] is not None]
+    if eqn.params["feature_group_count"] == 1 and roles[in_] is not None:
+        taken = [in_]
+    sides = {roles[i] for i in taken}
+    apart = len(sides) <= 1 and roles[out] not in sides
+    return apart and "batch" not in roles
 
 
 def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
@@ -130,27 +140,58 @@ def _depthwise(
 def _low_rank(
     eqn: Any, x: jax.Array, w: Any, part: Part, y: jax.Array, derive: str
 ) -> jax.Array:
-    """A convolution to rank channels, then a product over the channels."""
+    """A convolution to rank channels, then a product over the channels.
+
+    Where the outputs' factor has axes of the window, that is a convolution over them.
+    """
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out, in_, *space = dims.rhs_spec
-    pair = contracted_first(part, [*space, in_], [out])
+    late = _late(part, in_, out, space) if groups == 1 else []
+    early = [i for i in space if i not in late]
+    pair = contracted_first(part, [*early, in_], [*late, out])
     if pair is None:
         raise MaterializationError(split_join(eqn, w, "is convolved"))
-    first = factor_matrix(pair[0], [*space, in_], w.shape)
-    second = factor_matrix(pair[1], [out], w.shape)
+    first = factor_matrix(pair[0], [*early, in_], w.shape)
+    second = factor_matrix(pair[1], [*late, out], w.shape)
     computed = product_dtype(x.dtype, w.dtype, y.dtype)
     sharding, channels = explicit_sharding(y), dims.out_spec[1]
-    settings = {
-        "shared": True,
-        "computed": computed,
-        "result": computed,
-        "sharding": without_axes(sharding, spec_of(y), [channels]),
-    }
-    h = convolve(Window.of(eqn, **settings), x, first, derive)
-    result, precision = branch_dtype(y.dtype, computed), eqn.params["precision"]
-    mixing = Mixing(channels, groups, precision, result, sharding)
+    places = [dims.out_spec[2 + space.index(i)] for i in late]
+    window = Window.of(
+        eqn,
+        shared=True,
+        computed=computed,
+        result=computed,
+        sharding=without_axes(sharding, spec_of(y), [channels, *places]),
+    )
+    h = _convolved(window, space, early, x, first, derive)
     # The scaling is folded into the rank-sized value.
-    return mix_channels(mixing, part.scaling * h, second, derive)
+    h, result = part.scaling * h, branch_dtype(y.dtype, computed)
+    if not late:
+        mixing = Mixing(channels, groups, window.precision, result, sharding)
+        return mix_channels(mixing, h, second, derive)
+    window = window._replace(lhs=window.out, result=result, sharding=sharding)
+    return _convolved(window, space, late, h, jnp.swapaxes(second, -1, -2), derive)
+
+
+def _convolved(
+    window: Window,
+    space: Sequence[int],
+    axes: Sequence[int],
+    x: jax.Array,
+    kernel: jax.Array,
+    derive: str,
+) -> jax.Array:
+    """Returns the convolution with a kernel that has some axes of the window alone."""
+    absent = [n for n, i in enumerate(space) if i not in axes]
+    window = window.along([space.index(i) for i in axes])
+    return convolve(window, x, jnp.expand_dims(kernel, absent), derive)
+
+
+def _late(part: Part, in_: int, out: int, space: Sequence[int]) -> list[int]:
+    """Returns the axes of the window that the factor of the outputs has."""
+    turned = part.a.shape[out] != 1 or part.b.shape[in_] != 1
+    factor = part.a if turned else part.b
+    return [i for i in space if factor.shape[i] != 1]
 
 
 def _flops(eqn: Any) -> int:
@@ -179,10 +220,14 @@ def _on_probe(
     shape: Shape,
     own: Collection[int],
 ) -> jax.Array:
-    """The convolution, to as many channels as the probe has columns, in each group."""
+    """The convolution, to as many channels as the probe has columns, in each group.
+
+    Its own axes are those of the window that outputs have: each entry counts once.
+    """
     x = others[0]
     dims, sharding = eqn.params["dimension_numbers"], eqn.params["out_sharding"]
     _, in_, *space = dims.rhs_spec
+    early = [i for i in space if i not in own]
     channels = dims.out_spec[1]
     if sharding is not None:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
@@ -192,14 +237,25 @@ def _on_probe(
     )
     highest = lax.Precision.HIGHEST
     window = window._replace(precision=(highest, highest))
-    return convolve(window, x, factor_matrix(probe, [*space, in_], shape), "custom")
+    kernel = factor_matrix(probe, [*early, in_], shape)
+    return _convolved(window, space, early, x, kernel, "custom")
 
 
 def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> int:
     params, out = eqn.params, eqn.outvars[0].aval
-    channels = params["dimension_numbers"].out_spec[1]
-    positions = [n for i, n in enumerate(out.shape) if i != channels]
-    return math.prod(positions) * params["feature_group_count"]
+    dims, x = params["dimension_numbers"], values[0]
+    places = zip(dims.out_spec[2:], dims.lhs_spec[2:], dims.rhs_spec[2:], strict=True)
+    late = _own(eqn, operand, values[operand].parts[0])
+    counts = [x.shape[j] if k in late else out.shape[i] for i, j, k in places]
+    batch = out.shape[dims.out_spec[0]]
+    return batch * math.prod(counts) * params["feature_group_count"]
+
+
+def _own(eqn: Any, operand: int, part: Part) -> set[int]:
+    _, in_, *space = eqn.params["dimension_numbers"].rhs_spec
+    if part.b.shape[in_] != 1 or eqn.params["feature_group_count"] > 1:
+        return set()
+    return {i for i in space if part.a.shape[i] == 1 != part.b.shape[i]}
 
 
 CONSUME = {
@@ -209,7 +265,7 @@ CONSUME = {
         _roles,
         _flops,
         run=_run,
-        linear=LinearUse(_summed, lambda eqn, operand: (), _on_probe, _inputs),
+        linear=LinearUse(_summed, lambda eqn, operand: (), _on_probe, _inputs, _own),
         supports=_supports,
         details=_details,
         scale_fits=_scale_fits,

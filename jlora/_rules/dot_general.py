@@ -16,7 +16,7 @@ from .._jax.dots import dot
 from .._params.axes import Shape, free_axes
 from .._product.dropout import Dropout
 from .._product.group import GroupDims, KernelDims
-from .adapted import complete
+from .adapted import Part, complete
 from .mix import Mix, mixing
 from .rule import Axes, ConsumeRule, LinearUse
 from .view import View
@@ -132,6 +132,12 @@ def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> int:
     return math.prod(shape[i] for i in free_axes(len(shape), contract, batch))
 
 
+def _own(eqn: Any, operand: int, part: Part) -> set[int]:
+    """The batch axes of a kernel that it sums over: each index has its own inputs."""
+    contract = dot_dims(eqn, operand)[0]
+    return {i for i in contract if part.a.shape[i] != 1 and part.b.shape[i] != 1}
+
+
 CARRY = {
     "dot_general": mixing(_mix, features=_holds_features, operands=(0, 1), frozen=True)
 }
@@ -146,7 +152,7 @@ CONSUME = {
             shared=lambda eqn, operand: dot_dims(eqn, operand)[1],
             apply=_on_probe,
             rows=_inputs,
-            sums_batches=True,
+            own=_own,
         ),
         scale_fits=_scale_fits,
         features=_holds_features,

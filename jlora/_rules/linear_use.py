@@ -32,22 +32,11 @@ def is_input_side(eqn: Any, operand: int, part: Part, shape: Shape) -> bool:
     output axes: what it multiplies is no input of the kernel.
     """
     use = CONSUME[eqn.primitive.name].linear
-    own = _own_axes(use, eqn, operand, part)
+    own = use.own(eqn, operand, part)
     summed = [i for i in use.summed(eqn, operand) if i not in own]
     if own and all(part.a.shape[i] == 1 for i in summed):
         return False  # it sums over batch axes alone
     return all(shape[i] == 1 or part.b.shape[i] == 1 for i in summed)
-
-
-def _own_axes(use: LinearUse, eqn: Any, operand: int, part: Part) -> set[int]:
-    """Returns the batch axes of a kernel that a product sums over.
-
-    Each index along them has inputs of its own: a config names such axes.
-    """
-    if not use.sums_batches:
-        return set()
-    summed = use.summed(eqn, operand)
-    return {i for i in summed if part.a.shape[i] != 1 and part.b.shape[i] != 1}
 
 
 def use_terms(
@@ -59,7 +48,7 @@ def use_terms(
     others = [x.astype(summed_in(x.dtype)), *values[2:]]
     a = _placed(use, eqn, operand, part)
     probe, ones = a[..., :-1], a[..., -1:]
-    own = _own_axes(use, eqn, operand, part)
+    own = use.own(eqn, operand, part)
     apply = lambda probe: use.apply(eqn, operand, others, probe, shape, own)
     h, pull = jax.vjp(apply, lax.stop_gradient(probe))
     # The norm of a complex x·Ω: its gradient is the real part of xᴴ·x·Ω.

@@ -179,9 +179,10 @@ class LinearUse:
         summed: `(eqn, operand) -> axes` of the kernel that it sums over.
         shared: `(eqn, operand) -> axes` that the kernel shares with what it meets.
         apply: `(eqn, operand, others, probe, shape, own) -> x·Ω`, given the other
-            operands, the kernel's shape and the summed axes that are batch axes here.
+            operands, the kernel's shape and its own axes.
         rows: `(eqn, operand, values) -> number of inputs`, for each group if there are.
-        sums_batches: whether it may sum over batch axes.
+        own: `(eqn, operand, part) -> axes` that it sums over and that are no inputs, as
+            the batch axes of a kernel.
     """
 
     summed: Callable[[Any, int], Sequence[int]]
@@ -190,7 +191,7 @@ class LinearUse:
         [Any, int, Sequence[Any], jax.Array, Shape, Collection[int]], jax.Array
     ]
     rows: Callable[[Any, int, Sequence[Any]], Any]
-    sums_batches: bool = False
+    own: Callable[[Any, int, Any], set[int]] = lambda eqn, operand, part: set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,8 @@ class ConsumeRule:
         operands: the operands that may be a kernel.
         roles: `(eqn, operand) -> roles` of the operand's axes, or None where the
             equation says nothing about them: this is where the axes of a kernel are
-            learnt.
+            learnt. One that is "either" is an input axis, but where it is cut from an
+            axis that has outputs too.
         flops: `eqn -> FLOPs` of the forward pass.
         linear: the use as a map that is linear in the kernel, for statistics of inputs.
         run: `(eqn, operands, derive) -> outputs`, of which one operand is `Adapted`:

@@ -10,7 +10,7 @@ is laid out once for each tap of the window.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +71,18 @@ class Window(NamedTuple):
             groups=params["feature_group_count"],
             **own,
             **settings,
+        )
+
+    def along(self, axes: Collection[int]) -> "Window":
+        """Returns the window along some axes of space, with one tap along others."""
+        kept = lambda own, other: tuple(
+            value if i in axes else other for i, value in enumerate(own)
+        )
+        return self._replace(
+            strides=kept(self.strides, 1),
+            padding=kept(self.padding, (0, 0)),
+            lhs_dilation=kept(self.lhs_dilation, 1),
+            rhs_dilation=kept(self.rhs_dilation, 1),
         )
 
     def turned(self, x: jax.Array, taps: Shape, counts: Shape) -> "Window":

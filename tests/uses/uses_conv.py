@@ -46,6 +46,18 @@ def _patches(w: Array, x: Array) -> Array:
     return conv(w, jnp.tanh(conv(w, wrap(x)))[..., :5])
 
 
+def _flat(shape: tuple[int, ...], layout: tuple[str, str, str], **settings: Any) -> Any:
+    """A convolution whose window lies with its outputs in an axis of the leaf."""
+    conv = _conv(layout, **settings)
+    return lambda w, x: conv(w.reshape(shape), x)
+
+
+def _mapped_too(w: Array, x: Array) -> Array:
+    """A kernel that maps channels to a window of outputs, and is convolved with."""
+    conv = _conv(("NWC", "IWO", "NWC"))
+    return jnp.einsum("nwc,cko->nwko", x, w) + conv(w, x)[:, :, None]
+
+
 NWC = ("NWC", "WIO", "NWC")
 NCW = ("NCW", "OIW", "NCW")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -70,6 +82,43 @@ CONVS = [
         normal(4, 5, 11),
         w=(7, 5, 3),
         delta="iwr,ro->oiw",
+    ),
+    use(
+        "conv_1d_window_of_outputs",
+        _flat((5, 3, 4), ("NWC", "IWO", "NWC"), strides=(2,)),
+        normal(4, 11, 5),
+        w=(5, 12),
+    ),
+    use(
+        "conv_1d_window_of_outputs_transposed",
+        _flat(
+            (4, 3, 5),
+            ("NCW", "OWI", "NCW"),
+            padding=[(2, 1)],
+            lhs_dilation=(2,),
+        ),
+        normal(3, 5, 9),
+        w=(12, 5),
+        delta="ir,ro->oi",
+    ),
+    use(
+        "conv_2d_window_on_both_sides",
+        _flat(
+            (5, 2, 3, 4),
+            ("NHWC", "IHWO", "NHWC"),
+            strides=(2, 1),
+            padding=[(1, 2), (0, 1)],
+            rhs_dilation=(1, 2),
+        ),
+        IMAGE,
+        w=(10, 12),
+    ),
+    use(
+        "conv_1d_that_is_mapped_with",
+        _mapped_too,
+        normal(4, 11, 5),
+        w=(5, 3, 7),
+        delta="ir,rwo->iwo",
     ),
     use("conv_2d", _conv(NHWC), IMAGE, w=(3, 4, 5, 7), delta=HWIO),
     use(
