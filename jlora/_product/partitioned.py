@@ -6,6 +6,7 @@ as for the plain product. Left to itself XLA moves activations: a second, skinny
 of `x` is sharded as the kernel is, and its say is as good as any.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,6 +111,8 @@ def _placed(
 ) -> _Placed:
     """Decides how each operand lies: first rows, then outputs, then what is summed.
 
+    A few tokens go last: it is less to move them than to gather the kernel.
+
     Args:
         xs: the specs by which the operands lie now.
         ws: those of the kernels.
@@ -118,11 +121,12 @@ def _placed(
         how: how the kernels lie.
     """
     rows, outputs = xs[0][: terms.rows], terms.b.ndim - 1
+    ws = [w[outputs:] if how.turned else w[: len(w) - outputs] for w in ws]
+    rows = _without(rows, _in_place(outs, ws, terms))
     outs = _without(outs, _names(rows))
     used = _names(rows) | _names(outs)
     inner = []
     for spec, of_w in zip(xs, ws, strict=True):
-        of_w = of_w[outputs:] if how.turned else of_w[: len(of_w) - outputs]
         of_x = spec[terms.rows :]
         inner.append(_without(of_x if _names(of_x) else of_w, used))
     partial = _names(inner[0])
@@ -132,6 +136,20 @@ def _placed(
     of_ws = [(*outs, *one) if how.turned else (*one, *outs) for one in inner]
     operands = (*of_xs, *of_ws, (*rows, None), (*outs, None))
     return _Placed(operands, (*rows, *outs), tuple(sorted(partial)))
+
+
+def _in_place(outs: Any, ws: Sequence[Any], terms: Terms) -> set[str]:
+    """Returns the mesh axes along which kernels stay where they are, for a few rows.
+
+    Along outputs the rows are gathered in their place, along what is summed they are
+    moved to it, and the result is summed over devices, which moves it twice.
+    """
+    rows, outputs = math.prod(terms.h.shape[:-1]), math.prod(terms.b.shape[:-1])
+    features = sum(math.prod(x.shape[terms.rows :]) for x in terms.xs)
+    found = _names(outs) if rows < outputs else set()
+    if rows * (features + 2 * outputs) < features * outputs:
+        found |= _names([entry for w in ws for entry in w])
+    return found
 
 
 def _of_a_shard(terms: Terms, where: _Placed, how: How, whole: Sum) -> jax.Array:

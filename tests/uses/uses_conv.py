@@ -88,6 +88,7 @@ CONVS = [
         _flat((5, 3, 4), ("NWC", "IWO", "NWC"), strides=(2,)),
         normal(4, 11, 5),
         w=(5, 12),
+        dora=False,
     ),
     use(
         "conv_1d_window_of_outputs_transposed",
@@ -100,6 +101,7 @@ CONVS = [
         normal(3, 5, 9),
         w=(12, 5),
         delta="ir,ro->oi",
+        dora=False,
     ),
     use(
         "conv_2d_window_on_both_sides",
@@ -112,6 +114,7 @@ CONVS = [
         ),
         IMAGE,
         w=(10, 12),
+        dora=False,
     ),
     use(
         "conv_1d_that_is_mapped_with",
@@ -119,6 +122,7 @@ CONVS = [
         normal(4, 11, 5),
         w=(5, 3, 7),
         delta="ir,rwo->iwo",
+        dora=False,
     ),
     use("conv_2d", _conv(NHWC), IMAGE, w=(3, 4, 5, 7), delta=HWIO),
     use(

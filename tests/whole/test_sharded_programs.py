@@ -339,3 +339,43 @@ def test_factors_take_the_specs_of_their_kernel_under_shard_map(
     assert_close(jax.tree.map(np.asarray, grads), expected, GRADIENTS["float32"])
     pieces = [(HIDDEN, MLP // 4), (MLP // 4, HIDDEN)]
     assert_not_materialized(program, base_indices(*args, base=1), pieces)
+
+
+@pytest.mark.parametrize("tokens", [8, 256, 4096])
+@pytest.mark.parametrize(
+    "layout", [("i", None), (None, "j"), ("i", "j")], ids=["fsdp", "tp", "both"]
+)
+def test_few_tokens_travel_where_the_base_lets_them(
+    layout: tuple[Any, Any], tokens: int
+) -> None:
+    """A kernel that the base leaves in place, as for a few tokens, is not gathered."""
+    d, wide, rank = 512, 2048, 8
+    mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda *spec: NamedSharding(mesh, P(*spec))
+    shaped = lambda shape, where: jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=where
+    )
+    params = {
+        "up": shaped((d, wide), place(*layout)),
+        "down": shaped((wide, d), place(*layout[::-1])),
+    }
+    x = shaped((tokens, d), place("i"))
+    fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    lora = jlora.lora(fn, jlora.LoraConfig(rank=rank, alpha=12.0))
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+    adapter = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where
+        ),
+        adapter,
+        jlora.shardings(params, adapter),
+    )
+    base = collectives(jax.jit(fn).lower(params, x).compile())
+    own = collectives(jax.jit(lora.apply).lower(params, adapter, x).compile())
+    # A sum over devices moves its values to and fro.
+    cost = lambda moves: sum(
+        size * count * (2 if kind == "all-reduce" else 1)
+        for (kind, size), count in moves.items()
+    )
+    factors = 4 * (wide + d + tokens) * rank
+    assert cost(own) <= 1.1 * cost(base) + factors, (own, base)

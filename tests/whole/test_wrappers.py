@@ -15,7 +15,7 @@ import pytest
 from case import adapt, check_gradients, check_values, make_case, randomized
 from oracle import assert_close, materialized, random_like, reference, weighted_sum
 from use import Use
-from uses import CONVS, USES
+from uses import USES
 from wrappers import WRAPPERS, Wrapper
 
 import jlora
@@ -59,18 +59,19 @@ LOOPS = ("scan", "scan_everything", "while", "scan_of_checkpoint")
 # JAX turns a cond with a batched predicate into a choice between kernels.
 BRANCHES = ("cond_both_branches", "cond_one_branch", "switch", "experts_switch")
 VMAPS = ("vmap", "jit_of_vmap_of_cond")
-# A derivative inside of the function makes these kernels residuals of a loop or branch.
+# A derivative inside of the function makes these kernels residuals of a loop or branch,
 RESIDUALS = ("experts_switch", "scan_second_axis", "scan_groups", "index_fori")
+# and cuts these into their groups.
+GROUPED = ("conv_2d_groups", "conv_2d_groups_nchw", "conv_2d_depthwise")
+GROUPED = (*GROUPED, "conv_2d_depthwise_multiplier", "conv_1d_depthwise_causal")
 
 
 def refused(use: Use, wrapper: Wrapper) -> type[Exception] | None:
     """The error for a pair in which the kernel can't stay factored, inside."""
     if wrapper.name in LOOPS and use.name in ONE_ROW:
         return jlora.TargetError
-    if wrapper.name == "value_and_grad" and (
-        (use in CONVS and use.name != "conv_1x1")
-        or use.name in (*RESIDUALS, "scale_from_input")
-    ):
+    apart = (*RESIDUALS, *GROUPED, "scale_from_input")
+    if wrapper.name == "value_and_grad" and use.name in apart:
         return jlora.MaterializationError
     return None
 
@@ -150,7 +151,7 @@ def test_refused_inside(use: Use, wrapper: Wrapper, getkey):
 
 @pytest.mark.parametrize(
     "name",
-    ["conv_2d_strided", "conv_2d_groups", "conv_2d_depthwise", *RESIDUALS],
+    ["conv_2d_groups", "conv_2d_depthwise", *RESIDUALS],
 )
 def test_refused_derivative_may_materialize(name: str, getkey):
     (wrapper,) = [w for w in WRAPPERS if w.name == "value_and_grad"]
