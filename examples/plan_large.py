@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--mesh",
         type=meshes.parse_sizes,
-        default="fsdp=64",
-        help="sizes of the mesh axes data, fsdp and tensor; no device is needed",
+        help="sizes of the mesh axes data, fsdp and tensor; no device is needed; by "
+        "default fsdp has 64, or those of --tpu",
     )
     add("--rank", type=int, default=4, help="rank of the factors")
     add(
@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "libtpu from shapes alone",
     )
     args = parser.parse_args(argv)
+    if args.mesh is None:
+        args.mesh = meshes.parse_sizes(f"fsdp={args.tpu.devices if args.tpu else 64}")
     devices = math.prod(args.mesh.values())
     if args.tpu and args.tpu.devices != devices:
         parser.error(

@@ -25,6 +25,7 @@ GIB = 1 << 30
 # GiB, and how many of these a chip is.
 HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
 HALVES = ("tpu7x",)
+FLAT = ("v5e", "v6e")  # chips in a plane; those of other kinds are in space
 # The peak in bfloat16 that Google publishes, of one of JAX's devices, in FLOP/s.
 PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 1153.5e12}
 
@@ -69,10 +70,11 @@ def parse_topology(text: str) -> Topology:
     """
     kind, _, sizes = text.partition(":")
     numbers = sizes.split("x")
-    if kind not in HBM or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+    known = kind in HBM and len(numbers) == (2 if kind in FLAT else 3)
+    if not known or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         raise argparse.ArgumentTypeError(
             f"{text!r} isn't a kind of TPU ({', '.join(HBM)}) with its sizes; write "
-            "`v5e:4x4`, or `v5p:4x4x4` where a kind has three"
+            f"`v5e:4x4`, or `v5p:4x4x4`: {' and '.join(FLAT)} have two, others three"
         )
     chips = math.prod(map(int, numbers))
     return Topology(text, kind, chips * (2 if kind in HALVES else 1))

@@ -28,8 +28,8 @@ _LEAST_FUSED = 512
 # Blocks of a product over a GPU's processors from which on the kernel pays: with half
 # it is 3 to 4 % faster than the other forms, with a quarter 6 % slower (H200).
 _LEAST_FILLED = 0.45
-# TPUs on which a copied kernel costs less than a fusion that joins two arrays.
-_COPIED = ("TPU v6 lite",)
+# TPUs on which another form costs less than a fusion that joins two arrays.
+_ON_TPU: dict[str, Form] = {"TPU v6 lite": "copied", "TPU v4": "separate"}
 
 
 class ByPlatform(NamedTuple):
@@ -146,7 +146,7 @@ def _form_on_tpu(by: ByPlatform, target: Target) -> Form:
     wide = min(by.features, by.outputs) >= _LEAST_EXTENDED
     if target.devices > 1 or not (by.summed and wide and joining_pays(by.tokens)):
         return "separate"
-    return "copied" if target.kind in _COPIED else "joined"
+    return _ON_TPU.get(target.kind, "joined")
 
 
 def form_here(form: Form | ByPlatform) -> Form:

@@ -168,7 +168,10 @@ def test_topologies(text: str, devices: int) -> None:
     assert topology.devices == devices
 
 
-@pytest.mark.parametrize("text", ["", "v5e", "v5e:", "v5e:4x", "v5e:0x4", "h100:8"])
+TEXTS = ["", "v5e", "v5e:", "v5e:4x", "v5e:0x4", "h100:8", "v5e:4x4x4", "v5p:4x4"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_topologies_that_make_no_sense(text: str) -> None:
     with pytest.raises(ArgumentTypeError, match="write `v5e:4x4`"):
         tpu_memory.parse_topology(text)
@@ -178,9 +181,19 @@ def test_a_mesh_has_the_devices_of_the_topology(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        plan_large.main(["--tpu", "v5e:4x4"])
+        plan_large.main(["--tpu", "v5e:4x4", "--mesh", "fsdp=64"])
     told = capsys.readouterr().err
     assert "--tpu v5e:4x4 has 16 devices and --mesh data=1,fsdp=64,tensor=1 64" in told
+
+
+def test_a_topology_is_a_mesh(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tpu_memory, "has_compiler", lambda: False)
+    plan_large.main(["--model", "llama70b", "--tpu", "v5e:4x4"])
+    printed = capsys.readouterr().out
+    assert "Adam on data=1,fsdp=16,tensor=1" in printed
+    assert "at most 670 tokens a second a device, by its FLOPs" in printed
 
 
 def test_what_does_not_fit_is_told() -> None:
