@@ -30,6 +30,7 @@ def of(tokens: int, features: int = D, outputs: int = K) -> choice.ByPlatform:
     [
         (of(8192), V5E, "joined"),
         (of(8192), V6E, "copied"),
+        (of(8192), Target("tpu", kind="TPU v4"), "separate"),
         (of(8192), Target("tpu"), "joined"),
         (of(8191), V5E, "separate"),
         (of(8192, features=1023), V5E, "separate"),
