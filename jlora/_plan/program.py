@@ -114,7 +114,8 @@ def _obstacles(
 ) -> str:
     # A product has a rule, and none where its sum is not over one side of the factors.
     has_rule = lambda use: use.primitive in CONSUME and use.kind == use.primitive
-    roles = lambda use: f" for {told_roles(axes[use.path])}" if has_rule(use) else ""
+    told = lambda use: f" for its axes ({told_roles(axes[use.path])})"
+    roles = lambda use: told(use) if has_rule(use) else ""
     lines = [
         f"adapted kernel {use.path!r} {shapes[use.path]} reaches {use.kind} at "
         f"{use.source}, which has no low-rank rule{roles(use)}"
