@@ -76,16 +76,19 @@ def rows_of(mesh: Mesh) -> NamedSharding:
 
 
 def inside(
-    mesh: Mesh, loss: Callable[..., Any], first: P | None = None
+    mesh: Mesh | None, loss: Callable[..., Any], *, of_rows: bool = False
 ) -> Callable[..., Any]:
     """Returns the mean of a loss that each device computes of its own rows.
 
     Args:
-        mesh: the devices, of which each has whole kernels.
+        mesh: the devices, of which each has whole kernels; without, the loss as it is.
         loss: a function of what is differentiated, params and rows.
-        first: where the first of these lies; it is whole by default.
+        of_rows: whether the first of these lies as the rows do; else it is whole.
     """
-    specs = (first or P(), P(), rows_of(mesh).spec)
+    if mesh is None:
+        return loss
+    rows = rows_of(mesh).spec
+    specs = (rows if of_rows else P(), P(), rows)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
     def mean(value: Any, params: Any, batch: Any) -> jax.Array:

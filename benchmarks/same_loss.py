@@ -5,6 +5,7 @@ gradient by the factors. On a mesh, too, if one is given, and inside of a `shard
 the values of one device.
 """
 
+import functools
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def compared(
 ) -> Values:
     """Returns name -> loss and gradient norm."""
     model = model if mesh is None or within else on_mesh(model, mesh)
-    placed = lambda loss: inside(mesh, loss) if mesh and within else loss
+    placed = functools.partial(inside, mesh if within else None)
     params, tokens = drawn(model, mesh)
     adapter = adapter_of(lora_of(model), params, tokens)
     values = {

@@ -16,7 +16,7 @@ from cases import PORTABLE
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import Layer, Linears, Params, plain
-from placing import inside, rows_of
+from placing import inside
 from timing import Contender
 
 import jlora
@@ -114,7 +114,7 @@ def frozen_step(model: Any, mesh: Mesh | None = None) -> Callable[..., tuple[Any
     With a mesh, inside of a `shard_map` over it.
     """
     loss = lambda inputs, params, batch: model.loss(params, batch, inputs)
-    loss = loss if mesh is None else inside(mesh, loss, rows_of(mesh).spec)
+    loss = inside(mesh, loss, of_rows=True)
 
     def step(out: Any, params: Params, batch: jax.Array) -> tuple[Any, ...]:
         inputs = model.embed(params, batch)
@@ -220,9 +220,9 @@ def contender(
 
     With a mesh, of that loss inside of a `shard_map` over it.
     """
-    loss = loss if mesh is None else inside(mesh, loss)
+    step = trained_step(inside(mesh, loss))
     state = (trained, started(trained), params, batch)
-    return Contender(name, compiled(trained_step(loss), state, 2), state)
+    return Contender(name, compiled(step, state, 2), state)
 
 
 def started(trained: Any) -> Any:

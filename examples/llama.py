@@ -114,11 +114,11 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice_in_dim, start_index=positions[0], axis=1
             )
             k, v = cache = (write(cache[0], k), write(cache[1], v))
+        attend = jax.nn.dot_product_attention
         if mask is None:
-            mix, how = jax.nn.dot_product_attention, c.attention
-            y = mix(q, k, v, is_causal=True, implementation=how)
+            y = attend(q, k, v, is_causal=True, implementation=c.attention)
         else:
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+            y = attend(q, k, v, mask=mask[:, None])
         return dense(c.hidden, axis=(-2, -1), name="o_proj")(y), cache
 
 

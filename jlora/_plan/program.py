@@ -112,13 +112,9 @@ def _obstacles(
     shapes: Mapping[str, tuple[int, ...]],
     axes: Mapping[str, KernelAxes],
 ) -> str:
-    # A product has a rule, and none where its sum is not over one side of the factors.
-    has_rule = lambda use: use.primitive in CONSUME and use.kind == use.primitive
-    told = lambda use: f" for its axes ({told_roles(axes[use.path])})"
-    roles = lambda use: told(use) if has_rule(use) else ""
     lines = [
         f"adapted kernel {use.path!r} {shapes[use.path]} reaches {use.kind} at "
-        f"{use.source}, which has no low-rank rule{roles(use)}"
+        f"{use.source}, which has no low-rank rule{_for_axes(use, axes[use.path])}"
         for use in dict.fromkeys(uses)
     ]
     of_own = any(use.primitive in OWN_DERIVATIVE for use in uses)
@@ -133,6 +129,12 @@ def _obstacles(
         '`materialize="allow"` to `jlora.lora` to form W + s·a·b there and only there'
         + (_OF_OWN if of_own else "")
     )
+
+
+def _for_axes(use: Use, axes: KernelAxes) -> str:
+    """Says the roles where a product, which has a rule, has none for them."""
+    has_rule = use.primitive in CONSUME and use.kind == use.primitive
+    return f" for its axes ({told_roles(axes)})" if has_rule else ""
 
 
 _OF_OWN = (

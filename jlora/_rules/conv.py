@@ -146,7 +146,7 @@ def _low_rank(
     """
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out, in_, *space = dims.rhs_spec
-    late = _late(part, in_, out, space) if groups == 1 else []
+    late = _late(eqn, part)
     early = [i for i in space if i not in late]
     pair = contracted_first(part, [*early, in_], [*late, out])
     if pair is None:
@@ -187,8 +187,11 @@ def _convolved(
     return convolve(window, x, jnp.expand_dims(kernel, absent), derive)
 
 
-def _late(part: Part, in_: int, out: int, space: Sequence[int]) -> list[int]:
+def _late(eqn: Any, part: Part) -> list[int]:
     """Returns the axes of the window that the factor of the outputs has."""
+    if eqn.params["feature_group_count"] > 1:
+        return []
+    out, in_, *space = eqn.params["dimension_numbers"].rhs_spec
     turned = part.a.shape[out] != 1 or part.b.shape[in_] != 1
     factor = part.a if turned else part.b
     return [i for i in space if factor.shape[i] != 1]
@@ -252,10 +255,8 @@ def _inputs(eqn: Any, operand: int, values: Sequence[Any]) -> int:
 
 
 def _own(eqn: Any, operand: int, part: Part) -> set[int]:
-    _, in_, *space = eqn.params["dimension_numbers"].rhs_spec
-    if part.b.shape[in_] != 1 or eqn.params["feature_group_count"] > 1:
-        return set()
-    return {i for i in space if part.a.shape[i] == 1 != part.b.shape[i]}
+    """The axes of the window that the outputs of the kernel have."""
+    return {i for i in _late(eqn, part) if part.a.shape[i] == 1}
 
 
 CONSUME = {

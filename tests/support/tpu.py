@@ -4,11 +4,9 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
@@ -27,21 +25,6 @@ _PRODUCT = re.compile(r"= \w+\[([\d,]*)\]\S* (?:convolution|dot)\(")
 def chips(topology: str) -> list[Any]:
     """The devices of a topology; none of them is there."""
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-def placed(shape: tuple[int, ...], place: Any, dtype: Any = jnp.bfloat16) -> Any:
-    """An array by its type and place."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def at(tree: Any, places: Any) -> Any:
-    """A tree of types, each at its place."""
-    return jax.tree.map(lambda v, place: placed(v.shape, place, v.dtype), tree, places)
-
-
-def compiled(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """A function compiled for the devices of its arguments."""
-    return jax.jit(fn, **options).lower(*args).compile()
 
 
 def cycles(program: Any) -> int:

@@ -17,6 +17,7 @@ from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import ROOT
+from placed import at, compiled
 
 import jlora
 
@@ -97,23 +98,15 @@ def test_factors_alone_travel_besides_what_the_base_does(
     lora = jlora.lora(loss, jlora.LoraConfig(target, rank=RANK, alpha=32.0))
     shapes = jax.eval_shape(lora.init, jax.random.key(1), step.params, step.batch)
     places = jlora.shardings(step.params, shapes)
-    adapter = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        shapes,
-        places,
-    )
+    adapter = at(shapes, places)
     assert len(adapter) == 7 * (1 if scan else 2)
 
     def adapted(adapter: Any, params: Any, batch: Any) -> Any:
         return jax.grad(lambda a: lora.apply(params, a, batch))(adapter)
 
-    compiled = lambda fn, out, *args: (
-        jax.jit(fn, out_shardings=out).lower(*args).compile()
-    )
-    base = compiled(step.frozen, step.place("fsdp"), step.params, step.batch)
-    own = compiled(adapted, places, adapter, step.params, step.batch)
+    rows, args = step.place("fsdp"), (step.params, step.batch)
+    base = compiled(step.frozen, *args, out_shardings=rows)
+    own = compiled(adapted, adapter, *args, out_shardings=places)
     more = collectives(own) - collectives(base)
     # A factor of each of three siblings, of two stacked layers at most.
     largest = 2 * 3 * RANK * 11 * d // 4

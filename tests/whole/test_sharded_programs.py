@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
 from jaxpr_checks import assert_not_materialized, base_indices
 from oracle import assert_close
+from placed import at, compiled, placed
 
 import jlora
 from jlora import KernelAxes
@@ -352,26 +353,17 @@ def test_few_tokens_travel_where_the_base_lets_them(
     d, wide, rank = 512, 2048, 8
     mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
     place = lambda *spec: NamedSharding(mesh, P(*spec))
-    shaped = lambda shape, where: jax.ShapeDtypeStruct(
-        shape, jnp.bfloat16, sharding=where
-    )
     params = {
-        "up": shaped((d, wide), place(*layout)),
-        "down": shaped((wide, d), place(*layout[::-1])),
+        "up": placed((d, wide), place(*layout)),
+        "down": placed((wide, d), place(*layout[::-1])),
     }
-    x = shaped((tokens, d), place("i"))
+    x = placed((tokens, d), place("i"))
     fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     lora = jlora.lora(fn, jlora.LoraConfig(rank=rank, alpha=12.0))
     adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
-    adapter = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=where
-        ),
-        adapter,
-        jlora.shardings(params, adapter),
-    )
-    base = collectives(jax.jit(fn).lower(params, x).compile())
-    own = collectives(jax.jit(lora.apply).lower(params, adapter, x).compile())
+    adapter = at(adapter, jlora.shardings(params, adapter))
+    base = collectives(compiled(fn, params, x))
+    own = collectives(compiled(lora.apply, params, adapter, x))
     # A sum over devices moves its values to and fro.
     cost = lambda moves: sum(
         size * count * (2 if kind == "all-reduce" else 1)

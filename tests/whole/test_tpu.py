@@ -19,7 +19,8 @@ from hlo import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import EXAMPLES
-from tpu import MARKS, argument_bytes, at, chips, compiled, cycles, placed
+from placed import at, compiled, placed
+from tpu import MARKS, argument_bytes, chips, cycles
 
 import jlora
 

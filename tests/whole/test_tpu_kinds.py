@@ -19,16 +19,8 @@ from flax import nnx
 from hlo import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tpu import (
-    MARKS,
-    argument_bytes,
-    at,
-    chips,
-    compiled,
-    kernel_shapes,
-    placed,
-    products_of,
-)
+from placed import at, compiled, placed
+from tpu import MARKS, argument_bytes, chips, kernel_shapes, products_of
 
 import jlora
 
@@ -264,7 +256,7 @@ class Step:
             assert max(found, default=0) <= max(base), (more, collectives(frozen))
         else:
             assert found <= base, (more, collectives(frozen))
-        stacked = len(self.kind.before) == 1
+        stacked = self.kind.fn is scanned
         shapes = [kernel_shapes(w, stacked) for w in self.kernels.values()]
         made = set(products_of(own))
         assert made and not made & set.union(*shapes), made

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tpu import MARKS, at, chips, compiled, placed
+from placed import at, compiled, placed
+from tpu import MARKS, chips
 
 import jlora
 

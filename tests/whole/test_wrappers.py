@@ -62,8 +62,13 @@ VMAPS = ("vmap", "jit_of_vmap_of_cond")
 # A derivative inside of the function makes these kernels residuals of a loop or branch,
 RESIDUALS = ("experts_switch", "scan_second_axis", "scan_groups", "index_fori")
 # and cuts these into their groups.
-GROUPED = ("conv_2d_groups", "conv_2d_groups_nchw", "conv_2d_depthwise")
-GROUPED = (*GROUPED, "conv_2d_depthwise_multiplier", "conv_1d_depthwise_causal")
+GROUPED = (
+    "conv_2d_groups",
+    "conv_2d_groups_nchw",
+    "conv_2d_depthwise",
+    "conv_2d_depthwise_multiplier",
+    "conv_1d_depthwise_causal",
+)
 
 
 def refused(use: Use, wrapper: Wrapper) -> type[Exception] | None:
