@@ -75,6 +75,20 @@ def rows_of(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(n for n in ("data", "fsdp") if n in mesh.shape)))
 
 
+def whole_along_rows(places: Any) -> Any:
+    """Returns places of factors at their use: cut as before, but not as rows are.
+
+    A step that puts them there first gathers all factors once, and not those of each
+    layer on its own.
+    """
+
+    def without(place: NamedSharding) -> NamedSharding:
+        spec = [None if entry in ("data", "fsdp") else entry for entry in place.spec]
+        return NamedSharding(place.mesh, P(*spec))
+
+    return jax.tree.map(without, places)
+
+
 def inside(
     mesh: Mesh | None, loss: Callable[..., Any], *, of_rows: bool = False
 ) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from cases import PORTABLE
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import Layer, Linears, Params, plain
-from placing import inside
+from placing import inside, whole_along_rows
 from timing import Contender
 
 import jlora
@@ -26,6 +26,7 @@ RANK, ALPHA = 16, 32.0
 SCALING = ALPHA / RANK
 OPTIMIZER = optax.adamw(1e-4)
 SPREAD = "jlora, spread"  # on a mesh, with its factors in parts
+GATHERED = "jlora, gathered"  # on a mesh, its factors gathered once a step
 
 
 def adapter_of(
@@ -199,12 +200,21 @@ def makers(
         adapter = adapter_of(lora_of(model), params, batch, **options)
         return contender(name, loss, adapter, params, batch, mesh)
 
+    def gathered() -> Contender:
+        adapter, loss = adapter_of(lora_of(model), params, batch), losses["jlora"]
+        places = whole_along_rows(where(adapter))
+        at_use = lambda value: jax.lax.with_sharding_constraint(value, places)
+        first = lambda adapter, *rest: loss(at_use(adapter), *rest)
+        return contender(GATHERED, first, adapter, params, batch)
+
     made = {"frozen limit": frozen}
     losses = low_rank_losses(model)
     for name, loss in losses.items():
         made[name] = functools.partial(low_rank, name, loss)
     if on_a_mesh(params) and mesh is None:
         made[SPREAD] = functools.partial(low_rank, SPREAD, losses["jlora"], spread=True)
+        if "fsdp" in jax.tree.leaves(params)[0].sharding.mesh.shape:
+            made[GATHERED] = gathered
     return made | {"full fine-tuning": full}
 
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from .._jax.platforms import Target
 from .._jax.symbolic import are_known, exceeds
+from . import few_kernel
 from .fused import joining_pays
 from .group import Form, GroupDims, compute_dtype
 from .hopper_kernel import blocks, divides, fits, processors
-from .hopper_probe import fault, runs_on
+from .hopper_probe import Kernel, fault, runs_on
 from .measured import Measurements, OfSize
 from .tpu_kernel import tiles
 
@@ -38,6 +39,7 @@ class ByPlatform(NamedTuple):
     Attributes:
         fused: whether the fused kernel may be used: never, where it fills half of the
             GPU, or wherever its tiles divide the products.
+        few: whether the kernel for few rows may be used: it divides the products.
         summed: whether it may be one sum on a mesh: rounded as the program asks for.
         tokens, features, outputs: the sizes of the largest product of the group.
             (`jax.vmap` makes more tokens of them: nothing depends on those before.)
@@ -45,6 +47,7 @@ class ByPlatform(NamedTuple):
     """
 
     fused: Literal["never", "filled", "always"]
+    few: bool
     summed: bool
     tokens: int
     features: int
@@ -96,15 +99,17 @@ def choose(
     # A group is what its largest kernel is: it shares `x`, and so its copy.
     largest, always = max(outputs), contraction == "fused"
     rounds = _rounds_to(dims, x.dtype)
-    fused = contraction != "factored" and rounds and _has_kernel(x.dtype)
-    fused = fused and all(divides(features, k) for k in outputs)
-    fused = fused and (always or min(features, largest) >= _LEAST_FUSED)
+    kernel = contraction != "factored" and rounds and _has_kernel(x.dtype)
+    kernel = kernel and (always or min(features, largest) >= _LEAST_FUSED)
+    fused = kernel and all(divides(features, k) for k in outputs)
     where = ("always" if always else "filled") if fused else "never"
+    few = kernel and all(few_kernel.divides(features, k) for k in outputs)
     one_precision = len({k.precision for k in dims.kernels}) == 1
     timed = None
     if isinstance(contraction, Measurements):
         timed = contraction.of_size(x.dtype, features, largest)
-    return ByPlatform(where, rounds and one_precision, tokens, features, largest, timed)
+    sizes = tokens, features, largest
+    return ByPlatform(where, few, rounds and one_precision, *sizes, timed)
 
 
 def form_on(by: ByPlatform, target: Target) -> Form:
@@ -113,9 +118,11 @@ def form_on(by: ByPlatform, target: Target) -> Form:
         return timed
     if target.platform == "tpu":
         return _form_on_tpu(by, target)
+    kernel = _kernel_for(by, target)
+    if kernel is not None and runs_on(target, kernel):
+        whole: Form = "few" if kernel == "few" else "fused"
+        return whole if target.devices == 1 else "partitioned"
     gpu = target.platform in ("cuda", "rocm")
-    if gpu and by.fused != "never" and _is_fused(by, target) and runs_on(target):
-        return "fused" if target.devices == 1 else "partitioned"
     if target.devices == 1:
         return "extended" if gpu and _extended_pays(*by.sizes) else "separate"
     # On Explicit axes types say where all lies.
@@ -129,6 +136,8 @@ def _form_that_was_timed(by: ByPlatform, target: Target) -> Form | None:
     form = by.timed.at(by.tokens)
     if form == "fused":
         can = by.fused != "never" and fits(*by.sizes) and runs_on(target)
+    elif form == "few":
+        can = _is_few(by, target) and runs_on(target, "few")
     elif form == "tiled":
         can = by.fused != "never" and _is_tiled(by, target)
     else:
@@ -159,8 +168,21 @@ def without_kernel(form: Form | ByPlatform) -> str | None:
     target = Target.here()
     if not isinstance(form, ByPlatform) or target.platform != "cuda":
         return None
-    wanted = form.fused != "never" and _is_fused(form, target)
-    return fault() if wanted else None
+    kernel = _kernel_for(form, target)
+    return None if kernel is None else fault(kernel)
+
+
+def _kernel_for(by: ByPlatform, target: Target) -> Kernel | None:
+    """Returns the kernel for GPUs that suits a group, if it runs there."""
+    if _is_few(by, target):
+        return "few"
+    return "sum" if _is_fused(by, target) else None
+
+
+def _is_few(by: ByPlatform, target: Target) -> bool:
+    """Whether one device has so few rows that reading kernels is what takes time."""
+    one = target.platform == "cuda" and target.devices == 1
+    return one and by.few and 0 < by.tokens <= few_kernel.MOST_ROWS
 
 
 def _is_fused(by: ByPlatform, target: Target) -> bool:
@@ -168,7 +190,8 @@ def _is_fused(by: ByPlatform, target: Target) -> bool:
 
     On a mesh each device has its part of the blocks, whatever is sharded.
     """
-    if not fits(*by.sizes):
+    gpu = target.platform in ("cuda", "rocm")
+    if not gpu or by.fused == "never" or not fits(*by.sizes):
         return False
     each = blocks(*by.sizes) // target.devices
     return by.fused == "always" or each >= _LEAST_FILLED * processors()

@@ -8,6 +8,8 @@
   or from a copy of `[W; b]`; backward `[dy, g]·[W, a]ᵀ`. (See `_product.fused`.)
 * tiled: the same sum on TPUs by a kernel, on request, see `_product.tpu_kernel`.
 * fused: the same sum without copies, by a kernel for Hopper GPUs, see `_product.fused`.
+* few: all of a group in one kernel for GPUs, where rows are few, as in decoding; see
+  `_product.few_kernel`. Backward it is separate.
 * grouped: fused for several adapters at once, each with rows of its own: those, the
   factors and all results have an axis of adapters first, kernels have none.
 * partitioned, ruled: on a mesh, fused and separate, as operations with a partitioning
@@ -28,6 +30,7 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import narrowed, summands_in, summed_in
 from .._jax.sharding import explicit_sharding
+from .few_kernel import LARGEST_OWN, Linear, adapted_products
 from .fused import (
     How,
     Terms,
@@ -89,7 +92,7 @@ def backward(
         dx = total(_through_kernels(dims, operands, cotangents, g.dtype))
     else:
         g, dx = _FORMS[form].backward(dims, operands, cotangents)
-    if operands.drops or form in ("separate", "extended"):
+    if operands.drops or form in ("separate", "extended", "few"):
         dx = dx + grad_x_of_deltas(dims, operands, g, form)
     return Backward(g, as_type_of(dx, operands.x))
 
@@ -185,6 +188,33 @@ def _extended_backward(
     dx, g = both[..., :features].reshape(x.shape), both[..., features:]
     g = scaled(dims, g, operands.ranks)
     return through_gates(operands, g), dx
+
+
+# --- few ---
+
+
+def _few(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
+    """One kernel, which makes `x·a` itself where the rank is small and all of it goes.
+
+    Nothing computes the given `h` then, unless a backward pass keeps it.
+    """
+    x = operands.x
+    features = math.prod(x.shape[i] for i in dims.contract)
+    through = any(gate is not None for gate in operands.gates) or operands.drops
+    makes = not through and max(operands.ranks) <= LARGEST_OWN
+    pieces, linears = per_kernel(h, operands.ranks), []
+    rows = zip(operands.kernels, operands.a, operands.b, pieces, strict=True)
+    for w, a, b, own in rows:
+        rank = a.shape[-1]
+        given = None if makes else own.reshape(-1, rank).astype(x.dtype)
+        factor = a.reshape(features, rank) if makes else None
+        # Turned back: what an adapter holds is read as it lies.
+        b = jnp.moveaxis(b, -1, 0).reshape(rank, -1)
+        linears.append(Linear(w.reshape(features, -1), factor, given, b))
+    scalings = tuple(one.scaling for one in dims.kernels)
+    ys = adapted_products(x.reshape(-1, features), linears, scalings)
+    shapes = [(*h.shape[:-1], *b.shape[:-1]) for b in operands.b]
+    return [y.reshape(shape) for y, shape in zip(ys, shapes, strict=True)]
 
 
 # --- fused, grouped, partitioned, ruled ---
@@ -283,6 +313,7 @@ _FORMS: dict[Form, _Form] = {
     "copied": _Form.summing("copied", _sum_copied),
     "tiled": _Form.summing("tiled", sum_tiled),
     "fused": _Form.summing("fused", sum_whole),
+    "few": _Form(_few, _separate_backward),
     "grouped": _Form.summing("grouped", sum_grouped),
     "partitioned": _Form.summing("partitioned", _on_mesh(whole=sum_whole)),
     "ruled": _Form.summing("ruled", _on_mesh(whole=sum_by_xla)),

@@ -32,6 +32,7 @@ Form = Literal[
     "copied",
     "tiled",
     "fused",
+    "few",
     "grouped",
     "partitioned",
     "ruled",

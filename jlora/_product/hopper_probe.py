@@ -1,15 +1,17 @@
-"""Whether the fused kernel runs here: tried once in a process, at a small size.
+"""Whether a kernel for Hopper GPUs runs here: tried once in a process, at a small size.
 
-JAX says of the API that the kernel is written in that it may change any week. So it is
+JAX says of the APIs that they are written in that they may change any week. So each is
 compiled and run before it is trusted: that finds an API that changed, a compiler that
 refuses, and wrong numbers. It takes about two seconds, where a program is lowered for a
-Hopper GPU and has products that the kernel fits, and nowhere else.
+Hopper GPU and has products that the kernel fits, and nowhere else. (The kernel for few
+rows may run on other GPUs; it was measured on Hopper GPUs alone.)
 """
 
 import concurrent.futures
 import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,17 @@ import numpy as np
 
 from .._jax.platforms import Target
 from .._jax.versions import MOSAIC_GPU_SINCE
+from .few_kernel import MOST_ROWS, Linear, adapted_products
 from .hopper_kernel import local_gpu, sum_of_products
 
+# The sum of `hopper_kernel`, and the products of `few_kernel`.
+Kernel = Literal["sum", "few"]
 _ROWS, _DEPTH, _COLUMNS, _RANK = 512, 256, 128, 16
 _logger = logging.getLogger("jlora")
 
 
-def runs_on(target: Target) -> bool:
-    """Returns whether the kernel runs on what a program is lowered for.
+def runs_on(target: Target, kernel: Kernel = "sum") -> bool:
+    """Returns whether a kernel runs on what a program is lowered for.
 
     Not in a program that is exported, whose calls are those that JAX keeps stable, nor
     on several devices where nothing asks how it is partitioned.
@@ -33,11 +38,11 @@ def runs_on(target: Target) -> bool:
         return False
     if target.devices > 1 and not target.rules:
         return False
-    return fault() is None
+    return fault(kernel) is None
 
 
-def fault() -> str | None:
-    """Returns why the kernel does not run on this host's GPU, or None where it does."""
+def fault(kernel: Kernel = "sum") -> str | None:
+    """Returns why a kernel does not run on this host's GPU, or None where it does."""
     gpu = local_gpu()
     if gpu is None:
         return "there is no GPU"
@@ -47,28 +52,39 @@ def fault() -> str | None:
     if jax.__version_info__ < MOSAIC_GPU_SINCE:
         first = ".".join(map(str, MOSAIC_GPU_SINCE))
         return f"it needs jax {first}, and this is {jax.__version__}"
-    return _tried(gpu)
+    return _tried(gpu, kernel)
 
 
 @functools.cache
-def _tried(gpu: Any) -> str | None:
+def _tried(gpu: Any, kernel: Kernel) -> str | None:
     """Tries it in a thread of its own: no trace and no mesh of the caller is there."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            wrong = pool.submit(_differs, gpu).result()
+            wrong = pool.submit(_TRIALS[kernel], gpu).result()
         except Exception as error:  # whatever a changed API raises
             found = f"it does not compile: {type(error).__name__}: {error}"
         else:
             found = "it computes something else" if wrong else None
     if found is not None:
-        _logger.warning("jlora does without its kernel for Hopper GPUs: %s", found)
+        _logger.warning("jlora does without its kernel %r for GPUs: %s", kernel, found)
     return found
 
 
-def _differs(gpu: Any) -> bool:
-    """Runs both orders of the kernel, one for two adapters, and compares with NumPy."""
+def _drawing() -> Callable[..., Any]:
+    """Returns what draws a matrix of bfloat16."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    return lambda *shape: normal(*shape).astype(jnp.bfloat16)
+
+
+def _is_near(found: Any, expected: np.ndarray) -> bool:
+    found = np.asarray(found, np.float32)
+    return np.allclose(found, expected, rtol=2.0**-7, atol=2.0**-5)
+
+
+def _sum_differs(gpu: Any) -> bool:
+    """Runs both orders of the kernel, one for two adapters, and compares with NumPy."""
+    draw = _drawing()
     x, w = draw(_ROWS, _DEPTH), draw(_DEPTH, _COLUMNS)
     h, bs = draw(_ROWS, _RANK), draw(2, _RANK, _COLUMNS)
     wide = [np.asarray(v, np.float32) for v in (x, w, h, bs)]
@@ -79,7 +95,37 @@ def _differs(gpu: Any) -> bool:
         expected = base + (each @ own).reshape(base.shape)
         args = jax.device_put(([x], [lies], h, b), gpu)
         run = jax.jit(functools.partial(sum_of_products, turned=turned))
-        found = np.asarray(run(*args), np.float32)
-        if not np.allclose(found, expected, rtol=2.0**-7, atol=2.0**-5):
+        if not _is_near(run(*args), expected):
             return True
     return False
+
+
+def _few_differ(gpu: Any) -> bool:
+    """Runs one row and many, two kernels, `x·a` made and given; NumPy computes it too.
+
+    What is made is rounded to bfloat16 and has another scale than the rest: hence the
+    small factors.
+    """
+    draw, scalings = _drawing(), (0.5, 0.25)
+    wide = lambda value: np.asarray(value, np.float32)
+    for rows in (1, MOST_ROWS):
+        x, made, given, expected = draw(rows, _DEPTH), [], [], []
+        for scaling in scalings:
+            w, b = draw(_DEPTH, _COLUMNS), draw(_RANK, _COLUMNS)
+            a: Any = (wide(draw(_DEPTH, _RANK)) / 64).astype(jnp.bfloat16)
+            h: Any = (scaling * wide(x) @ wide(a)).astype(jnp.bfloat16)
+            made.append(Linear(w, a, None, b))
+            given.append(Linear(w, None, h, b))
+            expected.append(wide(x) @ wide(w) + wide(h) @ wide(b))
+        for linears in (made, given):
+            args = jax.device_put((x, linears), gpu)
+            found = adapted_products(*args, scalings=scalings)
+            if not all(map(_is_near, found, expected)):
+                return True
+    return False
+
+
+_TRIALS: dict[Kernel, Callable[[Any], bool]] = {
+    "sum": _sum_differs,
+    "few": _few_differ,
+}

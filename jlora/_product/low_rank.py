@@ -66,6 +66,9 @@ def low_rank_product(
     operands = jax.tree.map(spread, operands, is_leaf=lambda v: isinstance(v, Lazy))
     if form == "merged" and operands.drops:
         form = "separate"  # a mask is one of inputs, and in no kernel
+    if isinstance(form, ByPlatform) and is_lazy(operands.kernels):
+        # What makes a kernel dense may be a part of its product, for few rows.
+        form = form._replace(few=False)
     if derive == "custom":
         return _product((dims, form), operands)
     # Mapped over gates, a merged kernel would be one for each example.

@@ -14,6 +14,7 @@ TIMED: tuple[Form, ...] = (
     "copied",
     "tiled",
     "fused",
+    "few",
 )
 # A form holds for numbers of tokens up to this factor away from those it was timed for.
 _NEAR = 2

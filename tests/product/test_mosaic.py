@@ -142,7 +142,7 @@ def shapes(dtype: Any = BF16, n: int = N, k: int = K) -> tuple[Any, Any]:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is such a one, and products are large enough; plans are for it."""
     for module in (hopper_probe, choice):
-        monkeypatch.setattr(module, "fault", lambda: None)
+        monkeypatch.setattr(module, "fault", lambda *_: None)
     monkeypatch.setattr(choice, "processors", lambda: 8)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
@@ -255,7 +255,7 @@ def test_the_plan_says_why_it_is_not(
 
     assert not lines(shapes())
     for module in (hopper_probe, choice):
-        monkeypatch.setattr(module, "fault", lambda: told)
+        monkeypatch.setattr(module, "fault", lambda *_: told)
     line = f"without the kernel for Hopper GPUs: {told}"
     assert lines(shapes()) == ([line] if here.platform == "cuda" else [])
     assert not lines(shapes(), contraction="factored")

@@ -63,7 +63,7 @@ def test_what_divides_into_blocks(sizes: Any, expected: bool) -> None:
     assert tiles(rows, depths, columns) is expected
 
 
-BY = choice.ByPlatform("always", True, 512, 256, 384)
+BY = choice.ByPlatform("always", False, True, 512, 256, 384)
 
 
 @pytest.mark.parametrize(

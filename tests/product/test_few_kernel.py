@@ -1,0 +1,320 @@
+"""`_product.few_kernel`: adapted products of few rows in one kernel for GPUs.
+
+It is interpreted here, and where it is chosen is asked of the choice.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import randomized
+from releases import since
+
+import jlora
+from jlora._jax.platforms import Target
+from jlora._product import choice, few_kernel, forms, hopper_probe, lowered
+from jlora._product.few_kernel import Linear, adapted_products, divides
+
+BF16, D = jnp.bfloat16, 256
+GPU = Target("cuda")
+ONE = choice.ByPlatform("filled", True, True, 64, 2048, 5632)
+needs_its_api = since("jax", "0.10.2", "kernels for Hopper GPUs begin there")
+
+
+def drawn(rng: np.random.Generator, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+
+def wide(value: Any) -> np.ndarray:
+    return np.asarray(value, np.float32)
+
+
+def linears_of(
+    x: jax.Array, ranks: tuple[int, ...], scalings: tuple[float, ...], given: bool
+) -> tuple[list[Linear], list[np.ndarray]]:
+    """Kernels of several widths with their factors, and what comes out by NumPy."""
+    rng, linears, expected = np.random.default_rng(0), [], []
+    for i, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
+        columns = 128 * (i + 1)
+        w = drawn(rng, x.shape[1], columns, dtype=x.dtype) / 16
+        a, b = drawn(rng, x.shape[1], rank) / 16, drawn(rng, rank, columns)
+        h = (scaling * wide(x) @ wide(a.astype(x.dtype))).astype(x.dtype)
+        linears.append(Linear(w, *((None, jnp.asarray(h)) if given else (a, None)), b))
+        delta = wide(h) @ wide(b.astype(x.dtype))
+        expected.append(wide(x) @ wide(w) + delta)
+    return linears, expected
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("ranks", [(16,), (3, 16, 20), (32, 1)], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 33, 64])
+def test_it_is_the_sum(
+    rows: int,
+    ranks: tuple[int, ...],
+    given: bool,
+    processors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one processor a reduction is whole, with many it is cut."""
+    monkeypatch.setattr(few_kernel, "processors", lambda: processors)
+    jax.clear_caches()
+    x = drawn(np.random.default_rng(rows), rows, 4 * D, dtype=BF16)
+    scalings = (2.0, 0.5, 1.5)[: len(ranks)]
+    linears, expected = linears_of(x, ranks, scalings, given)
+    found = adapted_products(x, linears, scalings, interpret=True)
+    for one, right in zip(found, expected, strict=True):
+        assert one.dtype == BF16
+        largest = np.abs(right).max()
+        np.testing.assert_allclose(wide(one), right, rtol=2**-7, atol=largest * 2**-8)
+
+
+@pytest.mark.parametrize("rank", [64, 160, 256])
+def test_a_given_product_may_have_any_rank(rank: int) -> None:
+    """Adapters side by side: more than one product takes in."""
+    x = drawn(np.random.default_rng(0), 8, D, dtype=jnp.float16)
+    linears, (expected,) = linears_of(x, (rank,), (1.0,), True)
+    (found,) = adapted_products(x, linears, (1.0,), interpret=True)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(wide(found), expected, rtol=2**-9, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_row_that_is_no_number_stays_alone(rows: int) -> None:
+    """The last row stands in for rows that are not there, and its own is right."""
+    x = drawn(np.random.default_rng(0), rows, D, dtype=BF16).at[-1].set(jnp.nan)
+    linears, (expected,) = linears_of(x, (5,), (1.0,), False)
+    (found,) = adapted_products(x, linears, (1.0,), interpret=True)
+    assert np.isnan(wide(found)[-1]).all()
+    np.testing.assert_allclose(wide(found)[:-1], expected[:-1], rtol=2**-6, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((64, 128), True), ((96, 128), False), ((64, 192), False), ((0, 128), False)],
+    ids=str,
+)
+def test_what_divides_into_blocks(size: tuple[int, int], expected: bool) -> None:
+    assert divides(*size) is expected
+
+
+# --- where it is chosen ---
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every GPU is a Hopper, and its kernels have been tried."""
+    for module in (hopper_probe, choice):
+        monkeypatch.setattr(module, "fault", lambda *_: None)
+    monkeypatch.setattr(choice, "processors", lambda: 132)
+
+
+@pytest.mark.parametrize(
+    ("by", "target", "expected"),
+    [
+        (ONE, GPU, "few"),
+        (ONE._replace(tokens=1), GPU, "few"),
+        (ONE._replace(tokens=65), GPU, "separate"),
+        (ONE._replace(tokens=0), GPU, "separate"),
+        (ONE._replace(few=False), GPU, "separate"),
+        (ONE.of_rows(2), GPU, "separate"),
+        (ONE._replace(tokens=8).of_rows(8), GPU, "few"),
+        (ONE, GPU._replace(devices=2), "ruled"),
+        (ONE, GPU._replace(exported=True), "separate"),
+        (ONE, Target("rocm"), "separate"),
+        (ONE, Target("cpu"), "separate"),
+        (ONE, Target("tpu"), "separate"),
+    ],
+    ids=str,
+)
+def test_it_is_taken_for_few_rows_on_one_gpu(
+    by: choice.ByPlatform, target: Target, expected: str, trusted: None
+) -> None:
+    assert choice.form_on(by, target) == expected
+
+
+def test_it_is_not_where_it_was_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = lambda kernel="sum": "it differs" if kernel == "few" else None
+    for module in (hopper_probe, choice):
+        monkeypatch.setattr(module, "fault", told)
+    monkeypatch.setattr(Target, "here", lambda: GPU)
+    assert choice.form_on(ONE, GPU) == "separate"
+    assert choice.without_kernel(ONE) == "it differs"
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "expected"),
+    [
+        ({}, {}, "few"),
+        ({}, {"contraction": "auto"}, "few"),
+        ({}, {"contraction": "fused"}, "few"),
+        ({}, {"contraction": "factored"}, "separate"),
+        ({"dtype": jnp.float32}, {}, "separate"),
+        ({"columns": 576}, {}, "separate"),
+        ({"columns": 384}, {}, "separate"),
+        ({"columns": 384}, {"contraction": "fused"}, "few"),
+        ({"rows": 65}, {}, "separate"),
+    ],
+    ids=str,
+)
+def test_plans_say_where_it_is_taken(
+    case: dict[str, Any],
+    settings: dict[str, Any],
+    expected: str,
+    trusted: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Target, "here", lambda: GPU)
+    sizes = {"dtype": BF16, "rows": 8, "columns": 512} | case
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, sizes["dtype"])
+    params, x = {"w": struct(512, sizes["columns"])}, struct(sizes["rows"], 512)
+    lora = jlora.lora(lambda p, x: x @ p["w"], jlora.LoraConfig(rank=4), **settings)
+    (target,) = lora.plan(params, x).targets
+    assert target.uses[0].form == expected
+
+
+# --- the form ---
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Groups of few rows take it, interpreted; gives how many kernels each had."""
+    calls: list[int] = []
+
+    def interpreted(x: jax.Array, linears: Any, scalings: Any) -> Any:
+        calls.append(len(linears))
+        return adapted_products(x, linears, scalings, interpret=True)
+
+    on_gpu = functools.partial(choice.form_on, target=GPU)
+    monkeypatch.setattr(lowered, "form_on", lambda by, _: on_gpu(by))
+    monkeypatch.setattr(choice, "runs_on", lambda _, kernel: kernel == "few")
+    monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
+    monkeypatch.setattr(forms, "adapted_products", interpreted)
+    jax.clear_caches()
+    yield calls
+    jax.clear_caches()
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    """Siblings with heads, one of them narrower, and a product behind them."""
+    q = jnp.einsum("...d,dhe->...he", x, params["q"])
+    gate, up = x @ params["gate"], x @ params["up"]
+    h = jnp.tanh(gate) * up + q.reshape(*q.shape[:-2], -1)
+    return jnp.tanh(h) @ params["down"]
+
+
+def model_params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"q": (D, 4, 64), "gate": (D, D), "up": (D, D), "down": (D, 128)}
+    return {n: drawn(rng, *s, dtype=BF16) / 16 for n, s in shapes.items()}
+
+
+def configs(**ranks: int) -> list[jlora.LoraConfig]:
+    return [jlora.LoraConfig(n, rank=r, alpha=2.0 * r) for n, r in ranks.items()]
+
+
+def initialized(lora: jlora.Lora, params: Any, x: Any, seed: int = 0) -> Any:
+    key = jax.random.key(seed)
+    return randomized(lora.init(key, params, x), key)
+
+
+CASES = {
+    "one rank": configs(q=4, gate=4, up=4, down=4),
+    "several ranks": configs(q=3, gate=16, up=5, down=20),
+    "a large one": configs(q=4, gate=48, up=4, down=4),
+}
+
+
+def near(found: Any, expected: Any, bound: float = 2e-2) -> None:
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert one.shape == other.shape
+        error = np.linalg.norm(wide(one) - wide(other)) / np.linalg.norm(wide(other))
+        assert error < bound
+
+
+def merged(params: Any, adapter: Any, x: jax.Array) -> jax.Array:
+    """The model with materialized kernels, in float32."""
+    params, x = jax.tree.map(lambda v: v.astype(jnp.float32), (params, x))
+    return model(jlora.merge(params, adapter), x)
+
+
+@pytest.mark.parametrize("x_shape", [(D,), (8, D), (4, 1, D)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_adapted_products(case: str, x_shape: tuple[int, ...], taken: list) -> None:
+    params = model_params()
+    x = drawn(np.random.default_rng(1), *x_shape, dtype=BF16)
+    lora = jlora.lora(model, CASES[case])
+    adapter = initialized(lora, params, x)
+    found = lora.apply(params, adapter, x)
+    assert found.dtype == BF16
+    near(found, merged(params, adapter, x))
+    assert sorted(taken) == [1, 3]
+
+
+def test_gradients_are_those_of_the_separate_form(taken: list) -> None:
+    params, x = model_params(), drawn(np.random.default_rng(1), 8, D, dtype=BF16)
+    lora = jlora.lora(model, CASES["several ranks"])
+    adapter = initialized(lora, params, x)
+    loss = lambda run: lambda *args: jnp.sum(run(*args).astype(jnp.float32) ** 2)
+    found = jax.jit(jax.grad(loss(lora.apply), (1, 2)))(params, adapter, x)
+    expected = jax.grad(loss(merged), (1, 2))(params, adapter, x)
+    near(found, expected, bound=4e-2)
+    assert sorted(taken) == [1, 3]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_examples_of_a_mixed_batch_are_rows(prepared: bool, taken: list) -> None:
+    """All adapters side by side: `x·a` goes through gates, and is given."""
+    params, x = model_params(), drawn(np.random.default_rng(1), 16, D, dtype=BF16)
+    lora = jlora.lora(model, CASES["several ranks"])
+    each = [initialized(lora, params, x, seed) for seed in range(3)]
+    stacked, index = jlora.stack(each), jnp.arange(16) % 4 - 1
+    given = jlora.prepare(stacked) if prepared else stacked
+    found = jax.jit(lora.apply_mixed)(params, given, index, x)
+    expected = [
+        merged(params, {} if i < 0 else each[i], one)
+        for i, one in zip(index, x, strict=True)
+    ]
+    near(found, jnp.stack(expected))
+    assert sorted(taken) == [1, 3]
+
+
+def test_quantised_kernels_go_without_it(taken: list) -> None:
+    params, x = model_params(), drawn(np.random.default_rng(1), 8, D, dtype=BF16)
+    lora = jlora.lora(model, CASES["one rank"])
+    adapter = initialized(lora, params, x)
+    small = jlora.quantize(params, ".*", "int8")
+    jax.block_until_ready(lora.apply(small, adapter, x))
+    assert not taken
+
+
+# --- the probe ---
+
+
+class Gpu:
+    """A device that the probe finds."""
+
+    compute_capability, core_count = "9.0", 4
+
+
+@needs_its_api
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_it_is_tried_before_it_is_trusted(
+    error: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(x: Any, linears: Any, scalings: Any) -> Any:
+        ys = adapted_products(x, linears, scalings, interpret=True)
+        return [y.at[0, 5].add(error) for y in ys]
+
+    monkeypatch.setattr(hopper_probe, "local_gpu", Gpu)
+    monkeypatch.setattr(hopper_probe.jax, "device_put", lambda tree, _: tree)
+    monkeypatch.setattr(hopper_probe, "adapted_products", run)
+    hopper_probe._tried.cache_clear()
+    found = hopper_probe.fault("few")
+    hopper_probe._tried.cache_clear()
+    assert found == (None if error == 0 else "it computes something else")
+    assert ("without its kernel 'few'" in caplog.text) is (error != 0)
