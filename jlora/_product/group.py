@@ -27,6 +27,7 @@ from .gate import through
 Axes = tuple[int, ...]
 Form = Literal[
     "separate",
+    "singly",
     "extended",
     "joined",
     "copied",

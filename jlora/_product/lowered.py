@@ -37,6 +37,11 @@ class Pass:
         return dataclasses.replace(self, dims=dims)
 
 
+def is_singly(target: Target, kernels: int) -> bool:
+    """Whether siblings share no product of their factors, see `_product.forms`."""
+    return target.platform == "cpu" and kernels > 1
+
+
 def run_lowered(
     one: Pass, by: ByPlatform, operands: Operands, *rest: Any
 ) -> list[jax.Array]:
@@ -68,6 +73,8 @@ class _Bodies:
 
     def on(self, target: Target) -> Body | None:
         form = form_on(self.by, target)
+        if form == "separate" and is_singly(target, len(self.one.dims.kernels)):
+            form = "singly"
         if form == "separate":
             return None
         return lambda *leaves: self.in_form(form, *leaves)

@@ -29,31 +29,47 @@ from .partitioned import apart
 APART = ("partitioned", "ruled")
 
 
-def side_by_side(dims: GroupDims, operands: Operands) -> jax.Array:
-    """Returns the concatenated `a`, in the dtype of the skinny products."""
+def _is_joined(operands: Operands, form: Form) -> bool:
+    """Whether siblings share one product: not with masks of their own, nor on CPUs."""
+    return not operands.drops and form != "singly"
+
+
+def _factors(dims: GroupDims, operands: Operands, form: Form) -> list[jax.Array]:
+    """Returns each `a` in the dtype of the skinny products, or one for all, joined."""
     dtype = compute_dtype(dims, operands.x, operands.kernels)
-    return concatenate([a.astype(dtype) for a in operands.a])
+    each = [a.astype(dtype) for a in operands.a]
+    each = [concatenate(each)] if _is_joined(operands, form) else each
+    return [apart(a) for a in each] if form in APART else each
 
 
 def shrink(dims: GroupDims, operands: Operands, form: Form = "separate") -> jax.Array:
     """Returns `h = s·x·a` of all kernels, with the rank last, through their gates."""
-    a = side_by_side(dims, operands)
-    a = apart(a) if form in APART else a
-    x = workable(operands.x, a.dtype)
+    factors = _factors(dims, operands, form)
+    x = workable(operands.x, factors[0].dtype)
     n_batch = len(dims.batch)
-    contract = (dims.contract, range(n_batch, a.ndim - 1))
+    contract = (dims.contract, range(n_batch, factors[0].ndim - 1))
     batch = (dims.batch, range(n_batch))
 
     def product(x: jax.Array, a: jax.Array) -> jax.Array:
         return dot(x, a, contract, batch, a.dtype, dims.kernels[0].precision)
 
-    if operands.drops:
-        each = enumerate(per_kernel(a, operands.ranks))
-        pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
-        h = concatenate(pieces)
-    else:
-        h = product(x, a)
-    return through_gates(operands, scaled(dims, h, operands.ranks))
+    each = enumerate(factors)
+    pieces = [product(dropped(dims, operands, i, x), a) for i, a in each]
+    return through_gates(operands, _scaled_pieces(dims, pieces, operands.ranks, form))
+
+
+def _scaled_pieces(
+    dims: GroupDims, pieces: list[jax.Array], ranks: Sequence[int], form: Form
+) -> jax.Array:
+    """Returns rank-sized values side by side, times their scalings.
+
+    Where each is used singly it is scaled first: XLA sees that a piece which is cut
+    out again is the one that was put in.
+    """
+    if form != "singly":
+        return scaled(dims, concatenate(pieces), ranks)
+    pairs = zip(dims.kernels, pieces, strict=True)
+    return concatenate([one.scaling * piece for one, piece in pairs])
 
 
 def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> jax.Array:
@@ -70,11 +86,9 @@ def grad_x_of_deltas(
 ) -> jax.Array:
     """Returns `Σ g·aᵀ` in the layout of `x`, each summand through its dropout."""
     layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
-    a = side_by_side(dims, operands)
-    if not operands.drops:
-        return layout.grad_x_of_delta(g, a, operands.x)
-    a, ranks = apart(a) if form in APART else a, operands.ranks
-    pairs = zip(per_kernel(g, ranks), per_kernel(a, ranks), strict=True)
+    factors = _factors(dims, operands, form)
+    pieces = [g] if _is_joined(operands, form) else per_kernel(g, operands.ranks)
+    pairs = zip(pieces, factors, strict=True)
     deltas = [layout.grad_x_of_delta(*pair, operands.x) for pair in pairs]
     return total([dropped(dims, operands, i, dx) for i, dx in enumerate(deltas)])
 
@@ -90,12 +104,13 @@ def gradients(
     """Returns `da = xᵀ·g` of all kernels, concatenated, and each `db = hᵀ·dy`."""
     layout = Layout.of(dims, dims.kernels[0], operands.x, operands.kernels[0])
     x, dtype = operands.x, operands.a[0].dtype
-    if operands.drops:
-        x, pieces = workable(x, g.dtype), enumerate(per_kernel(g, operands.ranks))
-        of_one = lambda i, g: layout.grad_a(dropped(dims, operands, i, x), g, dtype)
-        found = [concatenate([of_one(i, g) for i, g in pieces])]
-    else:
+    if _is_joined(operands, form):
         found = [layout.grad_a(x, g, dtype)]
+    else:
+        x = workable(x, g.dtype) if operands.drops else x
+        of_one = lambda i, g: layout.grad_a(dropped(dims, operands, i, x), g, dtype)
+        pieces = enumerate(per_kernel(g, operands.ranks))
+        found = [concatenate([of_one(i, g) for i, g in pieces])]
     rows = each_kernel(dims, operands, cotangents)
     pairs = zip(rows, per_kernel(h, operands.ranks), strict=True)
     found += [layout.grad_b(h, dy, b) for (_, layout, _, b, dy), h in pairs]
@@ -123,7 +138,7 @@ def shrink_cotangents(
     for _, layout, _, b, dy in each_kernel(dims, operands, cotangents):
         b = apart(b) if form in APART else b
         parts.append(layout.shrink_cotangent(dy, b.astype(dtype), dtype))
-    g = scaled(dims, concatenate(parts), operands.ranks)
+    g = _scaled_pieces(dims, parts, operands.ranks, form)
     return through_gates(operands, g)
 
 

@@ -14,7 +14,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Makes `form` the one of all products that could take it, of any size.
 
     The fused one is summed by XLA in place of its kernel, which `test_mosaic.py` tests;
-    on several devices it is the partitioned one. The ruled one is for these alone.
+    on several devices it is the partitioned one. The ruled one is for these alone. The
+    separate one has siblings joined, which it has not on a CPU where nothing is chosen.
     """
 
     def on(by: choice.ByPlatform, target: Target) -> str:
@@ -29,6 +30,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     for module in (choice, lowered):
         monkeypatch.setattr(module, "form_on", on)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
+    if form == "separate":  # as on GPUs
+        monkeypatch.setattr(lowered, "is_singly", lambda *_: False)
     if form == "fused":
         monkeypatch.setattr(choice, "_has_kernel", lambda dtype: True)
         monkeypatch.setattr(choice, "divides", lambda *sizes: True)
