@@ -32,9 +32,7 @@ USES = {
 }
 
 
-def names_of(
-    fn: Callable[..., Any], *args: Any, platform: str = "cpu"
-) -> Counter[str]:
+def names_of(fn: Callable[..., Any], *args: Any, platform: str = "cpu") -> Counter[str]:
     """How many equations of each kind a function has on a platform."""
     program = jax.make_jaxpr(fn)(*args).jaxpr
     return Counter(eqn.primitive.name for eqn in bodies(program, Target(platform)))
