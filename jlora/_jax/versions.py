@@ -164,6 +164,18 @@ def manual_axes(array: Any) -> frozenset[str]:
     return kind.vma  # before jax 0.10
 
 
+def shape_within(array: jax.Array, shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    """Returns the type of a result that varies along shard_map axes as `array` does.
+
+    Inside of a `shard_map` that checks such types, Pallas asks for it.
+    """
+    struct: Any = jax.ShapeDtypeStruct
+    kind: Any = jax.typeof(array)
+    if hasattr(kind, "manual_axis_type"):
+        return struct(shape, dtype, manual_axis_type=kind.manual_axis_type)
+    return struct(shape, dtype, vma=kind.vma)  # before jax 0.10
+
+
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Marks `array` as varying along shard_map `axes`; transposes to a psum."""
     missing = tuple(sorted(axes - manual_axes(array)))

@@ -29,8 +29,24 @@ _LEAST_FUSED = 512
 # Blocks of a product over a GPU's processors from which on the kernel pays: with half
 # it is 3 to 4 % faster than the other forms, with a quarter 6 % slower (H200).
 _LEAST_FILLED = 0.45
+# Rows for which the kernel for few was ahead in a loop over tokens too: with 64 it took
+# 1.28 of the base's time there, and products apart 1.15 (H200; outside 1.04 and 1.15).
+_MOST_IN_LOOPS = 16
 # TPUs on which another form costs less than a fusion that joins two arrays.
 _ON_TPU: dict[str, Form] = {"TPU v6 lite": "copied", "TPU v4": "separate"}
+
+
+class Where(NamedTuple):
+    """Where the kernels of a group lie, and the group.
+
+    Attributes:
+        whole: whether each kernel is an array of the params as it lies: no part of one,
+            nor turned, nor cast.
+        loops: whether the group is in a loop of the program.
+    """
+
+    whole: bool = True
+    loops: bool = False
 
 
 class ByPlatform(NamedTuple):
@@ -39,7 +55,7 @@ class ByPlatform(NamedTuple):
     Attributes:
         fused: whether the fused kernel may be used: never, where it fills half of the
             GPU, or wherever its tiles divide the products.
-        few: whether the kernel for few rows may be used: it divides the products.
+        few: the most rows for which the kernel for few may be used.
         summed: whether it may be one sum on a mesh: rounded as the program asks for.
         tokens, features, outputs: the sizes of the largest product of the group.
             (`jax.vmap` makes more tokens of them: nothing depends on those before.)
@@ -47,7 +63,7 @@ class ByPlatform(NamedTuple):
     """
 
     fused: Literal["never", "filled", "always"]
-    few: bool
+    few: int
     summed: bool
     tokens: int
     features: int
@@ -70,15 +86,20 @@ class ByPlatform(NamedTuple):
 
 
 def choose(
-    contraction: Contraction, dims: GroupDims, x: Any, kernels: Sequence[Any]
+    contraction: Contraction,
+    dims: GroupDims,
+    x: Any,
+    kernels: Sequence[Any],
+    where: Where,
 ) -> Form | ByPlatform:
-    """Returns the form for a group, from shapes and dtypes alone.
+    """Returns the form for a group, from shapes, dtypes and where kernels lie alone.
 
     Args:
         contraction: as `jlora.lora` takes it.
         dims: the static description of the products.
         x: the shared operand; shape and dtype are read.
         kernels: the kernels, likewise.
+        where: where they lie.
 
     Where sizes are symbolic it is the form that is right for all of them.
     """
@@ -102,14 +123,16 @@ def choose(
     kernel = contraction != "factored" and rounds and _has_kernel(x.dtype)
     kernel = kernel and (always or min(features, largest) >= _LEAST_FUSED)
     fused = kernel and all(divides(features, k) for k in outputs)
-    where = ("always" if always else "filled") if fused else "never"
-    few = kernel and all(few_kernel.divides(features, k) for k in outputs)
+    taken = ("always" if always else "filled") if fused else "never"
+    few = kernel and where.whole
+    few = few and all(few_kernel.divides(features, k) for k in outputs)
+    most = (_MOST_IN_LOOPS if where.loops else few_kernel.MOST_ROWS) if few else 0
     one_precision = len({k.precision for k in dims.kernels}) == 1
     timed = None
     if isinstance(contraction, Measurements):
         timed = contraction.of_size(x.dtype, features, largest)
     sizes = tokens, features, largest
-    return ByPlatform(where, few, rounds and one_precision, *sizes, timed)
+    return ByPlatform(taken, most, rounds and one_precision, *sizes, timed)
 
 
 def form_on(by: ByPlatform, target: Target) -> Form:
@@ -182,7 +205,7 @@ def _kernel_for(by: ByPlatform, target: Target) -> Kernel | None:
 def _is_few(by: ByPlatform, target: Target) -> bool:
     """Whether one device has so few rows that reading kernels is what takes time."""
     one = target.platform == "cuda" and target.devices == 1
-    return one and by.few and 0 < by.tokens <= few_kernel.MOST_ROWS
+    return one and 0 < by.tokens <= by.few
 
 
 def _is_fused(by: ByPlatform, target: Target) -> bool:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._jax.versions import shape_within
 from .hopper_kernel import processors
 
 # Rows up to which a kernel is read faster than it is multiplied.
@@ -91,7 +92,7 @@ def adapted_products(
     call = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, tree=tree, scalings=scalings),
         grid=(sum(n // blocks.columns for n in columns), blocks.parts),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
+        out_shape=[shape_within(x, shape, dtype) for shape in shapes],
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_AHEAD),
         interpret=interpret,
     )

@@ -68,7 +68,7 @@ def low_rank_product(
         form = "separate"  # a mask is one of inputs, and in no kernel
     if isinstance(form, ByPlatform) and is_lazy(operands.kernels):
         # What makes a kernel dense may be a part of its product, for few rows.
-        form = form._replace(few=False)
+        form = form._replace(few=0)
     if derive == "custom":
         return _product((dims, form), operands)
     # Mapped over gates, a merged kernel would be one for each example.

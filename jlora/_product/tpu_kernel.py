@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._jax.versions import shape_within
+
 # Rows, columns and depths of blocks, largest first: two of each operand of three terms
 # and the sum take 12 MB of the 16 that a kernel may have.
 _ROWS, _COLUMNS, _DEPTHS = (512, 256), (512, 256, 128), (512, 256, 128)
@@ -120,7 +122,7 @@ def sum_of_products(
             pl.BlockSpec((rank, n), lambda i, j, k: (0, j)),
         ],
         out_specs=pl.BlockSpec((m, n), lambda i, j, k: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), h.dtype),
+        out_shape=shape_within(h, (rows, columns), h.dtype),
         scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
         interpret=interpret,
         **_settings(pltpu),

@@ -115,8 +115,9 @@ class Decision(Analysis):
             return Step("consume")
         operand = next(i for i, value in enumerate(values) if value.views)
         logged = range(before, len(self.log.uses))
-        roles = [self._roles(view) or [] for view in values[operand].views]
-        self._products.note(eqn, operand, logged, roles)
+        views = values[operand].views
+        roles = [self._roles(view) or [] for view in views]
+        self._products.note(eqn, operand, logged, views, roles)
         return Step("product")
 
     def _passes_on(self, eqn: Any, values: list[Value]) -> bool:
@@ -126,7 +127,8 @@ class Decision(Analysis):
 
     def arranged(self, steps: list[Step]) -> list[Step]:
         """Puts products that share an operand into one step, and chooses its form."""
-        return self._products.arranged(steps, self.log, self.trips)
+        loops = self.loop_depth > 0
+        return self._products.arranged(steps, self.log, self.trips, loops=loops)
 
     def _used(self, eqn: Any, values: Sequence[Value], kinds: Any) -> None:
         name, line = eqn.primitive.name, self.line_of(eqn)

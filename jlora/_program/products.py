@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._params.axes import Roles
-from .._product.choice import Contraction, choose
+from .._product.choice import Contraction, Where, choose
 from .._product.group import GroupDims
 from .._rules.dot_einsum import Labels, cuts_across
 from .._rules.dot_general import group_dims
-from .._rules.view import Log, Step
+from .._rules.view import Log, Step, View
 from .siblings import arrange
 
 
@@ -27,9 +27,16 @@ class Products:
         self._seen: dict[int, tuple[int, range]] = {}
         # Of those that cut across the roles: what each entry takes for each rank.
         self._across: dict[int, list[int]] = {}
+        # Those whose kernel is a leaf of the params as it lies, so far as views tell.
+        self._whole: set[int] = set()
 
     def note(
-        self, eqn: Any, operand: int, logged: range, views: Sequence[Roles]
+        self,
+        eqn: Any,
+        operand: int,
+        logged: range,
+        views: Sequence[View],
+        roles_of: Sequence[Roles],
     ) -> None:
         """Notes a product with an adapted kernel.
 
@@ -37,11 +44,15 @@ class Products:
             eqn: the equation.
             operand: the operand that is a kernel.
             logged: its entries among the uses in the log.
-            views: the roles of the operand's axes, of each view.
+            views: those of the operand.
+            roles_of: the roles of its axes, of each view.
         """
         self._seen[id(eqn)] = (operand, logged)
+        shape = eqn.invars[operand].aval.shape
+        if len(views) == 1 and views[0].lies_as(shape):
+            self._whole.add(id(eqn))
         sides = []
-        for roles in views:
+        for roles in roles_of:
             has = lambda role, roles=roles: {
                 i for i, r in enumerate(roles) if r in (role, "batch")
             }
@@ -53,15 +64,22 @@ class Products:
                 Labels.of(eqn, operand, *pair).work(*shapes) for pair in sides
             ]
 
-    def arranged(self, steps: list[Step], log: Log, trips: int) -> list[Step]:
+    def arranged(
+        self, steps: list[Step], log: Log, trips: int, *, loops: bool
+    ) -> list[Step]:
         """Returns steps in which products that share an operand are one, with a form.
 
         Args:
             steps: the steps of one jaxpr, in the order of its equations.
             log: the log of that jaxpr, whose uses are told their forms.
             trips: how often it runs.
+            loops: whether it is the body of a loop, or in one.
         """
         eqns = [step.eqns[0] for step in steps]
+        made = _made_by(eqns)
+        for eqn, step in zip(eqns, steps, strict=True):
+            if step.action == "product" and eqn.invars[self._seen[id(eqn)][0]] in made:
+                self._whole.discard(id(eqn))
         kernels = {
             i: self._seen[id(eqn)][0]
             for i, (eqn, step) in enumerate(zip(eqns, steps, strict=True))
@@ -72,14 +90,14 @@ class Products:
         )
         units = arrange(eqns, kernels, movable)
         return [
-            self._group([eqns[i] for i in unit], log, trips)
+            self._group([eqns[i] for i in unit], log, trips, loops)
             if steps[i].action == "product"
             else steps[i]
             for unit in units
             for i in unit[:1]
         ]
 
-    def _group(self, eqns: list[Any], log: Log, trips: int) -> Step:
+    def _group(self, eqns: list[Any], log: Log, trips: int, loops: bool) -> Step:
         operands = [self._seen[id(eqn)][0] for eqn in eqns]
         if id(eqns[0]) in self._across:
             return self._alone(eqns[0], log, trips)
@@ -89,7 +107,9 @@ class Products:
         x = eqns[0].invars[1 - operands[0]].aval
         pairs = zip(eqns, operands, strict=True)
         kernels = [eqn.invars[operand].aval for eqn, operand in pairs]
-        form = choose(self.contraction, dims, x, kernels)
+        whole = all(id(eqn) in self._whole for eqn in eqns)
+        where = Where(whole, loops)
+        form = choose(self.contraction, dims, x, kernels, where)
         features = math.prod(x.shape[i] for i in dims.contract)
         rows = trips * x.size // max(features, 1)
         for eqn, one, kernel in zip(eqns, dims.kernels, kernels, strict=True):
@@ -111,3 +131,12 @@ class Products:
                 log.uses[i], chosen="separate", factor_flops=6 * trips * work
             )
         return Step("product", eqns=(eqn,), kernels=(operand,))
+
+
+def _made_by(eqns: Sequence[Any]) -> set[Any]:
+    """Returns what equations write: their results, but what is only reshaped."""
+    made: set[Any] = set()
+    for eqn in eqns:
+        if eqn.primitive.name != "reshape" or eqn.invars[0] in made:
+            made.update(eqn.outvars)
+    return made

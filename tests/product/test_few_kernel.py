@@ -3,7 +3,6 @@
 It is interpreted here, and where it is chosen is asked of the choice.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from case import randomized
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from releases import since
 
 import jlora
@@ -21,7 +22,7 @@ from jlora._product.few_kernel import Linear, adapted_products, divides
 
 BF16, D = jnp.bfloat16, 256
 GPU = Target("cuda")
-ONE = choice.ByPlatform("filled", True, True, 64, 2048, 5632)
+ONE = choice.ByPlatform("filled", 64, True, 64, 2048, 5632)
 needs_its_api = since("jax", "0.10.2", "kernels for Hopper GPUs begin there")
 
 
@@ -120,7 +121,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
         (ONE._replace(tokens=1), GPU, "few"),
         (ONE._replace(tokens=65), GPU, "separate"),
         (ONE._replace(tokens=0), GPU, "separate"),
-        (ONE._replace(few=False), GPU, "separate"),
+        (ONE._replace(few=0), GPU, "separate"),
         (ONE.of_rows(2), GPU, "separate"),
         (ONE._replace(tokens=8).of_rows(8), GPU, "few"),
         (ONE, GPU._replace(devices=2), "ruled"),
@@ -177,6 +178,51 @@ def test_plans_say_where_it_is_taken(
     assert target.uses[0].form == expected
 
 
+def scanned(params: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
+
+
+def looped(params: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, 3, lambda _, x: x @ params["w"], x)
+
+
+KERNELS: dict[str, tuple[Any, tuple[int, ...], Any, str]] = {
+    "whole": (lambda p, x: x @ p["w"], (512, 512), BF16, "few"),
+    "reshaped": (lambda p, x: x @ p["w"].reshape(512, -1), (512, 4, 128), BF16, "few"),
+    "heads": (
+        lambda p, x: jnp.einsum("ti,ihd->thd", x, p["w"]),
+        (512, 4, 128),
+        BF16,
+        "few",
+    ),
+    "in a jit": (jax.jit(lambda p, x: x @ p["w"]), (512, 512), BF16, "few"),
+    "turned": (lambda p, x: x @ p["w"].T, (512, 512), BF16, "separate"),
+    "cast": (lambda p, x: x @ p["w"].astype(BF16), (512, 512), jnp.float32, "separate"),
+    "a part": (lambda p, x: x @ p["w"][:, :512], (512, 1024), BF16, "separate"),
+    "of a scan": (scanned, (3, 512, 512), BF16, "separate"),
+    "in a loop": (looped, (512, 512), BF16, "few"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_it_is_for_kernels_as_they_lie(
+    name: str, trusted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another kernel would be copied for it at each token."""
+    monkeypatch.setattr(Target, "here", lambda: GPU)
+    fn, shape, dtype, expected = KERNELS[name]
+    params = {"w": jax.ShapeDtypeStruct(shape, dtype)}
+    lora = jlora.lora(fn, jlora.LoraConfig(rank=4))
+
+    def form(rows: int) -> str:
+        x = jax.ShapeDtypeStruct((rows, 512), BF16)
+        (target,) = lora.plan(params, x).targets
+        return target.uses[0].form
+
+    assert form(8) == expected
+    assert form(64) == ("separate" if name == "in a loop" else expected)
+
+
 # --- the form ---
 
 
@@ -189,8 +235,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(len(linears))
         return adapted_products(x, linears, scalings, interpret=True)
 
-    on_gpu = functools.partial(choice.form_on, target=GPU)
-    monkeypatch.setattr(lowered, "form_on", lambda by, _: on_gpu(by))
+    as_on_gpu = lambda target: target._replace(platform="cuda")
+    form_on = choice.form_on
+    on = lambda by, target: form_on(by, as_on_gpu(target))
+    monkeypatch.setattr(lowered, "form_on", on)
     monkeypatch.setattr(choice, "runs_on", lambda _, kernel: kernel == "few")
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
     monkeypatch.setattr(forms, "adapted_products", interpreted)
@@ -281,6 +329,46 @@ def test_examples_of_a_mixed_batch_are_rows(prepared: bool, taken: list) -> None
     ]
     near(found, jnp.stack(expected))
     assert sorted(taken) == [1, 3]
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_each_device_of_a_shard_map_has_few_rows(kind: str, taken: list) -> None:
+    """Pallas interprets no loop there while types are checked: see the next test."""
+    params, x = model_params(), drawn(np.random.default_rng(1), 32, D, dtype=BF16)
+    lora = jlora.lora(model, CASES["several ranks"])
+    adapter = initialized(lora, params, x)
+    mesh = mesh_of_four(kind)
+    specs = {"in_specs": (P(), P(), P("d")), "out_specs": P("d")}
+    run = jax.shard_map(lora.apply, mesh=mesh, check_vma=False, **specs)
+    rows = jax.device_put(x, NamedSharding(mesh, P("d")))
+    near(jax.jit(run)(params, adapter, rows), merged(params, adapter, x))
+    assert sorted(taken) == [1, 3]
+
+
+@needs_its_api
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("given", [False, True])
+def test_types_say_along_which_axes_of_a_shard_map_it_varies(
+    given: bool, kind: str
+) -> None:
+    """Pallas asks for it; the program is traced alone. Each device has its own."""
+    whole = jax.ShapeDtypeStruct
+    width = 4 if given else D
+    small = whole((4 * 8 if given else 4 * D, width), BF16)
+    one = Linear(whole((4 * D, 128), BF16), small, None, whole((4 * width, 128), BF16))
+    one = one._replace(a=None, h=small) if given else one
+    mesh = mesh_of_four(kind)
+    place = lambda v: whole(v.shape, v.dtype, sharding=NamedSharding(mesh, P("d")))
+    args = jax.tree.map(place, (whole((4 * 8, D), BF16), [one]))
+    run = lambda x, linears: adapted_products(x, linears, (1.0,))
+    each = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    (found,) = jax.jit(each).trace(*args).out_info
+    assert found.shape == (4 * 8, 128) and found.dtype == BF16
+
+
+def mesh_of_four(kind: str) -> jax.sharding.Mesh:
+    kinds = (getattr(jax.sharding.AxisType, kind),)
+    return jax.make_mesh((4,), ("d",), axis_types=kinds)
 
 
 def test_quantised_kernels_go_without_it(taken: list) -> None:

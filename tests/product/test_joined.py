@@ -22,7 +22,7 @@ V5E, V6E = (Target("tpu", kind=kind) for kind in ("TPU v5 lite", "TPU v6 lite"))
 
 def of(tokens: int, features: int = D, outputs: int = K) -> choice.ByPlatform:
     """A group of one product."""
-    return choice.ByPlatform("never", False, True, tokens, features, outputs)
+    return choice.ByPlatform("never", 0, True, tokens, features, outputs)
 
 
 @pytest.mark.parametrize(

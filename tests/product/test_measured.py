@@ -86,7 +86,7 @@ def test_another_device_takes_its_own_forms(tmp_path):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_on_a_mesh_it_is_not_taken(devices):
     timed = OfSize("cpu", ((TOKENS, "extended"),))
-    by = ByPlatform("never", False, False, TOKENS, FEATURES, OUTPUTS, timed)
+    by = ByPlatform("never", 0, False, TOKENS, FEATURES, OUTPUTS, timed)
     form = form_on(by, Target("cpu", devices, kind="cpu"))
     assert form == ("extended" if devices == 1 else "separate")
 

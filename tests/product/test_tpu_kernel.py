@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import jlora
 from jlora._jax.platforms import Target
@@ -63,7 +64,7 @@ def test_what_divides_into_blocks(sizes: Any, expected: bool) -> None:
     assert tiles(rows, depths, columns) is expected
 
 
-BY = choice.ByPlatform("always", False, True, 512, 256, 384)
+BY = choice.ByPlatform("always", 0, True, 512, 256, 384)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,20 @@ def test_it_is_taken_where_it_is_asked_for(
     by: choice.ByPlatform, target: Target, expected: str
 ) -> None:
     assert choice.form_on(by, target) == expected
+
+
+def test_within_a_shard_map_types_say_along_what_it_varies() -> None:
+    rng = np.random.default_rng(0)
+    x, w = drawn(rng, 4 * ROWS, 128), drawn(rng, 128, COLUMNS)
+    h, b = drawn(rng, 4 * ROWS, 3), drawn(rng, 3, COLUMNS)
+    whole = lambda v: jax.lax.pcast(v, "d", to="varying")
+    run = lambda x, h: sum_of_products([x], [whole(w)], h, whole(b), interpret=True)
+    mesh, rows = jax.make_mesh((4,), ("d",)), PartitionSpec("d")
+    place = jax.sharding.NamedSharding(mesh, rows)
+    each = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    found = jax.jit(each)(*jax.device_put((x, h), place))
+    expected = wide(x) @ wide(w) + wide(h) @ wide(b)
+    np.testing.assert_allclose(wide(found), expected, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("siblings", [1, 2, 4])
