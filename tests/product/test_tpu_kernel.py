@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 import jlora
 from jlora._jax.platforms import Target
+from jlora._jax.versions import vary
 from jlora._product import choice, lowered, tpu_kernel
 from jlora._product.tpu_kernel import sum_of_products, tiles
 
@@ -90,9 +91,10 @@ def test_within_a_shard_map_types_say_along_what_it_varies() -> None:
     rng = np.random.default_rng(0)
     x, w = drawn(rng, 4 * ROWS, 128), drawn(rng, 128, COLUMNS)
     h, b = drawn(rng, 4 * ROWS, 3), drawn(rng, 3, COLUMNS)
-    whole = lambda v: jax.lax.pcast(v, "d", to="varying")
+    whole = lambda v: vary(v, frozenset({"d"}))
     run = lambda x, h: sum_of_products([x], [whole(w)], h, whole(b), interpret=True)
-    mesh, rows = jax.make_mesh((4,), ("d",)), PartitionSpec("d")
+    kinds, rows = (jax.sharding.AxisType.Auto,), PartitionSpec("d")
+    mesh = jax.make_mesh((4,), ("d",), axis_types=kinds)
     place = jax.sharding.NamedSharding(mesh, rows)
     each = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
     found = jax.jit(each)(*jax.device_put((x, h), place))
