@@ -2,7 +2,7 @@
 
 JAX says of the APIs that they are written in that they may change any week. So each is
 compiled and run before it is trusted: that finds an API that changed, a compiler that
-refuses, and wrong numbers. It takes about two seconds, where a program is lowered for a
+refuses, and wrong numbers. It takes some seconds, where a program is lowered for a
 Hopper GPU and has products that the kernel fits, and nowhere else. (The kernel for few
 rows may run on other GPUs; it was measured on Hopper GPUs alone.)
 """
