@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from models import Decoder, Params
 
 AXES = ("data", "fsdp", "tensor")
+OF_ROWS = AXES[:2]  # those that the rows of a batch lie along
 # The axes of a mesh that the axes of each kernel lie along, its last two.
 COLUMNS, ROWS = ("fsdp", "tensor"), ("tensor", "fsdp")
 LAYOUT = dict.fromkeys(("q", "k", "v", "gate", "up", "head"), COLUMNS)
@@ -72,7 +73,7 @@ def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
 
 def rows_of(mesh: Mesh) -> NamedSharding:
     """Returns where the rows of a batch lie."""
-    return NamedSharding(mesh, P(tuple(n for n in ("data", "fsdp") if n in mesh.shape)))
+    return NamedSharding(mesh, P(tuple(n for n in OF_ROWS if n in mesh.shape)))
 
 
 def whole_along_rows(places: Any) -> Any:
@@ -83,7 +84,7 @@ def whole_along_rows(places: Any) -> Any:
     """
 
     def without(place: NamedSharding) -> NamedSharding:
-        spec = [None if entry in ("data", "fsdp") else entry for entry in place.spec]
+        spec = [None if entry in OF_ROWS else entry for entry in place.spec]
         return NamedSharding(place.mesh, P(*spec))
 
     return jax.tree.map(without, places)

@@ -45,8 +45,8 @@ class Where(NamedTuple):
         loops: whether the group is in a loop of the program.
     """
 
-    whole: bool = True
-    loops: bool = False
+    whole: bool
+    loops: bool
 
 
 class ByPlatform(NamedTuple):

@@ -66,19 +66,23 @@ def _scaled_pieces(
     Where each is used singly it is scaled first: XLA sees that a piece which is cut
     out again is the one that was put in.
     """
-    if form != "singly":
-        return scaled(dims, concatenate(pieces), ranks)
-    pairs = zip(dims.kernels, pieces, strict=True)
-    return concatenate([one.scaling * piece for one, piece in pairs])
+    if form == "singly":
+        return _each_scaled(dims, pieces)
+    return scaled(dims, concatenate(pieces), ranks)
 
 
 def scaled(dims: GroupDims, value: jax.Array, ranks: Sequence[int]) -> jax.Array:
     """Returns a rank-sized value of all kernels, each piece times its scaling."""
-    scalings = [one.scaling for one in dims.kernels]
-    if len({*scalings}) == 1:
-        return scalings[0] * value
-    pieces = zip(scalings, per_kernel(value, ranks), strict=True)
-    return concatenate([scaling * piece for scaling, piece in pieces])
+    scalings = {one.scaling for one in dims.kernels}
+    if len(scalings) == 1:
+        return scalings.pop() * value
+    return _each_scaled(dims, per_kernel(value, ranks))
+
+
+def _each_scaled(dims: GroupDims, pieces: Sequence[jax.Array]) -> jax.Array:
+    """Returns the pieces side by side, each times the scaling of its kernel."""
+    pairs = zip(dims.kernels, pieces, strict=True)
+    return concatenate([one.scaling * piece for one, piece in pairs])
 
 
 def grad_x_of_deltas(

@@ -8,6 +8,7 @@ from typing import Any
 from .._params.axes import Roles
 from .._product.choice import Contraction, Where, choose
 from .._product.group import GroupDims
+from .._rules import CARRY
 from .._rules.dot_einsum import Labels, cuts_across
 from .._rules.dot_general import group_dims
 from .._rules.view import Log, Step, View
@@ -49,7 +50,7 @@ class Products:
         """
         self._seen[id(eqn)] = (operand, logged)
         shape = eqn.invars[operand].aval.shape
-        if len(views) == 1 and views[0].lies_as(shape):
+        if len(views) == 1 and _lies_as(shape, views[0]):
             self._whole.add(id(eqn))
         sides = []
         for roles in roles_of:
@@ -133,10 +134,24 @@ class Products:
         return Step("product", eqns=(eqn,), kernels=(operand,))
 
 
+def _lies_as(shape: Sequence[int], view: View) -> bool:
+    """Whether a value of this shape is the whole kernel in its order.
+
+    It is read where it is then; a part of it, or a turned one, is copied for whom
+    cannot cut or turn.
+    """
+    order = [i for origin in view.origins for i in sorted(origin)]
+    longer = lambda axes: [i for i in axes if view.shape[i] != 1]
+    whole = math.prod(shape) == math.prod(view.shape)
+    return whole and longer(order) == longer(range(len(view.shape)))
+
+
 def _made_by(eqns: Sequence[Any]) -> set[Any]:
-    """Returns what equations write: their results, but what is only reshaped."""
+    """Returns what equations write: their results, but for what stays in its place."""
     made: set[Any] = set()
     for eqn in eqns:
-        if eqn.primitive.name != "reshape" or eqn.invars[0] in made:
+        rule = CARRY.get(eqn.primitive.name)
+        stays = rule is not None and rule.in_place
+        if not stays or eqn.invars[0] in made:
             made.update(eqn.outvars)
     return made

@@ -200,7 +200,9 @@ CARRY = {
         repeats=_repeats,
         tiles=_broadcast_tiles,
     ),
-    "reshape": CarryRule(_reshape_axes, each_factor(_reshape), tiles=_reshape_tiles),
+    "reshape": CarryRule(
+        _reshape_axes, each_factor(_reshape), tiles=_reshape_tiles, in_place=True
+    ),
     "rev": CarryRule(same_axes, each_factor(rebound), tiles=_rev_tiles),
     "tile": CarryRule(same_axes, each_factor(_tile)),
 }

@@ -73,6 +73,7 @@ class CarryRule:
             arrays of a quantised value; None where it tears a tile apart.
         lazy: `(eqn, values) -> values`, what is done in place of the operation where
             some values are not made yet; they remember it where this is None.
+        in_place: whether values lie in memory as they did.
     """
 
     axes: Callable[[Any, int], Sequence[AxisMap | None] | None]
@@ -94,6 +95,7 @@ class CarryRule:
     keeps_scale: Callable[[Any, int, Axes], bool] = lambda eqn, operand, varies: True
     tiles: TilesMove | None = None
     lazy: Callable[[Any, Sequence[Any]], list[Any]] | None = None
+    in_place: bool = False
 
     def takes(self, operands: Collection[int], active: bool) -> bool:
         """Returns whether just these operands may be adapted.

@@ -7,7 +7,6 @@ program that is no param.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -137,17 +136,6 @@ class View:
         """The axes of the kernel that have met no axis of a frozen operand."""
         tied = frozenset().union(*(p.tied for p in self.passed))
         return frozenset(range(len(self.shape))) - self.mixed - tied
-
-    def lies_as(self, shape: Sequence[int]) -> bool:
-        """Whether a value of this shape is the whole kernel in its order.
-
-        It is read where it is then; a part of it, or a turned one, is copied for whom
-        cannot cut or turn.
-        """
-        order = [i for origin in self.origins for i in sorted(origin)]
-        longer = lambda axes: [i for i in axes if self.shape[i] != 1]
-        whole = math.prod(shape) == math.prod(self.shape)
-        return whole and longer(order) == longer(range(len(self.shape)))
 
     @property
     def is_matrix(self) -> bool:
