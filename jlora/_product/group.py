@@ -71,6 +71,11 @@ class KernelDims:
         """Whether the program says how the axes of its product lie."""
         return dict(self.params).get("out_sharding") is not None
 
+    def unplaced(self) -> "KernelDims":
+        """The same, that does not say it."""
+        named = ((n, None if n == "out_sharding" else v) for n, v in self.params)
+        return dataclasses.replace(self, params=tuple(named))
+
     def result_dtype(self, kernel: Any) -> Any:
         """The dtype of the base product, and of its cotangent."""
         return dict(self.params)["preferred_element_type"] or kernel.dtype

@@ -37,9 +37,17 @@ class Pass:
         return dataclasses.replace(self, dims=dims)
 
 
+    def unplaced(self) -> "Pass":
+        """The same, that says nothing of how the axes of its products lie."""
+        kernels = tuple(one.unplaced() for one in self.dims.kernels)
+        dims = dataclasses.replace(self.dims, kernels=kernels)
+        return dataclasses.replace(self, dims=dims)
+
+
 def is_singly(target: Target, kernels: int) -> bool:
     """Whether siblings share no product of their factors, see `_product.forms`."""
-    return target.platform == "cpu" and kernels > 1
+    # On Explicit axes types say where all lies: the program stays as it was traced.
+    return target.platform == "cpu" and kernels > 1 and not target.typed
 
 
 def run_lowered(
@@ -77,7 +85,9 @@ class _Bodies:
             form = "singly"
         if form == "separate":
             return None
-        return lambda *leaves: self.in_form(form, *leaves)
+        # It is lowered as if all axes were Auto, and its results are placed after it.
+        plain = dataclasses.replace(self, one=self.one.unplaced())
+        return lambda *leaves: plain.in_form(form, *leaves)
 
     def mapped(self, size: int, axes: Sequence[int | None]) -> Bodies | None:
         """Examples that are mapped are rows, unless factors or kernels are mapped too.

@@ -66,7 +66,9 @@ def case() -> tuple[Any, ...]:
     return config, params, randomized(adapter, jax.random.key(4)), x
 
 
-def compiled(layout: str, kind: AxisType) -> tuple[Any, Any]:
+def compiled(
+    layout: str, kind: AxisType, sizes: tuple[int, int] = (2, 4)
+) -> tuple[Any, Any]:
     """Compiles the step on a mesh, and returns it with its arguments."""
     config, params, adapter, x = case()
     of_w, of_x = LAYOUTS[layout]
@@ -74,7 +76,8 @@ def compiled(layout: str, kind: AxisType) -> tuple[Any, Any]:
     said = kind is AxisType.Explicit and layout == "partial sums"
     lora = jlora.lora(model(P("i") if said else None), config)
     loss = lambda a, x, p: jnp.sum(lora.apply(p, a, x) ** 2)
-    mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(kind,) * 2)
+    devices = jax.devices()[: sizes[0] * sizes[1]]
+    mesh = jax.make_mesh(sizes, ("i", "j"), axis_types=(kind,) * 2, devices=devices)
     with jax.set_mesh(mesh):
         args = jax.device_put((adapter, x, params), (P(), of_x, of_w))
         step = jax.jit(jax.value_and_grad(loss, (0, 1)))
@@ -91,6 +94,22 @@ def test_values_and_gradients(
     expected = jax.value_and_grad(merged, (0, 1))(adapter, x)
     choose(monkeypatch, form)
     step, args = compiled(layout, kind)
+    assert_close(*jax.tree.map(np.asarray, (step(*args), expected)), 1e-4)
+
+
+FORMS = ["separate", "singly", "extended", "joined", "copied", "fused"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_on_a_mesh_of_one_device(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the program says how its products lie, which most forms have none of."""
+    _, params, adapter, x = case()
+    merged = lambda a, x: jnp.sum(model()(jlora.merge(params, a), x) ** 2)
+    expected = jax.value_and_grad(merged, (0, 1))(adapter, x)
+    choose(monkeypatch, form)
+    step, args = compiled("partial sums", AxisType.Explicit, (1, 1))
     assert_close(*jax.tree.map(np.asarray, (step(*args), expected)), 1e-4)
 
 

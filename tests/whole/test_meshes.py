@@ -60,6 +60,12 @@ def _lookup(params: Any, ids: jax.Array, out: P | None) -> jax.Array:
     return params["w"].at[ids].get(out_sharding=out)
 
 
+def _siblings(params: Any, x: jax.Array, out: P | None) -> jax.Array:
+    """Products of one input in one pass, each laid out as is said."""
+    up, gate = (_einsum("bi,io->bo")({"w": params[n]}, x, out) for n in ("w", "v"))
+    return up * jnp.tanh(gate)
+
+
 def _einsum(spec: str) -> Callable[..., jax.Array]:
     return lambda params, x, out: jnp.einsum(spec, x, params["w"], out_sharding=out)
 
@@ -72,6 +78,15 @@ SHARDED = [
     (Sharded("columns", _einsum("bi,io->bo"), COLUMNS, ((8, 6), DATA)), None),
     (
         Sharded("rows", _einsum("bi,io->bo"), ROWS, ((8, 10), P("data", "model"))),
+        DATA,
+    ),
+    (
+        Sharded(
+            "siblings",
+            _siblings,
+            {name: (Kernel((10, 6)), P("model", None)) for name in ("w", "v")},
+            ((8, 10), P("data", "model")),
+        ),
         DATA,
     ),
     (
