@@ -36,7 +36,6 @@ class Pass:
         dims = dataclasses.replace(self.dims, contract=contract)
         return dataclasses.replace(self, dims=dims)
 
-
     def unplaced(self) -> "Pass":
         """The same, that says nothing of how the axes of its products lie."""
         kernels = tuple(one.unplaced() for one in self.dims.kernels)
