@@ -45,6 +45,15 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
+def bodies(eqn: JaxprEqn) -> list[Any]:
+    """Returns the jaxprs inside of an equation."""
+    found = []
+    for value in eqn.params.values():
+        several = value if isinstance(value, tuple | list) else (value,)
+        found += [v for v in several if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+    return found
+
+
 def own_body(eqn: JaxprEqn) -> Any:
     """Returns the jaxpr of a function with a derivative of its own, else None."""
     name, body = eqn.primitive.name, eqn.params.get("call_jaxpr")

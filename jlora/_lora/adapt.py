@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from .._adapter.dora import output_scale
 from .._adapter.factors import LoraFactors
 from .._adapter.variants import variant_of_entry
+from .._errors import UnsupportedFeatureError
 from .._jax.versions import manual_axes, vary
 from .._params.axes import KernelAxes, expand
 from .._params.lazy import Lazy, check_frozen, dense
@@ -28,11 +29,13 @@ class Given(NamedTuple):
         shapes: the adapter, or one of the same shapes.
         arrays: by path what varies, along axes of a `shard_map`, as the entries do.
         entries: the entries to evaluate with, from what the analysis has seen.
+        mixed: whether it is that of one example, over which the call is mapped.
     """
 
     shapes: Mapping[str, Any]
     arrays: Mapping[str, Any]
     entries: Callable[[Log], Mapping[str, Any]]
+    mixed: bool = False
 
 
 class Gated(NamedTuple):
@@ -106,6 +109,11 @@ def with_factors(
     return dataclasses.replace(value, scale=scale)
 
 
+def frozen(leaf: Any) -> Adapted:
+    """Returns a kernel that all examples of a mixed batch share, with nothing added."""
+    return Adapted(leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf), ())
+
+
 def with_scale(
     kernel: jax.Array | Lazy, axes: KernelAxes, side: str, scale: jax.Array
 ) -> Adapted:
@@ -124,15 +132,26 @@ def lazily(traced: Traced) -> list[Any]:
     return inputs
 
 
-def evaluated(program: Any, inputs: list[Any], backward: str) -> list[Any]:
-    """Returns the outputs of a program.
+def evaluated(
+    program: Any, inputs: list[Any], backward: str, *, mixed: bool = False
+) -> list[Any]:
+    """Returns the outputs of a program; `mixed` if it is mapped over examples.
 
     Raises:
+        UnsupportedFeatureError: if JAX has no map of one of its operations.
         TypeError: under `jax.jvp` of a product whose derivative is one of reverse mode.
             JAX raises it here where nothing is compiled, and elsewhere without a name.
     """
     try:
         return outputs_of(program, inputs, derive=backward)
+    except NotImplementedError as error:
+        if not mixed:
+            raise
+        raise UnsupportedFeatureError(
+            "an operation of the function, which takes no kernel of the params as it "
+            f"is, cannot be mapped over examples (JAX: {error}). Call `lora.apply("
+            "params, jlora.take(stacked, i), ...)` with the examples of adapter i"
+        ) from error
     except TypeError as error:
         if backward != "custom" or "custom_vjp" not in str(error):
             raise

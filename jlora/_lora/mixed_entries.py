@@ -31,14 +31,14 @@ from .._jax.dots import as_laid_out
 from .._jax.sharding import spec_of
 from .._jax.symbolic import exceeds
 from .._params.quantized import dequantized
-from .._rules.view import Log
+from .._rules import CONSUME
+from .._rules.view import Log, Use
 from .adapt import Gated, Given
 from .mixed_mesh import Examples, take_row, take_rows
 
 # What a device computes in the time that it reads or writes one byte. (Accelerators
 # reach a few hundred FLOPs in large products and less in skinny ones; CPUs some tens.)
 _FLOPS_A_BYTE = 100
-RAGGED = "ragged_dot_general"
 
 
 class Mixture(NamedTuple):
@@ -63,7 +63,7 @@ class Mixture(NamedTuple):
         arrays = {path: (entry, index) for path, entry in self.stacked.items()}
         entries = functools.partial(self._entries, index)
         shapes = {path: _shapes_of_one(entry) for path, entry in self.stacked.items()}
-        return Given(shapes, arrays, entries)
+        return Given(shapes, arrays, entries, mixed=True)
 
     def _entries(self, index: jax.Array, log: Log) -> dict[str, Any]:
         self._refuse_ragged(log)
@@ -83,7 +83,7 @@ class Mixture(NamedTuple):
         uses = [use for use in log.uses if use.path == path]
         if not self._can_be_joined(path, log):
             return False
-        if any(use.primitive == RAGGED for use in uses):
+        if any(map(_maps_kernel, uses)):
             return True
         prepared, rank_axis = isinstance(entry, PreparedFactors), len(entry.axes.batch)
         if not prepared:
@@ -106,19 +106,19 @@ class Mixture(NamedTuple):
             return False
         through = lambda u: u.chosen is not None or u.kind == "lookup"
         own = [use for use in log.uses if use.path == path]
-        return all(through(use) or use.primitive == RAGGED for use in own)
+        return all(through(use) or _maps_kernel(use) for use in own)
 
     def _refuse_ragged(self, log: Log) -> None:
         """Raises if a ragged product cannot be one for all examples; names all."""
-        paths = {use.path for use in log.uses if use.primitive == RAGGED}
+        paths = {use.path for use in log.uses if _maps_kernel(use)}
         factors = LoraFactors | PreparedFactors
-        wrong = [
+        adapted = [
             path
-            for path in sorted(paths & set(self.stacked))
+            for path in paths & set(self.stacked)
             if not isinstance(self.stacked[path], factors)
             or not self._can_be_joined(path, log)
-            or self.examples.mesh is not None
         ]
+        wrong = sorted(adapted if self.examples.mesh is None else paths)
         if wrong:
             raise UnsupportedFeatureError(
                 f"{wrong} reach a ragged product, which JAX cannot map over examples. "
@@ -180,6 +180,12 @@ class Mixture(NamedTuple):
             return take_rows(entry, index, self.examples), every
 
         return row(entry, index)
+
+
+def _maps_kernel(use: Use) -> bool:
+    """Whether JAX maps an operation over examples only with its kernel."""
+    rule = CONSUME.get(use.primitive)
+    return rule is not None and rule.maps_kernel
 
 
 def _shapes_of_one(entry: Any) -> Any:

@@ -15,6 +15,7 @@ from .._adapter.instead import check_unboxed
 from .._adapter.variants import variant_of_entry
 from .._errors import LeftOutWarning
 from .._jax.keys import key_of
+from .._params.axes import KernelAxes
 from .._params.given import check_key
 from .._params.input_stats import InputStats
 from .._params.paths import FlatParams, PyTree
@@ -24,11 +25,12 @@ from .._plan.plan import Plan
 from .._plan.problems import left_out
 from .._plan.program import program_of, scale_of
 from .._plan.select import dropout_rates
+from .._plan.shared import shared_kernels
 from .._product.choice import Contraction
 from .._program.inputs import input_stats
 from .._program.trace import Traced, trace
 from .._rules.view import Log
-from .adapt import Given, adapted, evaluated, lazily
+from .adapt import Given, adapted, evaluated, frozen, lazily
 from .arguments import FORGOTTEN_KEY
 from .call import Call
 from .mixed import run_mixed
@@ -176,15 +178,21 @@ class Lora:
         check_unboxed(given.shapes)
         cuts = input_cuts(flat, given.shapes, shards)
         flat = as_varying(flat, given.arrays)
-        traced, program, log = self._program(flat, params, given.shapes, args, kwargs)
+        call = [*args[: self.argnum], params, *args[self.argnum :]]
+        traced = trace(self.fn, self.argnum, call, kwargs, flat)
+        shared = shared_kernels(traced, given.shapes) if given.mixed else {}
+        program, log = self._program(traced, given.shapes, shared)
         inputs = lazily(traced)
+        for path in shared:
+            inputs[traced.positions[path]] = frozen(inputs[traced.positions[path]])
         dropout = self._dropout(flat, traced, key)
         for path, entry in given.entries(log).items():
             place = traced.positions[path]
             inputs[place] = adapted(
                 inputs[place], entry, *dropout(path), cuts.get(path, ())
             )
-        return traced.rebuild(evaluated(program, inputs, self.backward))
+        found = evaluated(program, inputs, self.backward, mixed=given.mixed)
+        return traced.rebuild(found)
 
     def apply_mixed(
         self,
@@ -239,9 +247,10 @@ class Lora:
             AdapterError: if `stacked` is no stacked adapter or does not fit the params.
             IndexError: if a concrete index is out of range.
             ValueError: if an array has not one entry for each example.
-            UnsupportedFeatureError: if an adapted kernel reaches a ragged product that
-                cannot be one for all examples: with further batch axes, beside other
-                uses than products and lookups, or on a mesh with Explicit axes.
+            UnsupportedFeatureError: if a kernel reaches a ragged product that cannot be
+                one for all examples: with further batch axes, beside other uses than
+                products and lookups of an adapted kernel, of a kernel that is computed
+                from others, or on a mesh with Explicit axes.
         """
         call = (args, kwargs, lora_dropout_key, in_axes, out_axes)
         return run_mixed(self._apply, params, stacked, index, *call)
@@ -308,16 +317,12 @@ class Lora:
         return Call(self.fn, self.configs, self.argnum, args, kwargs)
 
     def _program(
-        self,
-        flat: FlatParams,
-        params: PyTree,
-        adapter: Mapping[str, Any],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-    ) -> tuple[Traced, Any, Log]:
-        """Returns the traced call, the program to evaluate, and the uses in it."""
-        call = [*args[: self.argnum], params, *args[self.argnum :]]
-        traced = trace(self.fn, self.argnum, call, kwargs, flat)
+        self, traced: Traced, adapter: Mapping[str, Any], shared: dict[str, KernelAxes]
+    ) -> tuple[Any, Log]:
+        """Returns the program to evaluate, and the uses of kernels in it.
+
+        Beside the adapted ones, these are frozen ones that a mixed batch shares.
+        """
         axes = {p: a for p, e in adapter.items() if (a := axes_of(e)) is not None}
         has_magnitude = lambda e: getattr(e, "magnitude", None) is not None
         scales = {
@@ -326,9 +331,8 @@ class Lora:
             if (scale := scale_of(variant_of_entry(e), e, has_magnitude(e)))
         }
         whole = adapter.keys() - axes.keys()
-        how = self.materialize, self.contraction
-        found = program_of(traced, axes, *how, scales, whole)
-        return traced, *found
+        known = (axes | shared, self.materialize, self.contraction, scales, whole)
+        return program_of(traced, *known, frozen=shared)
 
     def _dropout(
         self, params: FlatParams, traced: Traced, key: jax.Array | None

@@ -64,17 +64,20 @@ def program_of(
     scales: Mapping[str, SideScale] | None = None,
     whole: Collection[str] = (),
     *,
+    frozen: Collection[str] = (),
     misfit: Callable[[list[str]], Exception] | None = None,
 ) -> tuple[Any, Log]:
     """Returns the program to evaluate, and the uses of the kernels in it.
 
     Args:
         traced: the traced call.
-        axes: the roles of the axes of the adapted kernels, by path.
+        axes: the roles of the axes of the kernels, by path.
         materialize: as `jlora.lora` takes it.
         contraction: likewise.
         scales: the scales that kernels have, by path.
         whole: the paths of the leaves that are trained whole.
+        frozen: the paths of the kernels that have no factors: where these reach an
+            operation without a rule nothing is amiss.
         misfit: makes the error for kernels that could be evaluated with other roles; it
             is about the adapter by default.
 
@@ -87,11 +90,12 @@ def program_of(
     shapes = {p: tuple(traced.inputs[traced.positions[p]].shape) for p in axes}
     inputs = inputs_known(traced, shapes, whole)
     program, log = decide(traced.jaxpr, inputs, axes, contraction, scales)
-    if log.obstacles and materialize == "error":
-        told = conflicts(traced.jaxpr, inputs, axes, log.obstacles, contraction, scales)
+    obstacles = [use for use in log.obstacles if use.path not in frozen]
+    if obstacles and materialize == "error":
+        told = conflicts(traced.jaxpr, inputs, axes, obstacles, contraction, scales)
         if told:
             raise (misfit or other_roles)(told)
-        raise MaterializationError(_obstacles(log.obstacles, shapes, axes))
+        raise MaterializationError(_obstacles(obstacles, shapes, axes))
     return program, log
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._jax.symbolic import are_known, exceeds
-from .._jax.versions import is_literal, open_jaxpr
+from .._jax.versions import bodies, is_literal, open_jaxpr
 from .._rules import CONSUME, CONTROL_FLOW
 
 
@@ -77,7 +77,7 @@ def _walk(jaxpr: Any, params: Sequence[bool], times: int, count: _Count) -> list
     read = lambda v: True if is_literal(v) else env[v]
     for eqn in jaxpr.eqns:
         flags = [read(v) for v in eqn.invars]
-        inner = _bodies(eqn)
+        inner = bodies(eqn)
         if inner:
             outs = _enter(eqn, inner, flags, times, count)
         else:
@@ -85,15 +85,6 @@ def _walk(jaxpr: Any, params: Sequence[bool], times: int, count: _Count) -> list
             outs = [all(flags)] * len(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
-
-
-def _bodies(eqn: Any) -> list[Any]:
-    """Returns the sub-jaxprs of an equation."""
-    found = []
-    for value in eqn.params.values():
-        several = value if isinstance(value, tuple | list) else (value,)
-        found += [v for v in several if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-    return found
 
 
 def _enter(

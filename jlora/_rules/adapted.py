@@ -72,6 +72,11 @@ class Adapted:
         """Returns a kernel with factors in the layout that its axes give them."""
         return cls(kernel, (Part(*align(a, b, axes), scaling),))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is frozen: one kernel for all examples of a mixed batch."""
+        return not self.parts and self.scale is None
+
     def moved(self, base: Any, move: Callable[[jax.Array], jax.Array]) -> "Adapted":
         """Returns `base` with everything else of this value moved in the same way."""
         return jax.tree.map(move, dataclasses.replace(self, base=None)).with_base(base)

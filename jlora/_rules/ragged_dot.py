@@ -72,7 +72,7 @@ def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _scaled(eqn, x, value, sizes)
-    mixed = any(part.gate is not None for part in value.parts)
+    mixed = value.is_shared or any(part.gate is not None for part in value.parts)
     if mixed and _dims(eqn).dot_dimension_numbers[1][0]:
         raise UnsupportedFeatureError(
             f"a ragged product of several batches, at {source_line(eqn)}, cannot be "
@@ -246,5 +246,6 @@ CONSUME = {
         linear=LinearUse(_summed, _shared, _on_probe, _inputs),
         supports=_supports,
         scale_fits=_scale_fits,
+        maps_kernel=True,
     )
 }

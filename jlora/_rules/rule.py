@@ -222,6 +222,9 @@ class ConsumeRule:
             features are, if it is frozen.
         by_heads: `(eqn, operand, view) -> bool`: whether it contracts, head by head,
             what frozen features have been multiplied by.
+        maps_kernel: whether JAX maps it only where its kernel is mapped too. Then `run`
+            makes one of it for all examples of a mixed batch, where parts have gates or
+            the kernel is frozen: `Adapted` without parts.
     """
 
     kind: str
@@ -235,6 +238,7 @@ class ConsumeRule:
     scale_fits: Callable[[Any, int, Axes], bool] = lambda eqn, operand, varies: True
     features: Callable[[Any, int], bool] = lambda eqn, operand: False
     by_heads: Callable[[Any, int, View], bool] = lambda eqn, operand, view: False
+    maps_kernel: bool = False
 
 
 # --- control flow ---

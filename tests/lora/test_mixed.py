@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from case import adapt, randomized
-from forms import bodies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -21,7 +20,6 @@ from use import Use
 from uses import USES
 
 import jlora
-from jlora._jax.platforms import Target
 from jlora._lora import mixed_entries
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -95,128 +93,15 @@ def test_each_example_gets_its_own_kernel_in_all_uses(
     check_use(use, getkey)
 
 
-# --- experts that are one ragged product ---
-
-
 @pytest.mark.parametrize("name", RAGGED)
 def test_experts_are_one_product_for_all_examples(name: str, getkey) -> None:
     check_use(BY_NAME[name], getkey)
-
-
-def experts(params: Tree, x: jax.Array) -> jax.Array:
-    """Two ragged products; each example routes its rows, and drops the last of them."""
-    chosen = jnp.argmax(x @ params["router"], axis=-1)[0]
-    order = jnp.argsort(chosen)
-    sizes = jnp.bincount(chosen[:-1], length=3)
-    rows = x[0][order]
-    h = jnp.tanh(jax.lax.ragged_dot(rows, params["up"], sizes))
-    return jax.lax.ragged_dot(h, params["down"], sizes)[None]
-
-
-MOE = {"router": (5, 3), "up": (3, 5, 8), "down": (3, 8, 6)}
-
-
-def of_experts(prepared: bool = False) -> tuple[Any, ...]:
-    """A mixed batch of experts; and each example alone, by merged kernels."""
-    lora = jlora.lora(experts, jlora.LoraConfig("up|down", rank=2, alpha=3.0))
-    params, x = numbers(MOE, 0), numbers((6, 7, 5), 1)
-    shapes = jax.eval_shape(lora.init, jax.random.key(0), params, x[:1])
-    adapters = [
-        jax.tree.map(lambda v, i=i: numbers(v.shape, 3 + i), shapes) for i in range(3)
-    ]
-    index = [2, 0, NONE, 1, 1, 2]
-
-    def mixed(stacked: Any, x: jax.Array) -> jax.Array:
-        stacked = jlora.prepare(stacked) if prepared else stacked
-        return lora.apply_mixed(params, stacked, jnp.asarray(index), x)
-
-    def alone(adapters: list[Any], x: jax.Array) -> jax.Array:
-        merged = [*(jlora.merge(params, one) for one in adapters), params]
-        rows = [experts(merged[w], x[i : i + 1]) for i, w in enumerate(index)]
-        return jnp.concatenate(rows)
-
-    return mixed, alone, adapters, x
-
-
-@pytest.mark.parametrize("prepared", [False, True])
-def test_values_and_gradients_of_experts(prepared: bool) -> None:
-    mixed, alone, adapters, x = of_experts(prepared)
-    stacked = jlora.stack(adapters)
-    assert_close(jax.jit(mixed)(stacked, x), alone(adapters, x), 1e-5)
-    assert_close(mixed(stacked, x), alone(adapters, x), 1e-5)  # not compiled
-    weights = numbers((6, 7, 6), 9)
-    loss = lambda run: lambda a, x: jnp.sum(run(a, x) * weights)
-    found, of_x = jax.jit(jax.grad(loss(mixed), (0, 1)))(stacked, x)
-    expected = jax.jit(jax.grad(loss(alone), (0, 1)))(adapters, x)
-    assert_close((jlora.unstack(found), of_x), expected, 1e-4)
-
-
-def test_the_kernels_of_experts_have_no_copy() -> None:
-    mixed, _, adapters, x = of_experts()
-    program = jax.make_jaxpr(mixed)(jlora.stack(adapters), x)
-    products = [
-        [v.aval.shape for v in eqn.invars]
-        for eqn in bodies(program.jaxpr, Target("cpu"))
-        if eqn.primitive.name == "ragged_dot_general"
-    ]
-    # The base and both factors, side by side of rank 3 · 2, of two kernels.
-    base, factors = [(3, 5, 8), (3, 8, 6)], [(3, 5, 6), (3, 6, 8), (3, 8, 6), (3, 6, 6)]
-    assert sorted(kernel for _, kernel, _ in products) == sorted([*base, *factors])
-    assert {rows[0] for rows, *_ in products} == {6 * 7}
-
-
-def scanned_experts(params: Tree, x: jax.Array) -> jax.Array:
-    """Layers of experts under remat, each row back in its place."""
-
-    @jax.checkpoint
-    def layer(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
-        chosen = jnp.argmax(x[0] @ w["router"], axis=-1)
-        order, sizes = jnp.argsort(chosen), jnp.bincount(chosen, length=3)
-        h = jnp.tanh(jax.lax.ragged_dot(x[0][order], w["up"], sizes))
-        y = jax.lax.ragged_dot(h, w["down"], sizes)[jnp.argsort(order)]
-        return x + y[None], None
-
-    return jax.lax.scan(layer, x, params)[0]
-
-
-@pytest.mark.parametrize("where", ["auto", "shard_map"])
-def test_layers_of_experts(where: str) -> None:
-    lora = jlora.lora(scanned_experts, jlora.LoraConfig("up|down", rank=2, alpha=3.0))
-    shapes = {"router": (2, 5, 3), "up": (2, 3, 5, 8), "down": (2, 3, 8, 5)}
-    params, x = numbers(shapes, 0), numbers((8, 7, 5), 1)
-    fresh = jax.eval_shape(lora.init, jax.random.key(0), params, x[:1])
-    adapters = [
-        jax.tree.map(lambda v, i=i: numbers(v.shape, 3 + i), fresh) for i in range(3)
-    ]
-    index = [2, 0, NONE, 1, 1, 2, 0, NONE]
-    merged = [*(jlora.merge(params, one) for one in adapters), params]
-    rows = [scanned_experts(merged[w], x[i : i + 1]) for i, w in enumerate(index)]
-    run, which, placed = lora.apply_mixed, jnp.asarray(index), params
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
-    if where == "shard_map":
-        specs = P(), P(), P("data"), P("data")
-        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"))
-    else:
-        place = lambda *spec: NamedSharding(mesh, P(*spec))
-        places = {"router": place(), "up": place(None, None, None, "model")}
-        places |= {"down": place(None, None, "model")}
-        placed = jax.device_put(params, places)
-        x, which = jax.device_put((x, which), place("data"))
-    found = jax.jit(run)(placed, jlora.stack(adapters), which, x)
-    assert_close(jax.device_get(found), jnp.concatenate(rows), 1e-5)
 
 
 def test_ragged_products_in_batches_cannot_be_mixed(getkey) -> None:
     told = r"ragged product of several batches, at .*uses.*jlora.take"
     with pytest.raises(jlora.UnsupportedFeatureError, match=told):
         check_use(BY_NAME[IN_BATCHES], getkey)
-
-
-def test_jax_cannot_map_a_ragged_product_over_kernels_alone() -> None:
-    """When it can, this fails: then take `_rules/ragged_examples.py` away."""
-    x, sizes = jnp.ones((4, 3)), jnp.array([1, 3])
-    with pytest.raises(NotImplementedError, match="ragged_dot"):
-        jax.vmap(lambda x: jax.lax.ragged_dot(x, jnp.ones((2, 3, 6)), sizes))(x[None])
 
 
 # --- a small decoder ---
