@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._jax.dots import dot
 from . import tpu_kernel
 from .hopper_kernel import apart, fits, sum_of_products
 
@@ -44,6 +45,32 @@ class Terms(NamedTuple):
         return self.h.ndim - 1
 
 
+class Product(NamedTuple):
+    """The arrays of `x·w + s·(x·a)·b: (*rows, *out)`.
+
+    Attributes:
+        x: `(*rows, *inner)`.
+        w: `(*inner, *out)`.
+        a: `(*inner, rank)`.
+        b: `(*out, rank)`.
+    """
+
+    x: jax.Array
+    w: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+    @property
+    def xs(self) -> tuple[jax.Array, ...]:
+        """As of `Terms`."""
+        return (self.x,)
+
+    @property
+    def rows(self) -> int:
+        """How many axes of rows there are."""
+        return self.x.ndim + 1 - self.a.ndim
+
+
 def in_parts(terms: Terms, ranks: Sequence[int]) -> list[Terms]:
     """Splits a sum of many terms, of which each has its part of the rank."""
     parts, at = [], 0
@@ -72,10 +99,12 @@ class How(NamedTuple):
     Attributes:
         turned: whether kernels are `(*out, *inner)`, as in the backward pass.
         precision: of the products, where XLA computes them.
+        scaling: of `x·a`, where that is made with the sum.
     """
 
     turned: bool = False
     precision: Any = None
+    scaling: float = 1.0
 
 
 def sum_whole(terms: Terms, how: How) -> jax.Array:
@@ -115,6 +144,14 @@ def sum_by_xla(terms: Terms, how: How) -> jax.Array:
     xs, ws, h, b = _matrices(terms, how.turned)
     y = _sum_of_dots(xs, ws, h, b, how, h.dtype)
     return y.reshape(*terms.h.shape[:-1], *terms.b.shape[:-1])
+
+
+def product_by_xla(product: Product, how: How) -> jax.Array:
+    """Returns the same, with its `x·a`."""
+    x, w, a, b = product
+    contract = range(product.rows, x.ndim), range(a.ndim - 1)
+    h = how.scaling * dot(x, a, contract, ((), ()), x.dtype, how.precision)
+    return sum_by_xla(Terms((x,), (w,), h, b), how)
 
 
 def sum_joined(terms: Terms, how: How, copied: bool = False) -> jax.Array:

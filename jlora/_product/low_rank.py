@@ -29,6 +29,7 @@ from .._params.lazy import (
     primals,
     pulled,
 )
+from .alone import products_alone
 from .choice import ByPlatform
 from .forms import Backward, backward, forward
 from .gate import factor_through
@@ -188,7 +189,7 @@ Static = tuple[GroupDims, Form | ByPlatform]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(static: Static, operands: Operands) -> list[jax.Array]:
-    return _forward_pass(static, operands, _shrink(static, operands))
+    return _in_its_form(_opened_alone, static, operands)
 
 
 def _in_its_form(
@@ -233,6 +234,10 @@ def _gradients(
 
 def _forward_pass(static: Static, operands: Operands, h: jax.Array) -> list[jax.Array]:
     return _in_its_form(_opened_forward, static, operands, h)
+
+
+def _opened_alone(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    return products_alone(form, dims, _opened(operands))
 
 
 def _opened_forward(

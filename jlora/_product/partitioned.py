@@ -1,11 +1,15 @@
 """The sum `Σ x·w + h·b` on a mesh: one operation with a partitioning rule.
 
+Or, where nothing else needs `h`, with the `x·a` that it is: partial sums then have each
+their part of it, and it is not summed over devices by itself.
+
 Rows stay where they are, the rank is never sharded, contracted axes that are sharded
 give partial sums, and a kernel is gathered where it lies along axes of the rows (FSDP),
 as for the plain product. Left to itself XLA moves activations: a second, skinny reader
 of `x` is sharded as the kernel is, and its say is as good as any.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +22,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .._jax.sharding import names_of_entry
 from .._jax.tiles import read_tiles
-from .fused import How, Terms
+from .fused import How, Product, Terms
 
 Sum = Callable[[Terms, How], jax.Array]
+Arrays = Terms | Product
+Whole = Callable[[Any, How], jax.Array]
 
 
 def apart(value: jax.Array) -> jax.Array:
@@ -39,9 +45,10 @@ def apart(value: jax.Array) -> jax.Array:
     return run(value)
 
 
-def sum_partitioned(terms: Terms, how: How, whole: Sum) -> jax.Array:
+def sum_partitioned(terms: Arrays, how: How, whole: Whole) -> jax.Array:
     """Returns the sum on a mesh, each device by `whole` for its own part."""
-    terms = terms._replace(b=apart(terms.b))
+    alone = {name: apart(getattr(terms, name)) for name in _factors_of(terms)}
+    terms = terms._replace(**alone)
     count, tree = len(terms.xs), jax.tree.structure(terms)
     run = custom_partitioning(lambda *leaves: whole(tree.unflatten(leaves), how))
 
@@ -68,33 +75,46 @@ def sum_partitioned(terms: Terms, how: How, whole: Sum) -> jax.Array:
     return run(*jax.tree.leaves(terms))
 
 
-def _sharding_rule(terms: Terms, turned: bool) -> tuple[str, tuple[str, ...]]:
+def _sharding_rule(terms: Arrays, turned: bool) -> tuple[str, tuple[str, ...]]:
     """Returns the rule that Shardy propagates by, and its summed factors.
 
     The summed axes of `x` are not those of `w`: a kernel that is sharded there, as by
-    FSDP, says nothing of activations. What both are sharded along is summed apart. In
-    the backward pass the other axes of `w` are those that were summed over forward, and
-    say nothing of the gradient of `x` either: that lies as `x` does.
+    FSDP, says nothing of activations, nor does `a`. What both are sharded along is
+    summed apart. In the backward pass the other axes of `w` are those that were summed
+    over forward, and say nothing of the gradient of `x` either: that lies as `x` does.
     """
-    rows = [f"n{i}" for i in range(terms.rows)]
+    rows: list[Any] = [f"n{i}" for i in range(terms.rows)]
     outs = [f"m{i}" for i in range(terms.b.ndim - 1)]
-    xs, ws, summed = [], [], ([], [])
+    xs, ws, of_as, summed = [], [], [], ([], [], [])
     for t, x in enumerate(terms.xs):
         inner = [f"k{t}x{i}" for i in range(x.ndim - terms.rows)]
-        of_w = [f"w{name}" for name in inner]
+        of_w, of_a = ([f"{one}{name}" for name in inner] for one in "wa")
         xs.append([*rows, *inner])
         ws.append([f"t{t}{o}" for o in outs] + of_w if turned else [*of_w, *outs])
         summed[0].extend(inner)
         summed[1].extend(of_w)
-    operands = [*xs, *ws, [*rows, "r"], [*outs, "r"]]
+        of_as.append(of_a)
+    skinny = _skinny(terms, rows, of_as)
+    summed[2].extend(name for name in skinny if name not in rows)
+    operands = [*xs, *ws, [*skinny, "r"], [*outs, "r"]]
     text = ", ".join(" ".join(one) for one in operands)
-    return f"{text} -> {' '.join([*rows, *outs])}", (*summed[0], *summed[1])
+    return f"{text} -> {' '.join([*rows, *outs])}", tuple(itertools.chain(*summed))
+
+
+def _factors_of(terms: Arrays) -> tuple[str, ...]:
+    return ("a", "b") if isinstance(terms, Product) else ("b",)
+
+
+def _skinny(terms: Arrays, rows: list[Any], inner: Sequence[Any]) -> list[Any]:
+    """Returns what `h`, or `a`, has of each axis but its rank, given that of others."""
+    return [*inner[0]] if isinstance(terms, Product) else rows
 
 
 class _Placed(NamedTuple):
     operands: tuple[Any, ...]
     result: Any
     partial: tuple[str, ...]  # mesh axes over which the sum is partial
+    cut: tuple[Any, ...]  # what of these `x` is cut along, axis by axis
 
 
 def _names(entries: Sequence[Any]) -> set[str]:
@@ -107,7 +127,7 @@ def _without(entries: Sequence[Any], used: set[str]) -> tuple[Any, ...]:
 
 
 def _placed(
-    xs: Sequence[Any], ws: Sequence[Any], outs: Any, terms: Terms, how: How
+    xs: Sequence[Any], ws: Sequence[Any], outs: Any, terms: Arrays, how: How
 ) -> _Placed:
     """Decides how each operand lies: first rows, then outputs, then what is summed.
 
@@ -133,18 +153,24 @@ def _placed(
     if any(_names(one) != partial for one in inner):
         inner, partial = [(None,) * len(one) for one in inner], set()
     of_xs = [(*rows, *one) for one in inner]
+    cut = (None,) * len(inner[0])
+    if isinstance(terms, Product) and not _names(xs[0][terms.rows :]):
+        # Nothing else reads `x` so that XLA would move it there in one piece.
+        of_xs, cut = [(*rows, *cut)], inner[0]
     of_ws = [(*outs, *one) if how.turned else (*one, *outs) for one in inner]
-    operands = (*of_xs, *of_ws, (*rows, None), (*outs, None))
-    return _Placed(operands, (*rows, *outs), tuple(sorted(partial)))
+    skinny = (*_skinny(terms, [*rows], inner), None)
+    operands = (*of_xs, *of_ws, skinny, (*outs, None))
+    return _Placed(operands, (*rows, *outs), tuple(sorted(partial)), cut)
 
 
-def _in_place(outs: Any, ws: Sequence[Any], terms: Terms) -> set[str]:
+def _in_place(outs: Any, ws: Sequence[Any], terms: Arrays) -> set[str]:
     """Returns the mesh axes along which kernels stay where they are, for a few rows.
 
     Along outputs the rows are gathered in their place, along what is summed they are
     moved to it, and the result is summed over devices, which moves it twice.
     """
-    rows, outputs = math.prod(terms.h.shape[:-1]), math.prod(terms.b.shape[:-1])
+    rows = math.prod(terms.xs[0].shape[: terms.rows])
+    outputs = math.prod(terms.b.shape[:-1])
     features = sum(math.prod(x.shape[terms.rows :]) for x in terms.xs)
     found = _names(outs) if rows < outputs else set()
     if rows * (features + 2 * outputs) < features * outputs:
@@ -152,12 +178,26 @@ def _in_place(outs: Any, ws: Sequence[Any], terms: Terms) -> set[str]:
     return found
 
 
-def _of_a_shard(terms: Terms, where: _Placed, how: How, whole: Sum) -> jax.Array:
-    """One device's part; of partial sums, the first alone has the delta in."""
+def _of_a_shard(terms: Arrays, where: _Placed, how: How, whole: Whole) -> jax.Array:
+    """One device's part; of partial sums, the first alone has a given delta in."""
     # The mesh that is set may have Explicit axes: of a shard's arrays it says nothing.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         if not where.partial:
             return whole(terms, how)
         at = [lax.axis_index(name) for name in where.partial]
-        h = jnp.where(sum(at) == 0, terms.h, jnp.zeros_like(terms.h))
-        return lax.psum(whole(terms._replace(h=h), how), where.partial)
+        if isinstance(terms, Product):
+            own: Arrays = terms._replace(x=_cut(terms.x, terms.rows, where.cut))
+        else:
+            h = jnp.where(sum(at) == 0, terms.h, jnp.zeros_like(terms.h))
+            own = terms._replace(h=h)
+        return lax.psum(whole(own, how), where.partial)
+
+
+def _cut(x: jax.Array, first: int, entries: Sequence[Any]) -> jax.Array:
+    """Returns a device's part of `x` along the axes from `first` on."""
+    for axis, entry in enumerate(entries, first):
+        if names := names_of_entry(entry):
+            size = x.shape[axis] // math.prod(map(lax.axis_size, names))
+            start = lax.axis_index(tuple(names)) * size
+            x = lax.dynamic_slice_in_dim(x, start, size, axis)
+    return x

@@ -33,6 +33,8 @@ LAYOUTS: dict[str, tuple[Any, Any]] = {
     "sequence": (P(), P("i", "j")),
     "sequence, fsdp": (P(("i", "j")), P("i", "j")),
 }
+# Where a product is summed over devices, of which Explicit types must be told.
+SUMMED = ("columns", "partial sums", "both")
 KINDS = [AxisType.Auto, AxisType.Explicit]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 # Explicit types refuse rows and outputs over one axis, without factors too.
@@ -111,6 +113,34 @@ def test_each_form_on_a_mesh_of_one_device(
     choose(monkeypatch, form)
     step, args = compiled("partial sums", AxisType.Explicit, (1, 1))
     assert_close(*jax.tree.map(np.asarray, (step(*args), expected)), 1e-4)
+
+
+def chain(said: bool = False) -> Callable[[Any, jax.Array], jax.Array]:
+    """Two products that share no input, laid out as is said where it must be said."""
+    dot = lambda x, w: jnp.dot(x, w, out_sharding=P("i") if said else None)
+    return lambda p, x: dot(jnp.tanh(dot(x, p["q"])), p["v"])
+
+
+@each_layout
+def test_values_without_a_backward_pass(layout: str, kind: AxisType) -> None:
+    """Where nothing else needs `x·a` it is made on each device, of its own part."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    params = {"q": draw(0, IN, OUT) / 6, "v": draw(1, OUT, IN) / 8}
+    x, config = draw(2, ROWS, WIDTH, IN), jlora.LoraConfig(rank=R, alpha=5.0)
+    fresh = jlora.lora(chain(), config).init(jax.random.key(3), params, x)
+    adapter = randomized(fresh, jax.random.key(4))
+    of_w, of_x = LAYOUTS[layout]
+    explicit = kind is AxisType.Explicit
+    lora = jlora.lora(chain(explicit and layout in SUMMED), config)
+    mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(kind,) * 2)
+    turned = P(*(of_w[::-1] if len(of_w) == 2 else (None, *of_w)))
+    refused = explicit and layout.endswith("fsdp")  # rows and outputs over one axis
+    places = {"q": of_w, "v": P() if refused else turned}
+    with jax.set_mesh(mesh):
+        args = jax.device_put((params, adapter, x), (places, P(), of_x))
+        found = jax.jit(lora.apply)(*args)
+    expected = chain()(jlora.merge(params, adapter), x)
+    assert_close(np.asarray(found), expected, 1e-5)
 
 
 @each_layout

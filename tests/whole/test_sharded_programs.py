@@ -349,7 +349,10 @@ def test_factors_take_the_specs_of_their_kernel_under_shard_map(
 def test_few_tokens_travel_where_the_base_lets_them(
     layout: tuple[Any, Any], tokens: int
 ) -> None:
-    """A kernel that the base leaves in place, as for a few tokens, is not gathered."""
+    """A kernel that the base leaves in place, as for a few tokens, is not gathered.
+
+    Nor is `x·a` summed over devices by itself where `x·W` is.
+    """
     d, wide, rank = 512, 2048, 8
     mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
     place = lambda *spec: NamedSharding(mesh, P(*spec))
@@ -371,3 +374,7 @@ def test_few_tokens_travel_where_the_base_lets_them(
     )
     factors = 4 * (wide + d + tokens) * rank
     assert cost(own) <= 1.1 * cost(base) + factors, (own, base)
+    if layout == (None, "j"):
+        assert own == base
+    sums = lambda moves: sum(n for (kind, _), n in moves.items() if "reduce" in kind)
+    assert sums(own) <= max(sums(base), 2)  # one for each kernel at most
