@@ -105,7 +105,7 @@ def _base_product(
     shared, (ragged,) = [*dims.rhs_group_dimensions, *batch], dims.lhs_ragged_dimensions
     order = (*shared, *contract, *free_axes(w.ndim, contract, shared))
     dtype, result = common(x.dtype, w.dtype), eqn.outvars[0].aval.dtype
-    sharding = eqn.params["out_sharding"]
+    sharding = eqn.params.get("out_sharding")  # jax 0.8 has none
     rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
 
     def product(values: Sequence[Any]) -> list[jax.Array]:
