@@ -18,8 +18,8 @@ from programs import ratio_lines
 from steps import adapter_of, contender, lora_of, makers
 from timing import RESULTS, Contender, bars, interleave, summarize, write
 
+from jlora._product.gpu_probe import fault
 from jlora._product.hopper_kernel import sum_of_products
-from jlora._product.hopper_probe import fault
 
 ROWS, RANK = 8192, 16
 SHAPES = ((2048, 2048), (2048, 5632), (5632, 2048), (4096, 4096))

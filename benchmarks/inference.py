@@ -28,7 +28,7 @@ from steps import adapter_of
 from timing import Contender, bars, interleave, summarize, table, write
 
 import jlora
-from jlora._product.hopper_probe import fault
+from jlora._product.gpu_probe import fault
 
 BASE, MERGED, UNMERGED = "base", "jlora merged", "jlora unmerged"
 PORTABLE = f"{UNMERGED}, factored"  # without the kernel, where that is chosen

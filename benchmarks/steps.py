@@ -20,7 +20,7 @@ from placing import inside, whole_along_rows
 from timing import Contender
 
 import jlora
-from jlora._product.hopper_probe import fault
+from jlora._product.gpu_probe import fault
 
 RANK, ALPHA = 16, 32.0
 SCALING = ALPHA / RANK

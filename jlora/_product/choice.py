@@ -14,9 +14,9 @@ from .._jax.platforms import Target
 from .._jax.symbolic import are_known, exceeds
 from . import few_kernel
 from .fused import joining_pays
+from .gpu_probe import Kernel, fault, runs_on
 from .group import Form, GroupDims, compute_dtype
 from .hopper_kernel import blocks, divides, fits, processors
-from .hopper_probe import Kernel, fault, runs_on
 from .measured import Measurements, OfSize
 from .tpu_kernel import tiles
 

@@ -8,7 +8,7 @@ each multiplies 128 rows by 128 columns.
 (https://docs.jax.dev/en/latest/pallas/gpu/index.html)
 
 JAX says of Mosaic GPU that its API may change any week: it is imported where it is
-used, and `hopper_probe` tries the kernel before it is trusted.
+used, and `gpu_probe` tries the kernel before it is trusted.
 """
 
 import functools

@@ -17,7 +17,7 @@ from releases import since
 
 import jlora
 from jlora._jax.platforms import Target
-from jlora._product import choice, few_kernel, forms, hopper_probe, lowered
+from jlora._product import choice, few_kernel, forms, gpu_probe, lowered
 from jlora._product.few_kernel import Linear, adapted_products, divides
 
 BF16, D = jnp.bfloat16, 256
@@ -109,7 +109,7 @@ def test_what_divides_into_blocks(size: tuple[int, int], expected: bool) -> None
 @pytest.fixture
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is a Hopper, and its kernels have been tried."""
-    for module in (hopper_probe, choice):
+    for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: None)
     monkeypatch.setattr(choice, "processors", lambda: 132)
 
@@ -140,7 +140,7 @@ def test_it_is_taken_for_few_rows_on_one_gpu(
 
 def test_it_is_not_where_it_was_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     told = lambda kernel="sum": "it differs" if kernel == "few" else None
-    for module in (hopper_probe, choice):
+    for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", told)
     monkeypatch.setattr(Target, "here", lambda: GPU)
     assert choice.form_on(ONE, GPU) == "separate"
@@ -398,11 +398,11 @@ def test_it_is_tried_before_it_is_trusted(
         ys = adapted_products(x, linears, scalings, interpret=True)
         return [y.at[0, 5].add(error) for y in ys]
 
-    monkeypatch.setattr(hopper_probe, "local_gpu", Gpu)
-    monkeypatch.setattr(hopper_probe.jax, "device_put", lambda tree, _: tree)
-    monkeypatch.setattr(hopper_probe, "adapted_products", run)
-    hopper_probe._tried.cache_clear()
-    found = hopper_probe.fault("few")
-    hopper_probe._tried.cache_clear()
+    monkeypatch.setattr(gpu_probe, "local_gpu", Gpu)
+    monkeypatch.setattr(gpu_probe.jax, "device_put", lambda tree, _: tree)
+    monkeypatch.setattr(gpu_probe, "adapted_products", run)
+    gpu_probe._tried.cache_clear()
+    found = gpu_probe.fault("few")
+    gpu_probe._tried.cache_clear()
     assert found == (None if error == 0 else "it computes something else")
     assert ("without its kernel 'few'" in caplog.text) is (error != 0)

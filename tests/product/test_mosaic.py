@@ -19,7 +19,7 @@ from releases import since
 
 import jlora
 from jlora._jax.platforms import Target
-from jlora._product import choice, hopper_kernel, hopper_probe, lowered
+from jlora._product import choice, gpu_probe, hopper_kernel, lowered
 from jlora._product.hopper_kernel import sum_of_products
 
 BF16 = jnp.bfloat16
@@ -141,7 +141,7 @@ def shapes(dtype: Any = BF16, n: int = N, k: int = K) -> tuple[Any, Any]:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is such a one, and products are large enough; plans are for it."""
-    for module in (hopper_probe, choice):
+    for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: None)
     monkeypatch.setattr(choice, "processors", lambda: 8)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
@@ -254,7 +254,7 @@ def test_the_plan_says_why_it_is_not(
         return [line for line in str(plan).splitlines() if "Hopper" in line]
 
     assert not lines(shapes())
-    for module in (hopper_probe, choice):
+    for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: told)
     line = f"without the kernel for Hopper GPUs: {told}"
     assert lines(shapes()) == ([line] if here.platform == "cuda" else [])
@@ -278,11 +278,11 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Such a device, and nothing moved to it."""
     gpu = Gpu()
     gpu.found = gpu
-    monkeypatch.setattr(hopper_probe, "local_gpu", lambda: gpu.found)
-    monkeypatch.setattr(hopper_probe.jax, "device_put", lambda tree, _: tree)
-    hopper_probe._tried.cache_clear()
+    monkeypatch.setattr(gpu_probe, "local_gpu", lambda: gpu.found)
+    monkeypatch.setattr(gpu_probe.jax, "device_put", lambda tree, _: tree)
+    gpu_probe._tried.cache_clear()
     yield gpu
-    hopper_probe._tried.cache_clear()
+    gpu_probe._tried.cache_clear()
 
 
 def stand_in(error: float) -> Any:
@@ -304,11 +304,11 @@ def stand_in(error: float) -> Any:
 def test_a_kernel_that_computes_what_it_should_is_trusted_once(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(0.0))
-    assert hopper_probe.fault() is None
-    assert hopper_probe.runs_on(HOPPER)
-    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(1.0))
-    assert hopper_probe.fault() is None  # the verdict is remembered
+    monkeypatch.setattr(gpu_probe, "sum_of_products", stand_in(0.0))
+    assert gpu_probe.fault() is None
+    assert gpu_probe.runs_on(HOPPER)
+    monkeypatch.setattr(gpu_probe, "sum_of_products", stand_in(1.0))
+    assert gpu_probe.fault() is None  # the verdict is remembered
 
 
 @needs_its_api
@@ -317,10 +317,10 @@ def test_a_kernel_with_one_wrong_number_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(1.0))
-    assert hopper_probe.fault() == "it computes something else"
+    monkeypatch.setattr(gpu_probe, "sum_of_products", stand_in(1.0))
+    assert gpu_probe.fault() == "it computes something else"
     assert "does without its kernel" in caplog.text
-    assert not hopper_probe.runs_on(HOPPER)
+    assert not gpu_probe.runs_on(HOPPER)
 
 
 @needs_its_api
@@ -328,7 +328,7 @@ def test_a_release_with_another_api_does_without_it(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(plgpu, "nd_loop")
-    told = hopper_probe.fault()
+    told = gpu_probe.fault()
     assert told is not None and "nd_loop" in told
 
 
@@ -336,10 +336,10 @@ def test_an_older_release_does_without_it(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told which release it needs, and nothing is compiled."""
-    monkeypatch.setattr(hopper_probe, "sum_of_products", None)
-    monkeypatch.setattr(hopper_probe, "MOSAIC_GPU_SINCE", (99, 1))
-    assert hopper_probe.fault() == f"it needs jax 99.1, and this is {jax.__version__}"
-    assert not hopper_probe.runs_on(HOPPER)
+    monkeypatch.setattr(gpu_probe, "sum_of_products", None)
+    monkeypatch.setattr(gpu_probe, "MOSAIC_GPU_SINCE", (99, 1))
+    assert gpu_probe.fault() == f"it needs jax 99.1, and this is {jax.__version__}"
+    assert not gpu_probe.runs_on(HOPPER)
 
 
 @needs_its_api
@@ -347,13 +347,13 @@ def test_the_probe_sees_no_trace_and_no_mesh(
     probed: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is asked while a program is lowered, under a mesh and within a trace."""
-    monkeypatch.setattr(hopper_probe, "sum_of_products", stand_in(0.0))
+    monkeypatch.setattr(gpu_probe, "sum_of_products", stand_in(0.0))
     kind = (jax.sharding.AxisType.Explicit,)
     verdicts = []
 
     @jax.jit
     def traced(x: jax.Array) -> jax.Array:
-        verdicts.append(hopper_probe.fault())
+        verdicts.append(gpu_probe.fault())
         return x
 
     with jax.set_mesh(jax.make_mesh((8,), ("i",), axis_types=kind)):
@@ -364,9 +364,9 @@ def test_the_probe_sees_no_trace_and_no_mesh(
 @pytest.mark.parametrize("capability", ["8.0", "10.0", None])
 def test_it_is_not_on_other_devices(capability: str | None, probed: Gpu) -> None:
     probed.compute_capability = capability
-    assert str(capability) in str(hopper_probe.fault())
+    assert str(capability) in str(gpu_probe.fault())
     probed.found = None
-    assert hopper_probe.fault() == "there is no GPU"
+    assert gpu_probe.fault() == "there is no GPU"
 
 
 # --- the form with its kernel ---
