@@ -1,7 +1,10 @@
 """A group of products that no backward pass follows: nothing else needs `x·a`."""
 
+import math
+
 import jax
 
+from .few_kernel import MOST_ROWS
 from .forms import forward
 from .fused import How, Product, product_by_xla
 from .group import Form, GroupDims, Operands
@@ -11,23 +14,36 @@ from .skinny import shrink
 
 def products_alone(form: Form, dims: GroupDims, operands: Operands) -> list[jax.Array]:
     """Returns the adapted products, each laid out as its base product."""
-    through = any(gate is not None for gate in operands.gates) or operands.drops
-    if form == "ruled" and len(dims.kernels) == 1 and not through:
-        return [_ruled(dims, operands)]
+    if form == "ruled" and _makes_its_own(dims, operands):
+        return _ruled(dims, operands)
     if form == "grouped":
         each = jax.vmap(lambda one: shrink(dims, one), in_axes=(operands.adapter_axes,))
         return forward(form, dims, operands, each(operands))
     return forward(form, dims, operands, shrink(dims, operands, form))
 
 
-def _ruled(dims: GroupDims, operands: Operands) -> jax.Array:
-    """One operation on a mesh, and so one sum over devices.
+def _makes_its_own(dims: GroupDims, operands: Operands) -> bool:
+    """Whether each kernel's `x·a` is a part of its product on a mesh.
 
-    (Siblings share their `x·a`, which is summed beside their own partial sums.)
+    Siblings share theirs, but for a few rows: what takes time then is every sum over
+    devices, and not to read `x` again.
     """
-    (kernel,), (a,), (b,) = operands.kernels, operands.a, operands.b
-    (one,) = dims.kernels
-    cast = lambda value: value.astype(operands.x.dtype)
-    arrays = Product(operands.x, kernel, cast(a), cast(b))
-    how = How(precision=one.precision, scaling=one.scaling)
-    return sum_partitioned(arrays, how, product_by_xla)
+    if operands.drops or any(gate is not None for gate in operands.gates):
+        return False
+    rows = set(range(operands.x.ndim)) - set(dims.contract)
+    few = math.prod(operands.x.shape[i] for i in rows) <= MOST_ROWS
+    return few or len(dims.kernels) == 1
+
+
+def _ruled(dims: GroupDims, operands: Operands) -> list[jax.Array]:
+    """Each one operation, and so one sum over devices."""
+    x = operands.x
+    rows = zip(dims.kernels, operands.kernels, operands.a, operands.b, strict=True)
+    return [
+        sum_partitioned(
+            Product(x, w, a.astype(x.dtype), b.astype(x.dtype)),
+            How(precision=one.precision, scaling=one.scaling),
+            product_by_xla,
+        )
+        for one, w, a, b in rows
+    ]

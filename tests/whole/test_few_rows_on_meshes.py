@@ -1,0 +1,102 @@
+"""What a few tokens move between devices, as in decoding: what the base does, no more.
+
+A stack of gated layers of which kernels lie along two axes of a mesh, rows along one,
+without gradients. The reference for values is the formed kernel on one device.
+"""
+
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from case import randomized
+from hlo import collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+
+import jlora
+
+LAYERS, HIDDEN, HEADS, HEAD, MLP, RANK = 2, 256, 8, 40, 704, 3
+SHAPES = {
+    "q": (HIDDEN, HEADS, HEAD),
+    "o": (HEADS, HEAD, HIDDEN),
+    "gate": (HIDDEN, MLP),
+    "up": (HIDDEN, MLP),
+    "down": (MLP, HIDDEN),
+}
+ROLES = {
+    "q": ("fsdp", "tensor", None),
+    "o": ("tensor", None, "fsdp"),
+    "gate": ("fsdp", "tensor"),
+    "up": ("fsdp", "tensor"),
+    "down": ("tensor", "fsdp"),
+}
+MESHES = {"tensor": {"tensor": 4}, "fsdp": {"fsdp": 8}}
+MESHES |= {"both": {"fsdp": 2, "tensor": 4}}
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    for p in params:
+        norm = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+        q = jnp.tanh(jnp.einsum("bd,dhk->bhk", norm, p["q"]))
+        x = x + jnp.einsum("bhk,hkd->bd", q, p["o"])
+        x = x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+    return x
+
+
+def case(rows: int) -> tuple[Any, ...]:
+    """The transform, params, a random adapter and an input, on one device."""
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape) / 16
+    params = [
+        {name: draw(7 * layer + i, shape) for i, (name, shape) in enumerate(each)}
+        for layer, each in enumerate([SHAPES.items()] * LAYERS)
+    ]
+    x = draw(99, (rows, HIDDEN)) * 16
+    lora = jlora.lora(model, jlora.LoraConfig(rank=RANK, alpha=7.0))
+    fresh = lora.init(jax.random.key(0), params, x)
+    return lora, params, randomized(fresh, jax.random.key(1)), x
+
+
+def on_mesh(sizes: dict[str, int], params: Any, adapter: Any, x: jax.Array) -> Any:
+    """The same arrays on a mesh."""
+    count = int(np.prod(list(sizes.values())))
+    axes, kinds = tuple(sizes), (AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), axes, kinds, devices=jax.devices()[:count]
+    )
+    spec = lambda roles: P(*(role if role in sizes else None for role in roles))
+    put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+    each = [{n: put(w, spec(ROLES[n])) for n, w in layer.items()} for layer in params]
+    factors = jax.device_put(adapter, jlora.shardings(each, adapter, mesh=mesh))
+    return each, factors, put(x, spec(("fsdp",)))
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_nothing_moves_but_what_the_base_moves(
+    sizes: dict[str, int], rows: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lora, params, adapter, x = case(rows)
+    merged = model(jlora.merge(params, adapter), x)
+    params, adapter, x = on_mesh(sizes, params, adapter, x)
+    base = jax.jit(model).lower(params, x).compile()
+    own = jax.jit(lora.apply).lower(params, adapter, x).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+    moved = collectives(own)
+    if "fsdp" not in sizes:
+        assert moved == collectives(base)
+    parts = rows, rows // sizes.get("fsdp", 1)
+    of_x_a = {n * RANK * siblings for n in parts for siblings in (1, 2)}
+    assert not of_x_a & {size for _, size in moved}, moved
+    factors = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert cost(moved) <= cost(collectives(base)) + factors, moved
+    assert_close(np.asarray(own(params, adapter, x)), merged, 1e-5)
+
+
+def cost(moves: Counter[tuple[str, int]]) -> int:
+    """Values that travel; those of a sum over devices go to and fro."""
+    times = {"all-reduce": 2}
+    return sum(n * size * times.get(kind, 1) for (kind, size), n in moves.items())
