@@ -3,7 +3,7 @@
 `python benchmarks/inference.py`. Prefill is the forward pass of whole prompts; decode
 is one token per sequence, greedy, with a cache of keys and values that is updated in
 place, layers unrolled. Decode steps are dispatched several at a time, as a server does
-that does not wait for each token.
+that does not wait for each token. `--mesh tensor=2` runs all on a mesh of devices.
 """
 
 import argparse
@@ -22,9 +22,11 @@ from forwards import (
     served,
     unrolled,
 )
+from jax.sharding import Mesh
 from models import Decoder, Params
+from placing import add_mesh, decode_places, drawn, mesh_named, on_mesh
 from programs import ratio_lines
-from steps import adapter_of
+from steps import adapter_of, on_a_mesh, where
 from timing import Contender, bars, interleave, summarize, table, write
 
 import jlora
@@ -51,17 +53,23 @@ def flags_of() -> argparse.Namespace:
     made.add_argument("--cache", type=int, default=256 if cpu else 1024)
     made.add_argument("--decode-batches", type=int, nargs="*", default=[1, 8, 64])
     made.add_argument("--decode-steps", type=int, default=8 if cpu else 16)
-    return made.parse_args()
+    add_mesh(made)
+    flags = made.parse_args()
+    flags.mesh = mesh_named(made, flags)
+    return flags
 
 
 def prefill_contenders(
-    model: Decoder, params: Params, merged: Params, adapter: jlora.Adapter
+    model: Decoder,
+    params: Params,
+    merged: Params,
+    adapter: jlora.Adapter,
+    tokens: jax.Array,
 ) -> tuple[list[Contender], bool]:
     """Returns base, merged and unmerged, and whether the first two are one program.
 
     Where the kernel runs, unmerged is there with each of two contractions.
     """
-    tokens = model.data(jax.random.key(1))
     fn = prefill(model)
     # Each jitted anew, as a cached executable would be equal to itself; from one line,
     # as the text names the line it was made from.
@@ -85,7 +93,12 @@ def prefill_contenders(
 
 
 def decode_contenders(
-    model: Decoder, params: Params, adapter: jlora.Adapter, length: int, steps: int
+    model: Decoder,
+    params: Params,
+    adapter: jlora.Adapter,
+    length: int,
+    steps: int,
+    mesh: Mesh | None = None,
 ) -> list[Contender]:
     """Returns `steps` tokens of base and unmerged, each with its own cache."""
     fn = decode(model)
@@ -96,12 +109,24 @@ def decode_contenders(
     for name, step in ((BASE, base), (UNMERGED, adapted)):
         held = {"params": params} | ({"adapter": adapter} if step is adapted else {})
         tokens = jnp.zeros(model.batch, jnp.int32)
-        start = (held, tokens, empty_cache(model, length), jnp.int32(0))
-        program = jax.jit(step, donate_argnums=(1, 2)).lower(*start).compile()
         positions = [jnp.int32(length - steps + i) for i in range(steps)]
+        start = (held, tokens, empty_cache(model, length), positions[0])
+        if mesh is not None:
+            places = decode_places(mesh)
+            start = (held, *map(jax.device_put, start[1:], places))
+            positions = jax.device_put(positions, places[-1])
+        program = compiled(step, start)
         many = repeated(program, held, positions)
         made.append(Contender(name, many, start[1:3]))
     return made
+
+
+def compiled(step: Callable[..., Any], start: tuple[Any, ...]) -> Any:
+    """Returns a compiled step whose tokens and cache come out where they went in."""
+    out = where(start[1:3]) if on_a_mesh(start[0]) else None
+    return (
+        jax.jit(step, donate_argnums=(1, 2), out_shardings=out).lower(*start).compile()
+    )
 
 
 def repeated(
@@ -136,14 +161,15 @@ def main() -> None:
     """Measures, prints and writes."""
     flags = flags_of()
     model = decoder(flags, batch=flags.batch, seq=flags.seq)
-    params = jax.jit(model.init)(jax.random.key(0))
+    model = on_mesh(model, flags.mesh) if flags.mesh else model
+    params, tokens = drawn(model, flags.mesh)
     lora = served(model, prefill(model))
-    adapter = adapter_of(lora, params, model.data(jax.random.key(1)))
+    adapter = adapter_of(lora, params, tokens)
     merged = jax.block_until_ready(jlora.merge(params, adapter))
     print(model)
 
     print(f"\nprefill, {model.batch} x {model.seq} tokens")
-    contenders, same = prefill_contenders(model, params, merged, adapter)
+    contenders, same = prefill_contenders(model, params, merged, adapter, tokens)
     results = {"prefill": measured(contenders, flags.rounds)}
     ratio = lambda name, case: (
         results[case][name]["median"] / results[case][BASE]["median"]
@@ -157,13 +183,14 @@ def main() -> None:
     del contenders, merged
     flat, params = unrolled(model, params)
     lora = served(flat, prefill(flat))
-    adapter = adapter_of(lora, params, flat.data(jax.random.key(1)))
+    adapter = adapter_of(lora, params, tokens)
     for batch in flags.decode_batches:
         case = f"decode, batch {batch}"
         print(f"{case}, the last tokens of a cache of {flags.cache}, per token")
         small = dataclasses.replace(flat, batch=batch, seq=1)
         steps = flags.decode_steps
-        both = decode_contenders(small, params, adapter, flags.cache, steps)
+        lengths = flags.cache, steps
+        both = decode_contenders(small, params, adapter, *lengths, flags.mesh)
         results[case] = measured(both, flags.rounds, per=steps)
         ratios[f"unmerged / base {case}"] = ratio(UNMERGED, case)
     report(model, results, ratios, same, flags)
@@ -180,10 +207,13 @@ def report(
     given = {key: str(value) for key, value in vars(flags).items() if key != "out"}
     written = {"model": str(model), "flags": given, "seconds": results}
     written |= {"ratios": ratios, "merged is the program of the base": same}
-    path = write("inference", written, flags.out)
+    sizes = flags.mesh.shape.items() if flags.mesh else ()
+    on = "".join(f"-{axis}={size}" for axis, size in sizes)
+    path = write(f"inference{on}", written, flags.out)
     bars(path.with_suffix(".png"), "Time over the base model's", ratios, "ratio")
     print(f"merged params run the compiled program of the base: {yes(same)}")
-    print(ratio_lines(ratios, {n: t for n, t in TARGETS.items() if n in ratios}))
+    targets = {} if flags.mesh else {n: t for n, t in TARGETS.items() if n in ratios}
+    print(ratio_lines(ratios, targets))
 
 
 def yes(fact: bool) -> str:

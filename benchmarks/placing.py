@@ -4,6 +4,7 @@ The axes of a mesh are called `data`, `fsdp` and `tensor`, and each may be missi
 of a batch lie along the first two; kernels along the last two, as do their factors.
 """
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -62,6 +63,23 @@ def sizes_of(text: str, devices: int) -> dict[str, int]:
         )
     # In the order of the text: devices that are near differ in the last axis.
     return {name: sizes.get(name, devices // rest) for name in parts}
+
+
+def add_mesh(made: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a mesh."""
+    made.add_argument("--mesh", help="such as data, or fsdp=4,tensor=2")
+    made.add_argument("--devices", type=int, help="of the mesh, all by default")
+
+
+def mesh_named(made: argparse.ArgumentParser, flags: argparse.Namespace) -> Mesh | None:
+    """Returns the mesh that the flags name, or exits where they name none."""
+    if not (flags.mesh or flags.devices):
+        return None
+    count = flags.devices or jax.device_count()
+    try:
+        return mesh_of(jax.devices()[:count], sizes_of(flags.mesh or "data", count))
+    except ValueError as error:
+        made.error(str(error))
 
 
 def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
@@ -138,6 +156,13 @@ def drawn(model: Any, mesh: Mesh | None) -> tuple[Params, Any]:
     places = places_of(jax.eval_shape(model.init, keys[0]), mesh)
     params = jax.jit(model.init, out_shardings=places)(keys[0])
     return params, jax.device_put(model.data(keys[1]), rows_of(mesh))
+
+
+def decode_places(mesh: Mesh) -> tuple[NamedSharding, ...]:
+    """Returns the places of tokens, of caches `(batch, heads, ...)`, and of scalars."""
+    (rows,) = rows_of(mesh).spec
+    heads = "tensor" if "tensor" in mesh.shape else None
+    return rows_of(mesh), NamedSharding(mesh, P(rows, heads)), whole_on(mesh)
 
 
 def placed(tree: Any, places: Any) -> Any:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from cases import FROZEN, MODELS, SIZES, Case, Times, cases, ratios, utilization
 from jax.sharding import Mesh
 from models import Decoder, Params
-from placing import drawn, mesh_of, on_mesh, sizes_of
+from placing import add_mesh, drawn, mesh_named, on_mesh
 from programs import ratio_lines
 from rivals import RIVALS, Maker
 from same_loss import check
@@ -67,8 +67,7 @@ def flags_of() -> argparse.Namespace:
     made.add_argument(
         "--budget", type=float, default=150, help="seconds for each model"
     )
-    made.add_argument("--mesh", help="such as data, or fsdp=4,tensor=2")
-    made.add_argument("--devices", type=int, help="of the mesh, all by default")
+    add_mesh(made)
     made.add_argument("--inside", action="store_true", help="of a shard_map")
     made.add_argument("--without", nargs="+", default=[], help="parts of names")
     made.add_argument("--torch-python", default=sys.executable, metavar="PATH")
@@ -77,13 +76,7 @@ def flags_of() -> argparse.Namespace:
         "--check", action="store_true", help="compare values, time nothing"
     )
     flags = made.parse_args()
-    if flags.mesh or flags.devices:
-        count = flags.devices or jax.device_count()
-        try:
-            sizes = sizes_of(flags.mesh or "data", count)
-            flags.mesh = mesh_of(jax.devices()[:count], sizes)
-        except ValueError as error:
-            made.error(str(error))
+    flags.mesh = mesh_named(made, flags)
     if flags.inside and (not flags.mesh or set(flags.mesh.shape) != {"data"}):
         made.error("--inside is for --mesh data, on which kernels are whole")
     cpu = jax.default_backend() == "cpu"

@@ -69,6 +69,14 @@ def test_on_a_mesh_all_contenders_compute_what_one_device_does(mesh: str) -> Non
     assert "all the same" in run("train_step.py", *flags)
 
 
+@pytest.mark.examples
+def test_tokens_are_decoded_on_a_mesh(tmp_path: Path) -> None:
+    flags = f"{RUNS['inference']} --decode-batches 4 --devices 4 --mesh fsdp=2,tensor=2"
+    printed = run("inference.py", "--out", str(tmp_path), *flags.split())
+    assert (tmp_path / "inference-fsdp=2-tensor=2-cpu.json").exists()
+    assert "ratio unmerged / base decode, batch 4: " in printed
+
+
 def test_a_mesh_that_the_devices_do_not_make() -> None:
     code = (
         "from placing import sizes_of\n"
