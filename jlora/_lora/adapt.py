@@ -148,9 +148,10 @@ def evaluated(
         if not mixed:
             raise
         raise UnsupportedFeatureError(
-            "an operation of the function, which takes no kernel of the params as it "
-            f"is, cannot be mapped over examples (JAX: {error}). Call `lora.apply("
-            "params, jlora.take(stacked, i), ...)` with the examples of adapter i"
+            f"JAX cannot map an operation of the function over examples ({error}): "
+            "one of a kernel that is computed from others, or any under a `jax.vmap` "
+            "around the mixed batch. Without that, call `lora.apply(params, "
+            "jlora.take(stacked, i), ...)` with the examples of adapter i"
         ) from error
     except TypeError as error:
         if backward != "custom" or "custom_vjp" not in str(error):

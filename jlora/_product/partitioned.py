@@ -11,7 +11,7 @@ of `x` is sharded as the kernel is, and its say is as good as any.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,8 @@ def sum_partitioned(terms: Arrays, how: How, whole: Whole) -> jax.Array:
         # What the axes of no mesh can say is gathered.
         specs = specs or [(None,) * len(v.shape) for v in arrays]
         outs = specs[-1][terms.rows :]
-        where = _placed(specs[:count], specs[count : 2 * count], outs, terms, how)
+        of_terms = specs[:count], specs[count : 2 * count]
+        where = _placed(*of_terms, outs, terms, how, dict(mesh.shape))
         own = lambda *leaves: _of_a_shard(tree.unflatten(leaves), where, how, whole)
         place = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))
         return mesh, own, place(where.result), tuple(map(place, where.operands))
@@ -127,11 +128,17 @@ def _without(entries: Sequence[Any], used: set[str]) -> tuple[Any, ...]:
 
 
 def _placed(
-    xs: Sequence[Any], ws: Sequence[Any], outs: Any, terms: Arrays, how: How
+    xs: Sequence[Any],
+    ws: Sequence[Any],
+    outs: Any,
+    terms: Arrays,
+    how: How,
+    sizes: Mapping[str, int],
 ) -> _Placed:
     """Decides how each operand lies: first rows, then outputs, then what is summed.
 
-    A few tokens go last: it is less to move them than to gather the kernel.
+    A few tokens go last: it is less to move them than to gather the kernel. So do
+    outputs along what inputs and kernels are both cut along: there sums are partial.
 
     Args:
         xs: the specs by which the operands lie now.
@@ -139,28 +146,38 @@ def _placed(
         outs: how the outputs of the result are to lie.
         terms: the arrays, of which only ranks are read.
         how: how the kernels lie.
+        sizes: those of the axes of the mesh.
     """
     rows, outputs = xs[0][: terms.rows], terms.b.ndim - 1
     ws = [w[outputs:] if how.turned else w[: len(w) - outputs] for w in ws]
     rows = _without(rows, _in_place(outs, ws, terms))
-    outs = _without(outs, _names(rows))
+    of_xs = [spec[terms.rows :] for spec in xs]
+    both = [_names(x) & _names(w) for x, w in zip(of_xs, ws, strict=True)]
+    outs = _without(outs, _names(rows) | set.intersection(*both))
     used = _names(rows) | _names(outs)
-    inner = []
-    for spec, of_w in zip(xs, ws, strict=True):
-        of_x = spec[terms.rows :]
-        inner.append(_without(of_x if _names(of_x) else of_w, used))
+    each = zip(of_xs, ws, strict=True)
+    inner = [_without(x if _names(x) else w, used) for x, w in each]
     partial = _names(inner[0])
     if any(_names(one) != partial for one in inner):
         inner, partial = [(None,) * len(one) for one in inner], set()
-    of_xs = [(*rows, *one) for one in inner]
+    places = [(*rows, *one) for one in inner]
     cut = (None,) * len(inner[0])
-    if isinstance(terms, Product) and not _names(xs[0][terms.rows :]):
+    moves = isinstance(terms, Product) and not _names(of_xs[0])
+    if moves and _divide(inner[0], terms.xs[0].shape[terms.rows :], sizes):
         # Nothing else reads `x` so that XLA would move it there in one piece.
-        of_xs, cut = [(*rows, *cut)], inner[0]
+        places, cut = [(*rows, *cut)], inner[0]
     of_ws = [(*outs, *one) if how.turned else (*one, *outs) for one in inner]
     skinny = (*_skinny(terms, [*rows], inner), None)
-    operands = (*of_xs, *of_ws, skinny, (*outs, None))
+    operands = (*places, *of_ws, skinny, (*outs, None))
     return _Placed(operands, (*rows, *outs), tuple(sorted(partial)), cut)
+
+
+def _divide(
+    entries: Sequence[Any], shape: Sequence[int], sizes: Mapping[str, int]
+) -> bool:
+    """Whether parts of axes that lie so are equal, which XLA would pad otherwise."""
+    parts = [math.prod(sizes[n] for n in names_of_entry(entry)) for entry in entries]
+    return all(size % part == 0 for size, part in zip(shape, parts, strict=True))
 
 
 def _in_place(outs: Any, ws: Sequence[Any], terms: Arrays) -> set[str]:

@@ -72,7 +72,8 @@ def _supports(eqn: Any, operand: int, roles: Roles) -> bool:
 def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
     x, value, sizes, *rest = operands
     x, after = _scaled(eqn, x, value, sizes)
-    mixed = value.is_shared or any(part.gate is not None for part in value.parts)
+    gates = [part.gate for part in value.parts if part.gate is not None]
+    mixed = value.is_shared or bool(gates)
     if mixed and _dims(eqn).dot_dimension_numbers[1][0]:
         raise UnsupportedFeatureError(
             f"a ragged product of several batches, at {source_line(eqn)}, cannot be "
@@ -80,7 +81,8 @@ def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
             "jlora.take(stacked, i), ...)` with the examples of adapter i"
         )
     bases = [x, *map(base_of, [value, sizes, *rest])]
-    y = _base_product(eqn, bases, derive, mixed=mixed)
+    gate = gates[0] if gates else None
+    y = _base_product(eqn, bases, derive, mixed=mixed, gate=gate)
     for part in value.parts:
         dropped = dropped_input(part, x, part_words(part, ()), ())
         delta = _low_rank(eqn, dropped, value.base, sizes, part, y, derive)
@@ -89,7 +91,12 @@ def _run(eqn: Any, operands: list[Any], derive: str) -> list[Any]:
 
 
 def _base_product(
-    eqn: Any, operands: list[Any], derive: str, *, mixed: bool
+    eqn: Any,
+    operands: list[Any],
+    derive: str,
+    *,
+    mixed: bool,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
     """The base product.
 
@@ -108,15 +115,19 @@ def _base_product(
     sharding = eqn.params.get("out_sharding")  # jax 0.8 has none
     rows = Rows(x_contract, x_batch, ragged, precision, dtype, result, sharding)
 
-    def product(values: Sequence[Any]) -> list[jax.Array]:
+    def of_values(values: Sequence[Any]) -> list[jax.Array]:
         x, w, sizes = values
-        run = rows_of_examples if mixed else rows_product
-        return [run(rows, x, jnp.transpose(dense(w), order), sizes, derive)]
+        return [rows_product(rows, x, jnp.transpose(dense(w), order), sizes, derive)]
 
-    values = [x, w, sizes]
-    return (
-        made_again(product, values, derive) if is_lazy(values) else product(values)
-    )[0]
+    def product(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+        values = [x, w, sizes]
+        if is_lazy(values):
+            return made_again(of_values, values, derive)[0]
+        return of_values(values)[0]
+
+    if mixed:
+        return rows_of_examples(rows, x, w, sizes, product, gate)
+    return product(x, w, sizes)
 
 
 def _scaled(
@@ -165,8 +176,14 @@ def _low_rank(
     second = jnp.moveaxis(second, -1, len(shared))
     computed = product_dtype(x.dtype, w.dtype, y.dtype)
     own = Rows(x_contract, x_batch, ragged, eqn.params["precision"], computed, computed)
-    run = rows_product if part.gate is None else rows_of_examples
-    h = part.scaling * run(own, x, first, sizes, derive)
+
+    def run(rows: Rows, x: jax.Array, factor: jax.Array) -> jax.Array:
+        product = lambda x, factor, sizes: rows_product(rows, x, factor, sizes, derive)
+        if part.gate is None:
+            return product(x, factor, sizes)
+        return rows_of_examples(rows, x, factor, sizes, product, part.gate)
+
+    h = part.scaling * run(own, x, first)
     h = h if part.gate is None else through(h, part.gate.reshape(-1))
     n = len(batch)
     then = own._replace(
@@ -176,7 +193,7 @@ def _low_rank(
         result=branch_dtype(y.dtype, computed),
         sharding=explicit_sharding(y),
     )
-    return run(then, h, second, sizes, derive)
+    return run(then, h, second)
 
 
 def _flops(eqn: Any) -> int:

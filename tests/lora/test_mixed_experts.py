@@ -225,6 +225,18 @@ def of_frozen(fn: Model, params: Tree, target: str = "w") -> tuple[Any, ...]:
     return mixed, alone, adapters
 
 
+def check_gradients(mixed: Any, alone: Any, adapters: Any, x: jax.Array) -> None:
+    """Values, and gradients by adapters and inputs, are those of merged kernels."""
+    stacked = jlora.stack(adapters)
+    expected = alone(adapters, x)
+    assert_close(jax.jit(mixed)(stacked, x), expected, 1e-5)
+    weights = numbers(expected.shape, 9)
+    loss = lambda run: lambda a, x: jnp.sum(run(a, x) * weights)
+    found, of_x = jax.jit(jax.grad(loss(mixed), (0, 1)))(stacked, x)
+    wanted = jax.jit(jax.grad(loss(alone), (0, 1)))(adapters, x)
+    assert_close((jlora.unstack(found), of_x), wanted, 1e-4)
+
+
 PARAMS, X = numbers(SHAPES, 0), numbers((6, 7, 5), 1)
 
 
@@ -233,24 +245,27 @@ PARAMS, X = numbers(SHAPES, 0), numbers((6, 7, 5), 1)
 def test_frozen_experts(name: str, target: str) -> None:
     if name in ("elsewhere", "moved") and target != "w":
         pytest.skip("it has uses that factors have no rule for")
-    mixed, alone, adapters = of_frozen(FROZEN[name], PARAMS, target)
-    stacked, weights = jlora.stack(adapters), numbers((6, 7, 5), 9)
-    assert_close(jax.jit(mixed)(stacked, X), alone(adapters, X), 1e-5)
-    if name == "inside":
-        return  # a loop whose length JAX does not know has no gradient
-    loss = lambda run: lambda a, x: jnp.sum(run(a, x) * weights)
-    found, of_x = jax.jit(jax.grad(loss(mixed), (0, 1)))(stacked, X)
-    expected = jax.jit(jax.grad(loss(alone), (0, 1)))(adapters, X)
-    assert_close((jlora.unstack(found), of_x), expected, 1e-4)
+    check_gradients(*of_frozen(FROZEN[name], PARAMS, target), X)
 
 
+@pytest.mark.parametrize("target", ["w", "w|up"])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_frozen_experts(kind: str) -> None:
+def test_quantised_experts(kind: str, target: str) -> None:
     params = jlora.quantize(PARAMS, "up|down", kind)
-    mixed, _, adapters = of_frozen(routed, params)
-    _, alone, _ = of_frozen(routed, made_dense(params))
-    found = jax.jit(mixed)(jlora.stack(adapters), X)
-    assert_close(found, alone(adapters, X), 1e-5)
+    mixed, _, adapters = of_frozen(routed, params, target)
+    _, alone, _ = of_frozen(routed, made_dense(params), target)
+    check_gradients(mixed, alone, adapters, X)
+
+
+def test_rows_that_all_examples_share() -> None:
+    """Nothing that goes into the product of experts is one for each example."""
+    rows, sizes = numbers((7, 5), 2), jnp.array([2, 1, 4])
+
+    def shared(params: Tree, x: jax.Array) -> jax.Array:
+        y = jax.lax.ragged_dot(rows, params["up"], sizes)
+        return x @ params["w"] + y[None, :, :5]
+
+    check_gradients(*of_frozen(shared, PARAMS, "w|up"), X)
 
 
 def test_frozen_experts_are_one_product_for_all_examples() -> None:
@@ -267,7 +282,7 @@ def test_frozen_experts_are_one_product_for_all_examples() -> None:
 def test_what_cannot_be_mapped_is_said() -> None:
     relu = lambda params, x: routed({**params, "up": jax.nn.relu(params["up"])}, x)
     mixed, _, adapters = of_frozen(relu, PARAMS)
-    told = "cannot be mapped over examples.*ragged_dot.*jlora.take"
+    told = "cannot map an operation.*ragged_dot.*computed from others.*jlora.take"
     with pytest.raises(jlora.UnsupportedFeatureError, match=told):
         mixed(jlora.stack(adapters), X)
 

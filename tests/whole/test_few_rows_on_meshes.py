@@ -96,6 +96,40 @@ def test_nothing_moves_but_what_the_base_moves(
     assert_close(np.asarray(own(params, adapter, x)), merged, 1e-5)
 
 
+def test_features_that_the_mesh_does_not_divide() -> None:
+    """XLA pads the parts of a kernel; a device's part of `x` is then XLA's to cut."""
+    mesh = jax.make_mesh((4,), ("j",), (AxisType.Auto,), devices=jax.devices()[:4])
+    rows = NamedSharding(mesh, P("j"))
+    cut = lambda w: jax.lax.with_sharding_constraint(w, rows)
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape)
+    params, x = {"w": draw(0, (10, 22))}, draw(1, (6, 10))
+    lora = jlora.lora(lambda p, x: x @ cut(p["w"]), jlora.LoraConfig(rank=3, alpha=7.0))
+    fresh = jax.jit(lora.init)(jax.random.key(2), params, x)
+    adapter = randomized(fresh, jax.random.key(3))
+    found = jax.jit(lora.apply)(params, adapter, x)
+    assert_close(np.asarray(found), x @ jlora.merge(params, adapter)["w"], 1e-5)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_outputs_along_what_is_summed(rows: int) -> None:
+    """Inputs and kernel are cut along one axis, and the output asked for along it."""
+    mesh = jax.make_mesh((2, 4), ("i", "j"), (AxisType.Auto,) * 2)
+    at = lambda *spec: NamedSharding(mesh, P(*spec))
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape)
+    params = {"v": jax.device_put(draw(0, (128, 64)), at("j"))}
+    x = jax.device_put(draw(1, (16, rows, 128)), at("i", None, "j"))
+    fn = lambda p, x: x @ p["v"]
+    lora = jlora.lora(fn, jlora.LoraConfig(rank=3, alpha=7.0))
+    adapter = randomized(lora.init(jax.random.key(2), params, x), jax.random.key(3))
+    adapter = jax.device_put(adapter, jlora.shardings(params, adapter))
+    jitted = lambda fn: jax.jit(fn, out_shardings=at("i", None, "j"))
+    base = jitted(fn).lower(params, x).compile()
+    own = jitted(lora.apply).lower(params, adapter, x).compile()
+    assert collectives(own) == collectives(base)
+    expected = x @ jlora.merge(params, adapter)["v"]
+    assert_close(np.asarray(own(params, adapter, x)), np.asarray(expected), 1e-5)
+
+
 def cost(moves: Counter[tuple[str, int]]) -> int:
     """Values that travel; those of a sum over devices go to and fro."""
     times = {"all-reduce": 2}
