@@ -179,5 +179,5 @@ def test_the_fused_form_takes_siblings_with_dropout_in_one_group(
     lora = jlora.lora(model, CONFIG)
     apply = lambda *args: lora.apply(*args, lora_dropout_key=KEY)
     text = str(jax.make_jaxpr(apply)(params, adapter, x))
-    assert text.count("<opened_forward of 2 products>") == 1
-    assert text.count("<opened_forward of 1 product>") == 1
+    assert text.count("<opened_alone of 2 products>") == 1
+    assert text.count("<opened_alone of 1 product>") == 1
