@@ -73,12 +73,10 @@ def adapted(
         return dataclasses.replace(value, parts=tuple(parts))
     variant = variant_of_entry(entry)
     if side := variant.scaled_side(entry):
-        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
-        return with_scale(leaf, entry.axes, side, entry.scale)
+        return with_scale(_as_base(leaf), entry.axes, side, entry.scale)
     entry = variant.lowered(entry, dense(leaf) if variant.reads(entry) else leaf)
     if isinstance(entry, LoraFactors):
-        leaf = leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
-        return with_factors(leaf, entry, key, rate, cut)
+        return with_factors(_as_base(leaf), entry, key, rate, cut)
     return vary(entry.astype(leaf.dtype), manual_axes(leaf))
 
 
@@ -111,7 +109,11 @@ def with_factors(
 
 def frozen(leaf: Any) -> Adapted:
     """Returns a kernel that all examples of a mixed batch share, with nothing added."""
-    return Adapted(leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf), ())
+    return Adapted(_as_base(leaf), ())
+
+
+def _as_base(leaf: Any) -> jax.Array | Lazy:
+    return leaf if isinstance(leaf, Lazy) else jnp.asarray(leaf)
 
 
 def with_scale(

@@ -77,7 +77,7 @@ def sum_partitioned(terms: Arrays, how: How, whole: Whole) -> jax.Array:
 
 
 def _sharding_rule(terms: Arrays, turned: bool) -> tuple[str, tuple[str, ...]]:
-    """Returns the rule that Shardy propagates by, and its summed factors.
+    """Returns the rule that Shardy propagates by, and its summed factors, in its order.
 
     The summed axes of `x` are not those of `w`: a kernel that is sharded there, as by
     FSDP, says nothing of activations, nor does `a`. What both are sharded along is
@@ -144,7 +144,7 @@ def _placed(
         xs: the specs by which the operands lie now.
         ws: those of the kernels.
         outs: how the outputs of the result are to lie.
-        terms: the arrays, of which only ranks are read.
+        terms: the arrays, of which only shapes are read.
         how: how the kernels lie.
         sizes: those of the axes of the mesh.
     """

@@ -34,3 +34,9 @@ def collectives(compiled: Any) -> Counter[tuple[str, int]]:
         for dims in _SHAPE.findall(call["shapes"]):
             found[call["op"], math.prod(map(int, filter(None, dims.split(","))))] += 1
     return found
+
+
+def cost(moves: Counter[tuple[str, int]]) -> int:
+    """Returns how many values travel; those of a sum over devices go to and fro."""
+    times = {"all-reduce": 2}
+    return sum(n * size * times.get(kind, 1) for (kind, size), n in moves.items())

@@ -4,7 +4,6 @@ A stack of gated layers of which kernels lie along two axes of a mesh, rows alon
 without gradients. The reference for values is the formed kernel on one device.
 """
 
-from collections import Counter
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from case import randomized
-from hlo import collectives
+from hlo import collectives, cost
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import assert_close
@@ -128,9 +127,3 @@ def test_outputs_along_what_is_summed(rows: int) -> None:
     assert collectives(own) == collectives(base)
     expected = x @ jlora.merge(params, adapter)["v"]
     assert_close(np.asarray(own(params, adapter, x)), np.asarray(expected), 1e-5)
-
-
-def cost(moves: Counter[tuple[str, int]]) -> int:
-    """Values that travel; those of a sum over devices go to and fro."""
-    times = {"all-reduce": 2}
-    return sum(n * size * times.get(kind, 1) for (kind, size), n in moves.items())

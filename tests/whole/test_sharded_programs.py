@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from case import GRADIENTS, VALUES, randomized
-from hlo import collectives
+from hlo import collectives, cost
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
@@ -367,11 +367,6 @@ def test_few_tokens_travel_where_the_base_lets_them(
     adapter = at(adapter, jlora.shardings(params, adapter))
     base = collectives(compiled(fn, params, x))
     own = collectives(compiled(lora.apply, params, adapter, x))
-    # A sum over devices moves its values to and fro.
-    cost = lambda moves: sum(
-        size * count * (2 if kind == "all-reduce" else 1)
-        for (kind, size), count in moves.items()
-    )
     factors = 4 * (wide + d + tokens) * rank
     assert cost(own) <= 1.1 * cost(base) + factors, (own, base)
     if layout == (None, "j"):
