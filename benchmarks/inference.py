@@ -112,7 +112,7 @@ def decode_contenders(
         positions = [jnp.int32(length - steps + i) for i in range(steps)]
         start = (held, tokens, empty_cache(model, length), positions[0])
         if mesh is not None:
-            places = decode_places(mesh)
+            places = decode_places(mesh, model.batch)
             start = (held, *map(jax.device_put, start[1:], places))
             positions = jax.device_put(positions, places[-1])
         program = compiled(step, start)

@@ -158,11 +158,17 @@ def drawn(model: Any, mesh: Mesh | None) -> tuple[Params, Any]:
     return params, jax.device_put(model.data(keys[1]), rows_of(mesh))
 
 
-def decode_places(mesh: Mesh) -> tuple[NamedSharding, ...]:
-    """Returns the places of tokens, of caches `(batch, heads, ...)`, and of scalars."""
+def decode_places(mesh: Mesh, batch: int) -> tuple[NamedSharding, ...]:
+    """Returns the places of tokens, of caches `(batch, heads, ...)`, and of scalars.
+
+    Rows that the devices do not divide are whole on each, as of one sequence.
+    """
     (rows,) = rows_of(mesh).spec
+    if batch % math.prod(mesh.shape.get(name, 1) for name in OF_ROWS):
+        rows = None
     heads = "tensor" if "tensor" in mesh.shape else None
-    return rows_of(mesh), NamedSharding(mesh, P(rows, heads)), whole_on(mesh)
+    cache = NamedSharding(mesh, P(rows, heads))
+    return NamedSharding(mesh, P(rows)), cache, whole_on(mesh)
 
 
 def placed(tree: Any, places: Any) -> Any:

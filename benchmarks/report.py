@@ -23,6 +23,8 @@ NAMES = (
     "many_adapters",
     "mixed_batch",
     "inference",
+    "inference-tensor=2",
+    "inference-fsdp=2",
     "memory",
     "trace_time",
     "plan_scale",
@@ -31,9 +33,11 @@ NAMES = (
 TITLES = {
     "train_step_8b": "`train_step.py --size 8b`",
     "variants_8b": "`variants.py --size 8b`",
+    "inference-tensor=2": "`inference.py --mesh tensor=2`, on a mesh of two",
+    "inference-fsdp=2": "`inference.py --mesh fsdp=2`, on a mesh of two",
     "tpu_compile": "`tpu_compile.py`, estimates of the TPU's compiler, no TPU",
 }
-PLATFORMS = {"gpu": "one GPU", "cpu": "CPU"}
+PLATFORMS = {"gpu": "GPU", "cpu": "CPU"}
 Json = Mapping[str, Any]
 
 

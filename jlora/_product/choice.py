@@ -32,6 +32,13 @@ _LEAST_FILLED = 0.45
 # Rows for which the kernel for few was ahead in a loop over tokens too: with 64 it took
 # 1.28 of the base's time there, and products apart 1.15 (H200; outside 1.04 and 1.15).
 _MOST_IN_LOOPS = 16
+# Forms with a kernel for GPUs, by whether they are for several devices.
+_WITH_KERNEL: dict[tuple[Kernel, bool], Form] = {
+    ("few", False): "few",
+    ("few", True): "ruled_few",
+    ("sum", False): "fused",
+    ("sum", True): "partitioned",
+}
 # TPUs on which another form costs less than a fusion that joins two arrays.
 _ON_TPU: dict[str, Form] = {"TPU v6 lite": "copied", "TPU v4": "separate"}
 
@@ -143,8 +150,7 @@ def form_on(by: ByPlatform, target: Target) -> Form:
         return _form_on_tpu(by, target)
     kernel = _kernel_for(by, target)
     if kernel is not None and runs_on(target, kernel):
-        whole: Form = "few" if kernel == "few" else "fused"
-        return whole if target.devices == 1 else "partitioned"
+        return _WITH_KERNEL[kernel, target.devices > 1]
     gpu = target.platform in ("cuda", "rocm")
     if target.devices == 1:
         return "extended" if gpu and _extended_pays(*by.sizes) else "separate"
@@ -203,9 +209,9 @@ def _kernel_for(by: ByPlatform, target: Target) -> Kernel | None:
 
 
 def _is_few(by: ByPlatform, target: Target) -> bool:
-    """Whether one device has so few rows that reading kernels is what takes time."""
-    one = target.platform == "cuda" and target.devices == 1
-    return one and 0 < by.tokens <= by.few
+    """Whether there are so few rows that reading kernels is what takes time."""
+    can = target.devices == 1 or (by.summed and not target.typed)
+    return target.platform == "cuda" and can and 0 < by.tokens <= by.few
 
 
 def _is_fused(by: ByPlatform, target: Target) -> bool:

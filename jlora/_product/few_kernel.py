@@ -48,6 +48,20 @@ class Linear(NamedTuple):
     h: jax.Array | None
     b: jax.Array
 
+    @classmethod
+    def of(
+        cls, w: jax.Array, a: jax.Array, b: jax.Array, h: jax.Array | None = None
+    ) -> "Linear":
+        """Returns it of arrays with several axes: those of a group, the rank last.
+
+        Turned back, `b` is what an adapter holds: it is read as it lies.
+        """
+        rank = a.shape[-1]
+        matrix = lambda value: value.reshape(-1, rank)
+        given = None if h is None else matrix(h)
+        a, b = matrix(a), jnp.moveaxis(b, -1, 0).reshape(rank, -1)
+        return cls(w.reshape(len(a), -1), a if given is None else None, given, b)
+
     @property
     def rank(self) -> int:
         """The rank of its factors."""

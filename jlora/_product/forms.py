@@ -16,6 +16,8 @@
   factors and all results have an axis of adapters first, kernels have none.
 * partitioned, ruled: on a mesh, fused and separate, as operations with a partitioning
   rule (see `_product.partitioned`).
+* ruled_few: ruled; where no backward pass follows, each device's part is by the kernel
+  of few (see `_product.alone`).
 * merged: `x·(W + s·a·b)`, on request. The factors' gradients are those of the other
   forms, so that the gradient of a kernel is not formed.
 """
@@ -210,12 +212,8 @@ def _few(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
     pieces, linears = per_kernel(h, operands.ranks), []
     rows = zip(operands.kernels, operands.a, operands.b, pieces, strict=True)
     for w, a, b, own in rows:
-        rank = a.shape[-1]
-        given = None if makes else own.reshape(-1, rank).astype(x.dtype)
-        factor = a.reshape(features, rank) if makes else None
-        # Turned back: what an adapter holds is read as it lies.
-        b = jnp.moveaxis(b, -1, 0).reshape(rank, -1)
-        linears.append(Linear(w.reshape(features, -1), factor, given, b))
+        given = None if makes else own.astype(x.dtype)
+        linears.append(Linear.of(w, a, b, given))
     scalings = tuple(one.scaling for one in dims.kernels)
     ys = adapted_products(x.reshape(-1, features), linears, scalings)
     shapes = [(*h.shape[:-1], *b.shape[:-1]) for b in operands.b]
@@ -323,5 +321,6 @@ _FORMS: dict[Form, _Form] = {
     "grouped": _Form.summing("grouped", sum_grouped),
     "partitioned": _Form.summing("partitioned", _on_mesh(whole=sum_whole)),
     "ruled": _Form.summing("ruled", _on_mesh(whole=sum_by_xla)),
+    "ruled_few": _Form.summing("ruled_few", _on_mesh(whole=sum_by_xla)),
     "merged": _Form(_merged, _merged_backward),
 }

@@ -52,7 +52,7 @@ class Product(NamedTuple):
         x: `(*rows, *inner)`.
         w: `(*inner, *out)`.
         a: `(*inner, rank)`.
-        b: `(*out, rank)`.
+        b: `(*out, rank)`, as `a` in any float dtype.
     """
 
     x: jax.Array
@@ -148,7 +148,8 @@ def sum_by_xla(terms: Terms, how: How) -> jax.Array:
 
 def product_by_xla(product: Product, how: How) -> jax.Array:
     """Returns the same, with its `x·a`."""
-    x, w, a, b = product
+    x, w = product.x, product.w
+    a, b = (factor.astype(x.dtype) for factor in (product.a, product.b))
     contract = range(product.rows, x.ndim), range(a.ndim - 1)
     h = how.scaling * dot(x, a, contract, ((), ()), x.dtype, how.precision)
     return sum_by_xla(Terms((x,), (w,), h, b), how)

@@ -37,6 +37,7 @@ Form = Literal[
     "grouped",
     "partitioned",
     "ruled",
+    "ruled_few",
     "merged",
 ]
 

@@ -26,7 +26,7 @@ from .group import (
 from .partitioned import apart
 
 # Forms in which the sharding of a factor says nothing of activations.
-APART = ("partitioned", "ruled")
+APART = ("partitioned", "ruled", "ruled_few")
 
 
 def _is_joined(operands: Operands, form: Form) -> bool:

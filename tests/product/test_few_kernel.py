@@ -17,7 +17,7 @@ from releases import since
 
 import jlora
 from jlora._jax.platforms import Target
-from jlora._product import choice, few_kernel, forms, gpu_probe, lowered
+from jlora._product import alone, choice, few_kernel, forms, gpu_probe, lowered
 from jlora._product.few_kernel import Linear, adapted_products, divides
 
 BF16, D = jnp.bfloat16, 256
@@ -124,7 +124,11 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
         (ONE._replace(few=0), GPU, "separate"),
         (ONE.of_rows(2), GPU, "separate"),
         (ONE._replace(tokens=8).of_rows(8), GPU, "few"),
-        (ONE, GPU._replace(devices=2), "ruled"),
+        (ONE, GPU._replace(devices=2), "ruled_few"),
+        (ONE._replace(few=16), GPU._replace(devices=2), "ruled"),
+        (ONE._replace(summed=False), GPU._replace(devices=2), "separate"),
+        (ONE, GPU._replace(devices=2, typed=True), "separate"),
+        (ONE, GPU._replace(devices=2, rules=False), "separate"),
         (ONE, GPU._replace(exported=True), "separate"),
         (ONE, Target("rocm"), "separate"),
         (ONE, Target("cpu"), "separate"),
@@ -132,7 +136,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_it_is_taken_for_few_rows_on_one_gpu(
+def test_it_is_taken_for_few_rows_on_gpus(
     by: choice.ByPlatform, target: Target, expected: str, trusted: None
 ) -> None:
     assert choice.form_on(by, target) == expected
@@ -241,7 +245,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(lowered, "form_on", on)
     monkeypatch.setattr(choice, "runs_on", lambda _, kernel: kernel == "few")
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
-    monkeypatch.setattr(forms, "adapted_products", interpreted)
+    for module in (alone, forms):
+        monkeypatch.setattr(module, "adapted_products", interpreted)
     jax.clear_caches()
     yield calls
     jax.clear_caches()
@@ -343,6 +348,37 @@ def test_each_device_of_a_shard_map_has_few_rows(kind: str, taken: list) -> None
     rows = jax.device_put(x, NamedSharding(mesh, P("d")))
     near(jax.jit(run)(params, adapter, rows), merged(params, adapter, x))
     assert sorted(taken) == [1, 3]
+
+
+PLACES = {
+    "rows": ({}, P("d")),
+    "fsdp": (dict.fromkeys(("q", "gate", "up", "down"), P("d")), P("d")),
+    "tensor": (
+        dict.fromkeys(("q", "gate", "up"), P(None, "d")) | {"down": P("d")},
+        P(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", PLACES)
+def test_each_device_of_an_auto_mesh_takes_it_for_its_part(
+    name: str, case: str, taken: list
+) -> None:
+    """Half a kernel divides into blocks here; of a large rank XLA computes it."""
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+    place = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+    places, rows = PLACES[name]
+    params, x = model_params(), drawn(np.random.default_rng(1), 8, D, dtype=BF16)
+    lora = jlora.lora(model, CASES[case])
+    adapter = initialized(lora, params, x)
+    expected = merged(params, adapter, x)
+    held = {name: place(w, places.get(name, P())) for name, w in params.items()}
+    factors = jax.device_put(adapter, jlora.shardings(held, adapter, mesh=mesh))
+    found = jax.jit(lora.apply)(held, factors, place(x, rows))
+    near(found, expected)
+    # Each is traced for its type, and then for the part of a device.
+    assert taken == [1] * 2 * (3 if case == "a large one" else 4)
 
 
 @needs_its_api
