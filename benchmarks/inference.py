@@ -146,8 +146,7 @@ def measured(
     contenders: list[Contender], rounds: int, per: int = 1
 ) -> dict[str, dict[str, float]]:
     """Returns the times of each contender, and prints them."""
-    times = summarize(interleave(contenders, rounds=rounds))
-    times = {n: {k: t / per for k, t in each.items()} for n, each in times.items()}
+    times = summarize(interleave(contenders, rounds=rounds), per)
     ratio = {n: t["median"] / times[BASE]["median"] for n, t in times.items()}
     rows = [
         (name, *(f"{t[k] * 1e3:.3f}" for k in ("median", "min")), f"{ratio[name]:.3f}")

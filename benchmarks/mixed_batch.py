@@ -133,15 +133,16 @@ def agreement(made: list[Contender], adapters: int) -> float:
 
 
 def decode_contenders(
-    model: Decoder, params: Params, adapters: int, length: int
+    model: Decoder, params: Params, adapters: int, length: int, steps: int
 ) -> list[Contender]:
-    """Returns what gives each of `model.batch` sequences its next token.
+    """Returns what gives each of `model.batch` sequences some tokens.
 
     Args:
         model: unrolled, as are its params (`forwards.unrolled`).
         params: the base.
         adapters: how many there are; sequence i uses adapter `i % adapters`.
         length: that of the cache, whose last token is decoded again and again.
+        steps: how many are decoded before any is waited for, as a server would.
     """
     lora = served(model, decode(model))
     # The kernels, and so their adapters, are those of whole prompts.
@@ -171,18 +172,27 @@ def decode_contenders(
     given = jnp.arange(model.batch) % model.vocab, jnp.int32(length - 1)
     cache, own = functools.partial(empty_cache, model, length), (params, stacked, index)
     ready = params, jax.jit(jlora.prepare)(stacked), index
-    return [
-        next_token(BASE, base, cache(), params, *given),
-        next_token(MIXED, mixed, cache(), *own, *given),
-        next_token(PREPARED, mixed, cache(), *ready, *given),
-        next_token(GATHERED, gathered, cache(), *own, *given),
+    ways = [
+        (BASE, base, (params, *given)),
+        (MIXED, mixed, (*own, *given)),
+        (PREPARED, mixed, (*ready, *given)),
+        (GATHERED, gathered, (*own, *given)),
     ]
+    return [next_tokens(name, fn, steps, cache(), *args) for name, fn, args in ways]
 
 
-def next_token(name: str, fn: Callable[..., Any], cache: Any, *given: Any) -> Contender:
+def next_tokens(
+    name: str, fn: Callable[..., Any], steps: int, cache: Any, *given: Any
+) -> Contender:
     """Returns a contender that decodes the same tokens, its cache updated in place."""
     program = jax.jit(fn, donate_argnums=0).lower(cache, *given).compile()
-    return Contender(name, lambda _, cache: program(cache, *given), (None, cache))
+
+    def step(tokens: Any, cache: Any) -> tuple[Any, Any]:
+        for _ in range(steps):
+            tokens, cache = program(cache, *given)
+        return tokens, cache
+
+    return Contender(name, step, (None, cache))
 
 
 def flags_of() -> argparse.Namespace:
@@ -193,6 +203,7 @@ def flags_of() -> argparse.Namespace:
     made.add_argument("--adapters", type=int, nargs="+", default=counts)
     made.add_argument("--sequences", type=int, default=64)
     made.add_argument("--cache", type=int, default=128 if cpu else 512)
+    made.add_argument("--decode-steps", type=int, default=4 if cpu else 16)
     return made.parse_args()
 
 
@@ -214,8 +225,9 @@ def main() -> None:
     print(model)
     seconds, equal, rows = {}, {}, []
     for count in flags.adapters:
-        made = decode_contenders(model, params, count, flags.cache)
-        times = summarize(interleave(made, rounds=flags.rounds))
+        steps = flags.decode_steps
+        made = decode_contenders(model, params, count, flags.cache, steps)
+        times = summarize(interleave(made, rounds=flags.rounds), steps)
         equal[count] = float(jnp.mean(made[2].state[0] == made[3].state[0]))
         seconds[count] = times
         base = times[BASE]["median"]

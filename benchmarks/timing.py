@@ -62,10 +62,12 @@ def interleave(
     return times
 
 
-def summarize(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Returns median and minimum of each contender, in seconds."""
+def summarize(
+    times: Mapping[str, Sequence[float]], per: int = 1
+) -> dict[str, dict[str, float]]:
+    """Returns median and minimum of each contender, in seconds for one of its steps."""
     return {
-        name: {"median": statistics.median(each), "min": min(each)}
+        name: {"median": statistics.median(each) / per, "min": min(each) / per}
         for name, each in times.items()
     }
 

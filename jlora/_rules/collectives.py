@@ -103,7 +103,9 @@ def _reshard(eqn: Any, factor: jax.Array, shape: Shape, others: list) -> jax.Arr
     return rebind(eqn.replace(params=params), [factor])[0]
 
 
-_varying = CarryRule(same_axes, each_factor(rebound), tiles=rebound_tiles)
+_varying = CarryRule(
+    same_axes, each_factor(rebound), tiles=rebound_tiles, in_place=True
+)
 
 CARRY = {
     "sharding_constraint": CarryRule(same_axes, unchanged, tiles=_constrain_tiles),
