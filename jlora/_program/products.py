@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .._jax.versions import is_literal
 from .._params.axes import Roles
 from .._product.choice import Contraction, Where, choose
 from .._product.group import GroupDims
@@ -151,7 +152,7 @@ def _made_by(eqns: Sequence[Any]) -> set[Any]:
     made: set[Any] = set()
     for eqn in eqns:
         rule = CARRY.get(eqn.primitive.name)
-        stays = rule is not None and rule.in_place
+        stays = rule is not None and rule.in_place and not is_literal(eqn.invars[0])
         if not stays or eqn.invars[0] in made:
             made.update(eqn.outvars)
     return made

@@ -190,6 +190,13 @@ def looped(params: Any, x: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 3, lambda _, x: x @ params["w"], x)
 
 
+def mapped(params: Any, x: jax.Array) -> jax.Array:
+    """Types are checked: the kernel is cast to vary as rows do, and stays in place."""
+    mesh = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": (P(), P("d")), "out_specs": P("d")}
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs)(params["w"], x)
+
+
 KERNELS: dict[str, tuple[Any, tuple[int, ...], Any, str]] = {
     "whole": (lambda p, x: x @ p["w"], (512, 512), BF16, "few"),
     "reshaped": (lambda p, x: x @ p["w"].reshape(512, -1), (512, 4, 128), BF16, "few"),
@@ -205,6 +212,7 @@ KERNELS: dict[str, tuple[Any, tuple[int, ...], Any, str]] = {
     "a part": (lambda p, x: x @ p["w"][:, :512], (512, 1024), BF16, "separate"),
     "of a scan": (scanned, (3, 512, 512), BF16, "separate"),
     "in a loop": (looped, (512, 512), BF16, "few"),
+    "in a shard_map": (mapped, (512, 512), BF16, "few"),
 }
 
 
