@@ -19,17 +19,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._jax.versions import shape_within
+from .gate import through
 from .hopper_kernel import processors
 
 # Rows up to which a kernel is read faster than it is multiplied.
 MOST_ROWS = 64
-# The largest rank of which each block makes its own `x·a`: more is work done again.
-LARGEST_OWN = 32
+# The largest rank of which each block makes its own `x·a`: more is work done again. A
+# gated one takes three launches else, its product, a sum and the gate, which cost more
+# than that work up to some rank and rows. (Measured where factors have 16 bits.)
+LARGEST_OWN, LARGEST_GATED, MOST_GATED_ROWS = 32, 128, 16
 # Columns of all kernels, and the depth of a step: both divide them.
 _COLUMNS, _DEPTH = 128, 64
 # The least and the most of a rank that one product takes in.
 _LEAST, _MOST = 16, 64
-_AHEAD, _WARPS = 5, 4
+# Steps that are read ahead, also where a rank is large; warps of a block.
+_AHEAD, _AHEAD_IF_LARGE, _WARPS = 5, 3, 4
 _PARTS = 8
 
 
@@ -41,26 +45,34 @@ class Linear(NamedTuple):
         a: `(depth, rank)`, or None where `h` is given.
         h: `s·x·a: (rows, rank)`, or None where it is made here.
         b: `(rank, columns)`, as adapters hold it: to turn it were a launch of its own.
+        gate: `(rows, rank)`, what an `s·x·a` that is made here goes through, see
+            `_product.gate`; or None.
     """
 
     w: jax.Array
     a: jax.Array | None
     h: jax.Array | None
     b: jax.Array
+    gate: jax.Array | None = None
 
     @classmethod
     def of(
-        cls, w: jax.Array, a: jax.Array, b: jax.Array, h: jax.Array | None = None
+        cls,
+        w: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        h: jax.Array | None = None,
+        gate: jax.Array | None = None,
     ) -> "Linear":
         """Returns it of arrays with several axes: those of a group, the rank last.
 
         Turned back, `b` is what an adapter holds: it is read as it lies.
         """
         rank = a.shape[-1]
-        matrix = lambda value: value.reshape(-1, rank)
-        given = None if h is None else matrix(h)
-        a, b = matrix(a), jnp.moveaxis(b, -1, 0).reshape(rank, -1)
-        return cls(w.reshape(len(a), -1), a if given is None else None, given, b)
+        matrix = lambda value: None if value is None else value.reshape(-1, rank)
+        a, b = a.reshape(-1, rank), jnp.moveaxis(b, -1, 0).reshape(rank, -1)
+        w, given = w.reshape(len(a), -1), matrix(h)
+        return cls(w, a if given is None else None, given, b, matrix(gate))
 
     @property
     def rank(self) -> int:
@@ -103,11 +115,13 @@ def adapted_products(
     # Without an axis for parts where there is one part alone.
     shapes = [shape[blocks.parts == 1 :] for shape in shapes]
     leaves, tree = jax.tree.flatten((x, list(linears)))
+    large = any(one.a is not None and one.rank > LARGEST_OWN for one in linears)
+    ahead = _AHEAD_IF_LARGE if large else _AHEAD
     call = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, tree=tree, scalings=scalings),
         grid=(sum(n // blocks.columns for n in columns), blocks.parts),
         out_shape=[shape_within(x, shape, dtype) for shape in shapes],
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_AHEAD),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=ahead),
         interpret=interpret,
     )
     ys = call(*leaves)
@@ -203,7 +217,7 @@ class _Task(NamedTuple):
             total = sums[0] + self._product(x, _load(self.one.w, depth, columns))
             if self.one.a is None:
                 return (total,)
-            a = _load(self.one.a, depth, self._ranks(0)).astype(x.dtype)
+            a = self._load_piece(self.one.a, depth, 0).astype(x.dtype)
             return total, sums[1] + self._product(x, a)
 
         widths = [self.blocks.columns]
@@ -211,7 +225,15 @@ class _Task(NamedTuple):
         order = (lambda *v: v[::-1]) if self.blocks.turned else (lambda *v: v)
         zeros = [jnp.zeros(order(self.blocks.rows, n), jnp.float32) for n in widths]
         total, *h = lax.fori_loop(0, self.blocks.steps, step, tuple(zeros))
-        return total, (self.scaling * h[0]).astype(self.x.dtype) if h else None
+        return total, self._through_gate(self.scaling * h[0]) if h else None
+
+    def _through_gate(self, h: jax.Array) -> jax.Array:
+        """Returns what was made here in the dtype of `x`, through its gate."""
+        h = h.astype(self.x.dtype)
+        if self.one.gate is None:
+            return h
+        gate = self._load_piece(self.one.gate, self._rows, 0)
+        return through(h, gate.T if self.blocks.turned else gate)
 
     def _product(self, x: jax.Array, other: jax.Array) -> jax.Array:
         """Returns `x·other` in float32, turned if blocks are."""
@@ -223,7 +245,7 @@ class _Task(NamedTuple):
         """Returns the sum with that of `h·b`, in the first part of the reduction."""
 
         def add(i: Any, total: jax.Array) -> jax.Array:
-            h = _load(self.one.h, self._rows, self._ranks(i))
+            h = self._load_piece(self.one.h, self._rows, i)
             return self._with_delta(total, h, columns, i, turned=False)
 
         pieces = -(-self.one.rank // self._rank_block)
@@ -234,12 +256,7 @@ class _Task(NamedTuple):
         self, total: jax.Array, h: jax.Array, columns: Any, piece: Any, turned: bool
     ) -> jax.Array:
         """Returns the sum with `h·b`, of a piece of the rank; `h` may be turned."""
-        if self.one.rank % self._rank_block:
-            own = piece * self._rank_block + jnp.arange(self._rank_block)
-            there = own < self.one.rank
-            there = there[:, None] if turned else there[None]
-            h = jnp.where(there, h, jnp.zeros_like(h))
-        b = _load(self.one.b, self._ranks(piece), columns).astype(h.dtype)
+        b = self._load_piece(self.one.b, columns, piece, first=True).astype(h.dtype)
         if self.blocks.turned:
             return total + _dot(b, h, 0, 0 if turned else 1)
         return total + _dot(h, b, 1, 0)
@@ -263,24 +280,37 @@ class _Task(NamedTuple):
     @property
     def _rank_block(self) -> int:
         """The part of the rank that one product takes in."""
-        return min(max(1 << (self.one.rank - 1).bit_length(), _LEAST), _MOST)
+        whole = max(1 << (self.one.rank - 1).bit_length(), _LEAST)
+        return min(whole, _MOST) if self.one.a is None else whole
 
-    def _ranks(self, piece: Any) -> Any:
-        """The ranks that are read: where there are no more, the last one."""
+    def _load_piece(
+        self, ref: Any, other: Any, piece: Any, *, first: bool = False
+    ) -> jax.Array:
+        """Returns a piece of the rank, which is the first or the last axis of a matrix.
+
+        Zeros are beyond the last. (An index that is bounded in place of a mask is not
+        known to go on side by side, and is read value by value.)
+        """
         ranks = self._along(piece, self._rank_block)
-        if self.one.rank % self._rank_block == 0:
-            return ranks  # what lies side by side is read in one piece
-        return jnp.minimum(ranks, self.one.rank - 1)
+        there = ranks < self.one.rank if self.one.rank % self._rank_block else None
+        if first:
+            return _load(ref, ranks, other, None if there is None else there[:, None])
+        return _load(ref, other, ranks, None if there is None else there[None])
 
     def _along(self, index: Any, size: int) -> Any:
         """The indices of a block of an axis."""
         return index * size + jnp.arange(size)
 
 
-def _load(ref: Any, rows: Any, columns: Any) -> jax.Array:
+def _load(ref: Any, rows: Any, columns: Any, there: Any = None) -> jax.Array:
+    """Returns a block of a matrix, with zeros where there is none of it."""
     from jax.experimental.pallas import triton
 
-    return triton.load(ref.at[rows[:, None], columns[None]])
+    at, shape = ref.at[rows[:, None], columns[None]], (len(rows), len(columns))
+    if there is None:
+        return triton.load(at)
+    there = jnp.broadcast_to(there, shape)
+    return triton.load(at, mask=there, other=jnp.zeros(shape, ref.dtype))
 
 
 def _dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:

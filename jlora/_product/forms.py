@@ -34,7 +34,13 @@ from jax import lax
 from .._jax.dots import as_laid_out, as_type_of, dot
 from .._jax.dtypes import narrowed, summands_in, summed_in
 from .._jax.sharding import explicit_sharding
-from .few_kernel import LARGEST_OWN, Linear, adapted_products
+from .few_kernel import (
+    LARGEST_GATED,
+    LARGEST_OWN,
+    MOST_GATED_ROWS,
+    Linear,
+    adapted_products,
+)
 from .fused import (
     How,
     Terms,
@@ -207,17 +213,28 @@ def _few(dims: GroupDims, operands: Operands, h: jax.Array) -> list[jax.Array]:
     """
     x = operands.x
     features = math.prod(x.shape[i] for i in dims.contract)
-    through = any(gate is not None for gate in operands.gates) or operands.drops
-    makes = not through and max(operands.ranks) <= LARGEST_OWN
+    gates = operands.gates or (None,) * len(operands.a)
+    makes = not operands.drops and _makes_its_own(operands, x.size // features)
     pieces, linears = per_kernel(h, operands.ranks), []
-    rows = zip(operands.kernels, operands.a, operands.b, pieces, strict=True)
-    for w, a, b, own in rows:
-        given = None if makes else own.astype(x.dtype)
-        linears.append(Linear.of(w, a, b, given))
+    rows = zip(operands.kernels, operands.a, operands.b, pieces, gates, strict=True)
+    for w, a, b, own, gate in rows:
+        if not makes:
+            linears.append(Linear.of(w, a, b, own.astype(x.dtype)))
+            continue
+        gate = None if gate is None else jnp.broadcast_to(gate, own.shape)
+        linears.append(Linear.of(w, a, b, gate=gate))
     scalings = tuple(one.scaling for one in dims.kernels)
     ys = adapted_products(x.reshape(-1, features), linears, scalings)
     shapes = [(*h.shape[:-1], *b.shape[:-1]) for b in operands.b]
     return [y.reshape(shape) for y, shape in zip(ys, shapes, strict=True)]
+
+
+def _makes_its_own(operands: Operands, rows: int) -> bool:
+    """Whether it costs less to make `x·a` in each block than in a launch of its own."""
+    gated = any(gate is not None for gate in operands.gates)
+    narrow = all(one.dtype.itemsize == 2 for one in (*operands.a, *operands.b))
+    large = gated and narrow and rows <= MOST_GATED_ROWS
+    return max(operands.ranks) <= (LARGEST_GATED if large else LARGEST_OWN)
 
 
 # --- fused, grouped, partitioned, ruled ---

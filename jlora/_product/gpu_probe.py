@@ -101,20 +101,21 @@ def _sum_differs(gpu: Any) -> bool:
 
 
 def _few_differ(gpu: Any) -> bool:
-    """Runs one row and many, two kernels, `x·a` made and given; NumPy computes it too.
+    """Runs one row and many, two kernels, `x·a` made, through a gate, and given.
 
-    What is made is rounded to bfloat16 and has another scale than the rest: hence the
-    small factors.
+    NumPy computes it too. What is made is rounded to bfloat16 and has another scale
+    than the rest: hence the small factors.
     """
     draw, scalings = _drawing(), (0.5, 0.25)
     wide = lambda value: np.asarray(value, np.float32)
     for rows in (1, MOST_ROWS):
         x, made, given, expected = draw(rows, _DEPTH), [], [], []
+        gate: Any = np.float32(np.arange(rows * _RANK).reshape(rows, _RANK) % 2)
         for scaling in scalings:
             w, b = draw(_DEPTH, _COLUMNS), draw(_RANK, _COLUMNS)
             a: Any = (wide(draw(_DEPTH, _RANK)) / 64).astype(jnp.bfloat16)
-            h: Any = (scaling * wide(x) @ wide(a)).astype(jnp.bfloat16)
-            made.append(Linear(w, a, None, b))
+            h: Any = (gate * (scaling * wide(x) @ wide(a))).astype(jnp.bfloat16)
+            made.append(Linear(w, a, None, b, gate))
             given.append(Linear(w, None, h, b))
             expected.append(wide(x) @ wide(w) + wide(h) @ wide(b))
         for linears in (made, given):

@@ -35,29 +35,38 @@ def wide(value: Any) -> np.ndarray:
 
 
 def linears_of(
-    x: jax.Array, ranks: tuple[int, ...], scalings: tuple[float, ...], given: bool
+    x: jax.Array, ranks: tuple[int, ...], scalings: tuple[float, ...], way: str
 ) -> tuple[list[Linear], list[np.ndarray]]:
-    """Kernels of several widths with their factors, and what comes out by NumPy."""
+    """Kernels of several widths with their factors, and what comes out by NumPy.
+
+    `s·x·a` is "given", "made", or made and then "gated": none, all or half of a row.
+    """
     rng, linears, expected = np.random.default_rng(0), [], []
     for i, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
         columns = 128 * (i + 1)
         w = drawn(rng, x.shape[1], columns, dtype=x.dtype) / 16
         a, b = drawn(rng, x.shape[1], rank) / 16, drawn(rng, rank, columns)
         h = (scaling * wide(x) @ wide(a.astype(x.dtype))).astype(x.dtype)
-        linears.append(Linear(w, *((None, jnp.asarray(h)) if given else (a, None)), b))
+        one = Linear(w, a, None, b)
+        if way == "given":
+            one = one._replace(a=None, h=jnp.asarray(h))
+        if way == "gated":
+            gate = np.float32(rng.integers(0, 2, h.shape))
+            one, h = one._replace(gate=jnp.asarray(gate)), h * gate.astype(h.dtype)
+        linears.append(one)
         delta = wide(h) @ wide(b.astype(x.dtype))
         expected.append(wide(x) @ wide(w) + delta)
     return linears, expected
 
 
 @pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("ranks", [(16,), (3, 16, 20), (32, 1)], ids=str)
+@pytest.mark.parametrize("way", ["made", "gated", "given"])
+@pytest.mark.parametrize("ranks", [(16,), (3, 16, 20), (128, 1)], ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 33, 64])
 def test_it_is_the_sum(
     rows: int,
     ranks: tuple[int, ...],
-    given: bool,
+    way: str,
     processors: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -66,7 +75,7 @@ def test_it_is_the_sum(
     jax.clear_caches()
     x = drawn(np.random.default_rng(rows), rows, 4 * D, dtype=BF16)
     scalings = (2.0, 0.5, 1.5)[: len(ranks)]
-    linears, expected = linears_of(x, ranks, scalings, given)
+    linears, expected = linears_of(x, ranks, scalings, way)
     found = adapted_products(x, linears, scalings, interpret=True)
     for one, right in zip(found, expected, strict=True):
         assert one.dtype == BF16
@@ -78,7 +87,7 @@ def test_it_is_the_sum(
 def test_a_given_product_may_have_any_rank(rank: int) -> None:
     """Adapters side by side: more than one product takes in."""
     x = drawn(np.random.default_rng(0), 8, D, dtype=jnp.float16)
-    linears, (expected,) = linears_of(x, (rank,), (1.0,), True)
+    linears, (expected,) = linears_of(x, (rank,), (1.0,), "given")
     (found,) = adapted_products(x, linears, (1.0,), interpret=True)
     assert found.dtype == jnp.float16
     np.testing.assert_allclose(wide(found), expected, rtol=2**-9, atol=2e-2)
@@ -88,7 +97,7 @@ def test_a_given_product_may_have_any_rank(rank: int) -> None:
 def test_a_row_that_is_no_number_stays_alone(rows: int) -> None:
     """The last row stands in for rows that are not there, and its own is right."""
     x = drawn(np.random.default_rng(0), rows, D, dtype=BF16).at[-1].set(jnp.nan)
-    linears, (expected,) = linears_of(x, (5,), (1.0,), False)
+    linears, (expected,) = linears_of(x, (5,), (1.0,), "made")
     (found,) = adapted_products(x, linears, (1.0,), interpret=True)
     assert np.isnan(wide(found)[-1]).all()
     np.testing.assert_allclose(wide(found)[:-1], expected[:-1], rtol=2**-6, atol=0.1)
@@ -238,13 +247,20 @@ def test_it_is_for_kernels_as_they_lie(
 # --- the form ---
 
 
+class Taken(list[int]):
+    """How many kernels each group had, and the last one of them all."""
+
+    last: Linear
+
+
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Groups of few rows take it, interpreted; gives how many kernels each had."""
-    calls: list[int] = []
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Taken]:
+    """Groups of few rows take it, interpreted."""
+    calls = Taken()
 
     def interpreted(x: jax.Array, linears: Any, scalings: Any) -> Any:
         calls.append(len(linears))
+        calls.last = linears[-1]
         return adapted_products(x, linears, scalings, interpret=True)
 
     as_on_gpu = lambda target: target._replace(platform="cuda")
@@ -305,7 +321,7 @@ def merged(params: Any, adapter: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("x_shape", [(D,), (8, D), (4, 1, D)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_adapted_products(case: str, x_shape: tuple[int, ...], taken: list) -> None:
+def test_adapted_products(case: str, x_shape: tuple[int, ...], taken: Taken) -> None:
     params = model_params()
     x = drawn(np.random.default_rng(1), *x_shape, dtype=BF16)
     lora = jlora.lora(model, CASES[case])
@@ -316,7 +332,7 @@ def test_adapted_products(case: str, x_shape: tuple[int, ...], taken: list) -> N
     assert sorted(taken) == [1, 3]
 
 
-def test_gradients_are_those_of_the_separate_form(taken: list) -> None:
+def test_gradients_are_those_of_the_separate_form(taken: Taken) -> None:
     params, x = model_params(), drawn(np.random.default_rng(1), 8, D, dtype=BF16)
     lora = jlora.lora(model, CASES["several ranks"])
     adapter = initialized(lora, params, x)
@@ -327,13 +343,25 @@ def test_gradients_are_those_of_the_separate_form(taken: list) -> None:
     assert sorted(taken) == [1, 3]
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_examples_of_a_mixed_batch_are_rows(prepared: bool, taken: list) -> None:
-    """All adapters side by side: `x·a` goes through gates, and is given."""
-    params, x = model_params(), drawn(np.random.default_rng(1), 16, D, dtype=BF16)
+@pytest.mark.parametrize(
+    ("prepared", "rows", "dtype"),
+    [
+        (False, 16, BF16),
+        (True, 16, BF16),
+        (True, 20, BF16),
+        (True, 16, jnp.float32),
+    ],
+)
+def test_examples_of_a_mixed_batch_are_rows(
+    prepared: bool, rows: int, dtype: Any, taken: Taken
+) -> None:
+    """All adapters side by side: `x·a` goes through gates, in the kernel or before."""
+    params, x = model_params(), drawn(np.random.default_rng(1), rows, D, dtype=BF16)
+    # Of the last group the joined rank is 3·20.
     lora = jlora.lora(model, CASES["several ranks"])
     each = [initialized(lora, params, x, seed) for seed in range(3)]
-    stacked, index = jlora.stack(each), jnp.arange(16) % 4 - 1
+    each = [jax.tree.map(lambda v: v.astype(dtype), one) for one in each]
+    stacked, index = jlora.stack(each), jnp.arange(rows) % 4 - 1
     given = jlora.prepare(stacked) if prepared else stacked
     found = jax.jit(lora.apply_mixed)(params, given, index, x)
     expected = [
@@ -342,10 +370,26 @@ def test_examples_of_a_mixed_batch_are_rows(prepared: bool, taken: list) -> None
     ]
     near(found, jnp.stack(expected))
     assert sorted(taken) == [1, 3]
+    in_kernel = rows == 16 and dtype == BF16
+    assert (taken.last.gate is not None, taken.last.h is None) == (in_kernel, in_kernel)
+
+
+def test_an_adapter_that_is_no_number_stays_in_its_rows(taken: Taken) -> None:
+    params, x = model_params(), drawn(np.random.default_rng(1), 8, D, dtype=BF16)
+    lora = jlora.lora(model, CASES["several ranks"])
+    each = [initialized(lora, params, x, seed) for seed in range(2)]
+    each = [jax.tree.map(lambda v: v.astype(BF16), one) for one in each]
+    broken = jax.tree.map(lambda v: v.at[0, 0].set(jnp.nan), each[1])
+    run, index = jax.jit(lora.apply_mixed), jnp.arange(8) % 2
+    sound = run(params, jlora.stack(each), index, x)
+    found = run(params, jlora.stack([each[0], broken]), index, x)
+    assert taken.last.gate is not None
+    np.testing.assert_array_equal(wide(found)[::2], wide(sound)[::2])
+    assert np.isnan(wide(found)[1::2]).all()
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_each_device_of_a_shard_map_has_few_rows(kind: str, taken: list) -> None:
+def test_each_device_of_a_shard_map_has_few_rows(kind: str, taken: Taken) -> None:
     """Pallas interprets no loop there while types are checked: see the next test."""
     params, x = model_params(), drawn(np.random.default_rng(1), 32, D, dtype=BF16)
     lora = jlora.lora(model, CASES["several ranks"])
@@ -371,7 +415,7 @@ PLACES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", PLACES)
 def test_each_device_of_an_auto_mesh_takes_it_for_its_part(
-    name: str, case: str, taken: list
+    name: str, case: str, taken: Taken
 ) -> None:
     """Half a kernel divides into blocks here; of a large rank XLA computes it."""
     mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
@@ -415,7 +459,7 @@ def mesh_of_four(kind: str) -> jax.sharding.Mesh:
     return jax.make_mesh((4,), ("d",), axis_types=kinds)
 
 
-def test_quantised_kernels_go_without_it(taken: list) -> None:
+def test_quantised_kernels_go_without_it(taken: Taken) -> None:
     params, x = model_params(), drawn(np.random.default_rng(1), 8, D, dtype=BF16)
     lora = jlora.lora(model, CASES["one rank"])
     adapter = initialized(lora, params, x)
