@@ -103,17 +103,18 @@ def _sum_differs(gpu: Any) -> bool:
 def _few_differ(gpu: Any) -> bool:
     """Runs one row and many, two kernels, `x·a` made, through a gate, and given.
 
-    NumPy computes it too. What is made is rounded to bfloat16 and has another scale
-    than the rest: hence the small factors.
+    NumPy computes it too. One rank is a block, the other one a part of one. What is
+    made is rounded to bfloat16 and has another scale than the rest: hence the small
+    factors.
     """
     draw, scalings = _drawing(), (0.5, 0.25)
     wide = lambda value: np.asarray(value, np.float32)
     for rows in (1, MOST_ROWS):
         x, made, given, expected = draw(rows, _DEPTH), [], [], []
-        gate: Any = np.float32(np.arange(rows * _RANK).reshape(rows, _RANK) % 2)
-        for scaling in scalings:
-            w, b = draw(_DEPTH, _COLUMNS), draw(_RANK, _COLUMNS)
-            a: Any = (wide(draw(_DEPTH, _RANK)) / 64).astype(jnp.bfloat16)
+        for scaling, rank in zip(scalings, (_RANK, _RANK // 2), strict=True):
+            gate: Any = np.float32(np.arange(rows * rank).reshape(rows, rank) % 3 > 0)
+            w, b = draw(_DEPTH, _COLUMNS), draw(rank, _COLUMNS)
+            a: Any = (wide(draw(_DEPTH, rank)) / 64).astype(jnp.bfloat16)
             h: Any = (gate * (scaling * wide(x) @ wide(a))).astype(jnp.bfloat16)
             made.append(Linear(w, a, None, b, gate))
             given.append(Linear(w, None, h, b))
