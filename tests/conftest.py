@@ -15,6 +15,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# Workers share the processors: where each has threads for all of them they wait for one
+# another, which takes a tenth of the time.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    share = max((os.cpu_count() or 1) // int(workers), 1)
+    os.environ.setdefault("NPROC", str(share))
+
 import jax
 import pytest
 

@@ -10,6 +10,8 @@ import pytest
 import jlora
 import jlora.peft
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 RANK, ALPHA = 3, 7.5
 # A use of a kernel: its shape, the input, and the product.
 USES: dict[str, Any] = {

@@ -24,6 +24,8 @@ import jlora.optim
 import jlora.peft
 from jlora import LoraConfig, TargetError
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 COUNT, WIDTH, RANK, ALPHA = 5, 6, 2, 6.0
 PICKED = [(0,), (3, 4), (0, 2, 4), (4, 1)]
 each_picked = pytest.mark.parametrize("layers", PICKED, ids=str)

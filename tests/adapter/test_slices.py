@@ -21,6 +21,8 @@ import jlora.checkpoint
 import jlora.optim
 import jlora.peft
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 RANK, ALPHA, IN = 2, 3.0, 5
 # Grouped-query attention: q is wider than k and v; k is not adapted.
 GQA = ((0, 8), (11, 14))

@@ -62,10 +62,14 @@ def test_all_contenders_compute_the_same() -> None:
 
 @pytest.mark.examples
 @pytest.mark.parametrize(
-    "mesh", ["--devices 4 --mesh tensor=2,fsdp", "--devices 2 --mesh data --inside"]
+    "mesh",
+    [
+        "--devices 4 --mesh tensor=2,fsdp --without PyTorch hand",
+        "--devices 2 --mesh data --inside --without PyTorch hand Qwix merged full",
+    ],
 )
 def test_on_a_mesh_all_contenders_compute_what_one_device_does(mesh: str) -> None:
-    flags = f"--check {mesh} --without PyTorch hand".split()
+    flags = f"--check {mesh}".split()
     assert "all the same" in run("train_step.py", *flags)
 
 

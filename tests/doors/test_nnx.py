@@ -27,6 +27,8 @@ from oracle import assert_close, random_like, weighted_sum
 import jlora
 import jlora.nnx
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 WIDTH = 6
 TABLE = "vr,rd->vd"
 

@@ -13,6 +13,8 @@ from releases import is_before
 import jlora
 import jlora.nnx
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # Before Flax 0.12.3 they have other names, and their functions too.
 OLD = is_before("flax", "0.12.3")
 HIJAX, REF = ("is_hijax", "has_ref") if OLD else ("hijax", "ref")

@@ -21,6 +21,8 @@ from jaxpr_checks import materialized, slice_shapes
 import jlora
 import jlora.optim as jo
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 LR = 1e-2
 RATIO = 8.0
 Tree = Any

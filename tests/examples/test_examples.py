@@ -38,6 +38,8 @@ from tiny_llama import (
 import jlora
 import jlora.checkpoint
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:

@@ -28,6 +28,8 @@ from tiny_llama import (
     write_gguf,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.fixture(scope="module")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:

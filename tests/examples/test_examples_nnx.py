@@ -14,6 +14,8 @@ sys.path.insert(0, str(EXAMPLES))
 
 import nnx_model
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.mark.examples
 def test_a_reader_of_prose_learns_code(tmp_path: Path, monkeypatch: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from example_runs import EXAMPLES, run_example
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.mark.examples
 def test_an_mlp_learns_mirrored_digits(monkeypatch: Any) -> None:

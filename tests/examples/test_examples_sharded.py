@@ -31,6 +31,8 @@ import train_sharded
 from llama import Llama, LlamaConfig
 from tiny_llama import TALKS, random_weights, write_gguf
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 TINY = ["--random-init", "tiny", "--length", "16"]
 
 

@@ -11,6 +11,8 @@ sys.path.insert(0, str(EXAMPLES))
 
 import classify_images
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.mark.examples
 def test_a_conv_net_learns_turned_digits(monkeypatch: Any) -> None:

@@ -17,6 +17,8 @@ import own_text
 import pretrained
 from tiny_llama import random_weights, write_gguf
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 PAIRS = [{"prompt": f"hi {i}", "reply": f"ho {i}"} for i in range(12)]
 TALKS = [
     {

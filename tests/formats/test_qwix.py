@@ -23,6 +23,8 @@ from jlora.__main__ import DIFFERENT, FAILED, SAME, main
 from jlora._formats import qwix_steps
 from jlora._formats.qwix_axes import axes_of_factors, laid_out, shape_alone
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 NAMES = ("conv", "experts", "heads", "out", "proj", "value")
 
 

@@ -26,6 +26,8 @@ from jlora._checkpoint.fingerprint import differences, fingerprint
 qwix = pytest.importorskip("qwix")
 import jlora.quant  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 Tree = Any
 normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
 dense = lambda leaf: qwix.dequantize(leaf)

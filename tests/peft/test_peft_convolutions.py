@@ -17,6 +17,8 @@ import jlora.peft
 import jlora.weights
 from jlora.__main__ import FAILED, SAME, main
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 WINDOWS = {"conv1d": (3,), "conv2d": (3, 2), "conv3d": (2, 3, 4)}
 IN, OUT, RANK = 5, 7, 2
 CONFIG = jlora.LoraConfig("proj", rank=RANK, alpha=3.0)

@@ -20,6 +20,8 @@ from jlora._jax.platforms import Target
 from jlora._product import alone, choice, few_kernel, forms, gpu_probe, lowered
 from jlora._product.few_kernel import Linear, adapted_products, divides
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 BF16, D = jnp.bfloat16, 256
 GPU = Target("cuda")
 ONE = choice.ByPlatform("filled", 64, True, 64, 2048, 5632)

@@ -22,6 +22,8 @@ from jlora._jax.platforms import Target
 from jlora._product import choice, gpu_probe, hopper_kernel, lowered
 from jlora._product.hopper_kernel import sum_of_products
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 BF16 = jnp.bfloat16
 N, D, K = 512, 256, 384
 each_side = pytest.mark.parametrize("turned", [False, True])

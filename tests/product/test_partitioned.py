@@ -21,6 +21,8 @@ from oracle import assert_close
 import jlora
 from jlora._product import fused
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 ROWS, WIDTH, IN, OUT, R = 8, 12, 32, 64, 3
 # How kernels and inputs lie on a mesh of two axes.
 LAYOUTS: dict[str, tuple[Any, Any]] = {

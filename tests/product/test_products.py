@@ -29,6 +29,8 @@ from jlora._product import choice
 from jlora._product import fused as fused_form
 from jlora._program.flops import step_flops
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 Tree = Any
 BY_NAME = {use.name: use for use in USES}
 NAMES = (

@@ -11,6 +11,8 @@ from oracle import assert_close
 
 import jlora
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 Op = Callable[[jax.Array], jax.Array]
 
 
