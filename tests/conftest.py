@@ -55,13 +55,16 @@ CROSSED = (
 # What is slow, and one test for each pair of things: of each test of these files so
 # many times the share of those above is run, and one case at least.
 PAIRED = (
+    "test_algebra_variants.py",
     "test_capped_tools.py",
     "test_control_flow.py",
     "test_conv.py",
     "test_dropout.py",
+    "test_dropout_forms.py",
     "test_examples_qlora.py",
     "test_examples_sharded.py",
     "test_examples_sweep.py",
+    "test_few_kernel.py",
     "test_filled_rows.py",
     "test_folders_fuzz.py",
     "test_fsdp_widths.py",
@@ -73,6 +76,7 @@ PAIRED = (
     "test_linen.py",
     "test_memory.py",
     "test_memory_discipline.py",
+    "test_mixed_experts.py",
     "test_mixed_forms.py",
     "test_mosaic.py",
     "test_moved_scales.py",
