@@ -16,7 +16,7 @@ from . import few_kernel
 from .fused import joining_pays
 from .gpu_probe import Kernel, fault, runs_on
 from .group import Form, GroupDims, compute_dtype
-from .hopper_kernel import blocks, divides, fits, processors
+from .hopper_kernel import divides, filled, fits
 from .measured import Measurements, OfSize
 from .tpu_kernel import tiles
 
@@ -26,9 +26,11 @@ Contraction = Literal["fast", "factored", "merged", "auto", "fused"] | Measureme
 _LEAST_EXTENDED = 1024
 # With less than this the kernel fills no GPU at any usual number of tokens.
 _LEAST_FUSED = 512
-# Blocks of a product over a GPU's processors from which on the kernel pays: with half
-# it is 3 to 4 % faster than the other forms, with a quarter 6 % slower (H200).
-_LEAST_FILLED = 0.45
+# The part of a GPU that a product must fill for the kernel to pay. In a loop it does so
+# earlier: other products copy the layer's kernel first. (An H200, d = 2048, over the
+# separate form: in a loop 0.86 with 128 rows, which fill 0.15; outside of one 1.05 with
+# 256 rows, 0.30, and 0.96 with 512 rows, 0.61.)
+_LEAST_FILLED = {"filled": 0.5, "in a loop": 0.15, "always": 0.0}
 # Rows for which the kernel for few was ahead in a loop over tokens too: with 64 it took
 # 1.28 of the base's time there, and products apart 1.15 (H200; outside 1.04 and 1.15).
 _MOST_IN_LOOPS = 16
@@ -60,8 +62,8 @@ class ByPlatform(NamedTuple):
     """A form that is chosen when the program is lowered, see `form_on`.
 
     Attributes:
-        fused: whether the fused kernel may be used: never, where it fills half of the
-            GPU, or wherever its tiles divide the products.
+        fused: whether the fused kernel may be used: never, where it fills enough of
+            the GPU, less of it in a loop, or wherever its tiles divide the products.
         few: the most rows for which the kernel for few may be used.
         summed: whether it may be one sum on a mesh: rounded as the program asks for.
         tokens, features, outputs: the sizes of the largest product of the group.
@@ -69,7 +71,7 @@ class ByPlatform(NamedTuple):
         timed: what was measured of kernels of this size, if anything was.
     """
 
-    fused: Literal["never", "filled", "always"]
+    fused: Literal["never", "filled", "in a loop", "always"]
     few: int
     summed: bool
     tokens: int
@@ -130,7 +132,8 @@ def choose(
     kernel = contraction != "factored" and rounds and _has_kernel(x.dtype)
     kernel = kernel and (always or min(features, largest) >= _LEAST_FUSED)
     fused = kernel and all(divides(features, k) for k in outputs)
-    taken = ("always" if always else "filled") if fused else "never"
+    taken: Any = "in a loop" if where.loops else "filled"
+    taken = ("always" if always else taken) if fused else "never"
     few = kernel and where.whole
     few = few and all(few_kernel.divides(features, k) for k in outputs)
     most = (_MOST_IN_LOOPS if where.loops else few_kernel.MOST_ROWS) if few else 0
@@ -215,15 +218,14 @@ def _is_few(by: ByPlatform, target: Target) -> bool:
 
 
 def _is_fused(by: ByPlatform, target: Target) -> bool:
-    """Whether the kernel divides a product, and has blocks for enough processors.
+    """Whether the kernel divides a product, and has work for enough processors.
 
     On a mesh each device has its part of the blocks, whatever is sharded.
     """
     gpu = target.platform in ("cuda", "rocm")
     if not gpu or by.fused == "never" or not fits(*by.sizes):
         return False
-    each = blocks(*by.sizes) // target.devices
-    return by.fused == "always" or each >= _LEAST_FILLED * processors()
+    return filled(*by.sizes, target.devices) >= _LEAST_FILLED[by.fused]
 
 
 def _is_tiled(by: ByPlatform, target: Target) -> bool:

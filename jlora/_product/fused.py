@@ -16,7 +16,7 @@ from jax import lax
 
 from .._jax.dots import dot
 from . import tpu_kernel
-from .hopper_kernel import apart, fits, sum_of_products
+from .hopper_kernel import LARGEST, apart, fits, sum_of_products
 
 # Tokens from which on TPUs gain by one joined product.
 _LEAST_JOINED = 8192
@@ -128,7 +128,8 @@ def sum_grouped(terms: Terms, how: How) -> jax.Array:
     xs, ws, h = _rows_and_kernels(terms, how.turned, outputs)
     b = jnp.swapaxes(terms.b.reshape(count, outputs, rank), 1, 2)
     n = h.shape[0]
-    if all(fits(n, x.shape[1], outputs) for x in xs) and apart(n // count, rank):
+    each = n // count
+    if rank <= LARGEST and all(apart(n, x.shape[1], outputs, each) for x in xs):
         y = _sum_by_kernel(xs, ws, h, b, how)
     else:
         base = _sum_of_bases(xs, ws, how, jnp.float32)

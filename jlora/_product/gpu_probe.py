@@ -20,7 +20,7 @@ import numpy as np
 from .._jax.platforms import Target
 from .._jax.versions import MOSAIC_GPU_SINCE
 from .few_kernel import MOST_ROWS, Linear, adapted_products
-from .hopper_kernel import local_gpu, sum_of_products
+from .hopper_kernel import TILES, local_gpu, sum_of_products
 
 # The sum of `hopper_kernel`, and the products of `few_kernel`.
 Kernel = Literal["sum", "few"]
@@ -83,18 +83,22 @@ def _is_near(found: Any, expected: np.ndarray) -> bool:
 
 
 def _sum_differs(gpu: Any) -> bool:
-    """Runs both orders of the kernel, one for two adapters, and compares with NumPy."""
+    """Runs both orders of the kernel, turned for two adapters, and compares with NumPy.
+
+    Each tile is tried in one order, and the largest in both.
+    """
     draw = _drawing()
     x, w = draw(_ROWS, _DEPTH), draw(_DEPTH, _COLUMNS)
     h, bs = draw(_ROWS, _RANK), draw(2, _RANK, _COLUMNS)
     wide = [np.asarray(v, np.float32) for v in (x, w, h, bs)]
     base, each = wide[0] @ wide[1], wide[2].reshape(2, -1, _RANK)
-    for turned in (False, True):
+    large, middle, small = TILES
+    for tile, turned in ((large, False), (large, True), (middle, True), (small, False)):
         lies, b = (np.ascontiguousarray(w.T), bs) if turned else (w, bs[0])
         own = wide[3] if turned else wide[3][:1]
         expected = base + (each @ own).reshape(base.shape)
         args = jax.device_put(([x], [lies], h, b), gpu)
-        run = jax.jit(functools.partial(sum_of_products, turned=turned))
+        run = jax.jit(functools.partial(sum_of_products, turned=turned, tile=tile))
         if not _is_near(run(*args), expected):
             return True
     return False

@@ -4,7 +4,8 @@ The accumulators that hold `Σ x·w` take `h·b` in before they are rounded and 
 that no operand is copied and the result is written once. Where the rows are those of
 several adapters, each tile takes the `b` of its own. The kernel is persistent and
 warp-specialised, as in the tutorial of Mosaic GPU: one warpgroup loads, two multiply;
-each multiplies 128 rows by 128 columns.
+each multiplies 128 rows by 128 columns, or less where that makes too few blocks to fill
+the GPU.
 (https://docs.jax.dev/en/latest/pallas/gpu/index.html)
 
 JAX says of Mosaic GPU that its API may change any week: it is imported where it is
@@ -20,24 +21,62 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# A warpgroup's rows and columns, and the depth of a step.
-_TILE, _DEPTH = 128, 64
-_GROUPS = 2
+# The depth of a step, and how many warpgroups multiply.
+_DEPTH, _GROUPS = 64, 2
 # Rows and columns that are written at a time.
 _WRITTEN = (64, 32)
 # Blocks of rows that take turns before the next block of columns, for the L2 cache.
 _TURN = 8
-# A row of `h` is one swizzled segment of shared memory: 32, 64 or 128 bytes. With what
-# it leaves of 227 KB, that many steps are loaded ahead.
-_AHEAD = {16: 4, 32: 3, 64: 3}
-_LARGEST = max(_AHEAD)
+# A row of `h` is one swizzled segment of shared memory: 32, 64 or 128 bytes.
+_RANKS = 16, 32, 64
+LARGEST = max(_RANKS)
+# Shared memory of a block, in values of 16 bits; barriers take the rest of 227 KB.
+_SHARED = 226 * 512
 # Registers of a thread that loads, and of one that multiplies: of 512 for all three.
 _LOADER_REGISTERS, _REGISTERS = 40, 232
 
 
+class Tile(NamedTuple):
+    """What a warpgroup multiplies: a part of the result.
+
+    Attributes:
+        rows: its rows; a block has one tile for each warpgroup, below each other.
+        columns: its columns.
+        cost: the time of a block, over that of the smallest ones (an H200).
+    """
+
+    rows: int
+    columns: int
+    cost: float
+
+    @property
+    def height(self) -> int:
+        """The rows of a block."""
+        return _GROUPS * self.rows
+
+    def divides(self, rows: int, columns: int, each: int) -> bool:
+        """Returns whether a result divides into blocks, a tile has rows of one adapter.
+
+        `each` are the rows of an adapter.
+        """
+        whole = rows % self.height == 0 and columns % self.columns == 0
+        return whole and each % self.rows == 0 and min(rows, columns) > 0
+
+    def time(self, rows: int, columns: int, processors: int) -> float:
+        """Returns the time of a result, over that of one of the smallest blocks."""
+        blocks = rows // self.height * (columns // self.columns)
+        return -(-blocks // processors) * self.cost
+
+
+# Smaller blocks leave fewer processors idle, and read their operands more often.
+TILES = Tile(128, 128, 2.5), Tile(64, 128, 1.45), Tile(64, 64, 1.0)
+_LARGEST_TILE = TILES[0]
+
+
 def divides(depth: int, columns: int) -> bool:
     """Returns whether kernels of this size divide into tiles, for some rows."""
-    return depth % _TILE == 0 and columns % _TILE == 0 and min(depth, columns) > 0
+    least = _LARGEST_TILE.columns  # which a step is a part of
+    return depth % least == 0 and columns % least == 0 and min(depth, columns) > 0
 
 
 def fits(rows: int, depth: int, columns: int) -> bool:
@@ -45,17 +84,36 @@ def fits(rows: int, depth: int, columns: int) -> bool:
 
     They are `(rows, depth)·(depth, columns)` and `(rows, columns)·(columns, depth)`.
     """
-    return rows % (_GROUPS * _TILE) == 0 and rows > 0 and divides(depth, columns)
+    return apart(rows, depth, columns, rows)
 
 
-def apart(rows: int, rank: int) -> bool:
-    """Returns whether adapters of so many rows each may have a `b` each."""
-    return rows % _TILE == 0 and rows > 0 and rank <= _LARGEST
+def apart(rows: int, depth: int, columns: int, each: int) -> bool:
+    """Returns the same where each so many of the rows have a `b` of their own."""
+    both = (tile_of(rows, side, each) for side in (depth, columns))
+    return divides(depth, columns) and None not in both
 
 
-def blocks(rows: int, depth: int, columns: int) -> int:
-    """Returns how many blocks a product has, the fewer of both ways; see `fits`."""
-    return rows // (_GROUPS * _TILE) * (min(depth, columns) // _TILE)
+def tile_of(rows: int, columns: int, each: int) -> Tile | None:
+    """Returns the fastest tile for a result, or None where it divides into none."""
+    can = [tile for tile in TILES if tile.divides(rows, columns, each)]
+    return min(can, key=lambda t: t.time(rows, columns, processors()), default=None)
+
+
+def filled(rows: int, depth: int, columns: int, devices: int) -> float:
+    """Returns which part of some GPUs a product fills, the less of both ways; `fits`.
+
+    It is the time at the rate of the largest tiles, all at work, over that of the
+    fastest ones.
+    """
+    count = devices * processors()
+
+    def part(side: int) -> float:
+        can = [tile for tile in TILES if tile.divides(rows, side, rows)]
+        area = rows * side / (_LARGEST_TILE.height * _LARGEST_TILE.columns)
+        least = min(tile.time(rows, side, count) for tile in can)
+        return area / count * _LARGEST_TILE.cost / least
+
+    return min(part(side) for side in (depth, columns))
 
 
 def local_gpu() -> Any:
@@ -78,6 +136,7 @@ def sum_of_products(
     b: jax.Array,
     *,
     turned: bool = False,
+    tile: Tile | None = None,
 ) -> jax.Array:
     """Returns `Σ x·w + h·b: (rows, columns)`, summed in float32 and rounded once.
 
@@ -88,20 +147,22 @@ def sum_of_products(
         b: `(rank, columns)`; or `(adapters, rank, columns)`, where the rows are those
             of the first adapter, of the next, and so on, see `apart`.
         turned: each `w` is `(columns, depth)`, and is read as it lies.
+        tile: that of a warpgroup; without it `tile_of` chooses.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    over = -(-max(h.shape[1] - _LARGEST, 0) // _DEPTH) * _DEPTH
+    over = -(-max(h.shape[1] - LARGEST, 0) // _DEPTH) * _DEPTH
     if over:
         xs, ws = [*xs, h[:, :over]], [*ws, b[:over].T if turned else b[:over]]
         h, b = h[:, over:], b[over:]
     b = b if b.ndim == 3 else b[None]
     each, columns = h.shape[0] // b.shape[0], b.shape[2]
-    rank = next(r for r in _AHEAD if r >= h.shape[1])
+    tile = tile or tile_of(h.shape[0], columns, each) or TILES[-1]
+    rank = next(r for r in _RANKS if r >= h.shape[1])
     missing, none = (0, rank - h.shape[1]), (0, 0)
     h, b = jnp.pad(h, (none, missing)), jnp.pad(b, (none, missing, none))
     run = plgpu.kernel(
-        functools.partial(_kernel, terms=len(xs), turned=turned, each=each),
+        functools.partial(_kernel, terms=len(xs), turned=turned, each=each, tile=tile),
         out_type=jax.ShapeDtypeStruct((h.shape[0], columns), h.dtype),
         grid=(processors(),),
         grid_names=("tiles",),
@@ -118,7 +179,7 @@ class _Task(NamedTuple):
     """What is computed: references to global memory, and how they are divided.
 
     `b` has the rows of all adapters, below each other; `each` is how many rows of `h`
-    an adapter has.
+    an adapter has; `tile` is that of a warpgroup.
     """
 
     xs: tuple[Any, ...]
@@ -128,6 +189,7 @@ class _Task(NamedTuple):
     out: Any
     turned: bool
     each: int
+    tile: Tile
 
     @property
     def steps(self) -> list[int]:
@@ -137,21 +199,24 @@ class _Task(NamedTuple):
     @property
     def ahead(self) -> int:
         """The buffers of the ring."""
-        return min(_AHEAD[self.h.shape[1]], sum(self.steps))
+        height, columns = self.tile.height, self.tile.columns
+        factors = (height + _GROUPS * columns) * self.h.shape[1]
+        rest = _SHARED - factors - _GROUPS * 2 * math.prod(_WRITTEN)
+        return min(rest // (_DEPTH * (height + columns)), sum(self.steps))
 
     def over_blocks(self, run: Callable[[Any, Any, Any], Any]) -> Any:
         """Runs `run(rows, columns, steps so far)` for the blocks of this processor."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        height = _GROUPS * _TILE
-        blocks = self.out.shape[0] // height, self.out.shape[1] // _TILE
+        height, columns = self.tile.height, self.tile.columns
+        blocks = self.out.shape[0] // height, self.out.shape[1] // columns
 
         @plgpu.nd_loop((math.prod(blocks),), collective_axes="tiles", init_carry=0)
         def steps_done(loop: Any, carry: Any) -> Any:
             row, column = plgpu.planar_snake(loop.index[0], blocks, 0, _TURN)
             rows = pl.ds(row * height, height)
-            run(rows, pl.ds(column * _TILE, _TILE), carry)
+            run(rows, pl.ds(column * columns, columns), carry)
             return carry + sum(self.steps)
 
         return steps_done
@@ -172,7 +237,7 @@ class _Memory(NamedTuple):
     arrived: Any
 
 
-def _kernel(*refs: Any, terms: int, turned: bool, each: int) -> None:
+def _kernel(*refs: Any, terms: int, turned: bool, each: int, tile: Tile) -> None:
     """The body: all arguments are references to global memory.
 
     The tiles of all terms pass through one ring of buffers, from one block of the
@@ -183,16 +248,17 @@ def _kernel(*refs: Any, terms: int, turned: bool, each: int) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     (h, b, out), both = refs[2 * terms :], refs[: 2 * terms]
-    task = _Task(both[:terms], both[terms:], h, b, out, turned, each)
+    task = _Task(both[:terms], both[terms:], h, b, out, turned, each, tile)
     rank, ahead = h.shape[1], task.ahead
+    across = tile.columns, _DEPTH
     shared = functools.partial(_shared, plgpu, h.dtype)
 
     @functools.partial(
         pl.run_scoped,
-        x=shared((ahead, _GROUPS * _TILE, _DEPTH), _DEPTH),
-        w=shared((ahead, *((_TILE, _DEPTH) if turned else (_DEPTH, _TILE))), _DEPTH),
-        h=shared((_GROUPS, _TILE, rank), rank),
-        b=shared((_GROUPS, rank, _TILE), rank),
+        x=shared((ahead, tile.height, _DEPTH), _DEPTH),
+        w=shared((ahead, *(across if turned else across[::-1])), _DEPTH),
+        h=shared((_GROUPS, tile.rows, rank), rank),
+        b=shared((_GROUPS, rank, tile.columns), rank),
         out=shared((_GROUPS, 2, *_WRITTEN), _WRITTEN[1]),
         loaded=plgpu.Barrier(num_arrivals=2, num_barriers=ahead),
         free=plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=ahead),
@@ -241,12 +307,12 @@ def _multiply(task: _Task, memory: _Memory, group: Any) -> None:
     plgpu.set_max_registers(_REGISTERS, action="increase")
     for slot in range(task.ahead):
         plgpu.barrier_arrive(memory.free.at[slot])
-    mine = pl.ds(group * _TILE, _TILE)
+    mine = pl.ds(group * task.tile.rows, task.tile.rows)
     h, b, here = memory.h.at[group], memory.b.at[group], memory.arrived.at[group]
 
     def block(rows: Any, columns: Any, done: Any) -> None:
         plgpu.copy_gmem_to_smem(task.h.at[rows].at[mine], h, here)
-        adapter = lax.div(rows.start + group * _TILE, task.each)
+        adapter = lax.div(rows.start + group * task.tile.rows, task.each)
         own = pl.ds(adapter * b.shape[0], b.shape[0])
         plgpu.copy_gmem_to_smem(task.b.at[own, columns], b, here)
 
@@ -268,7 +334,9 @@ def _multiply(task: _Task, memory: _Memory, group: Any) -> None:
             target = task.out.at[rows, columns].at[mine]
             _write(plgpu, value, memory.out.at[group], target)
 
-        square = plgpu.WGMMAAccumulatorRef((_TILE, _TILE), jnp.float32)
+        square = plgpu.WGMMAAccumulatorRef(
+            (task.tile.rows, task.tile.columns), jnp.float32
+        )
         pl.run_scoped(reduce, square)
 
     task.over_blocks(block)
@@ -278,8 +346,9 @@ def _write(plgpu: Any, value: jax.Array, tiles: Any, target: Any) -> None:
     """Writes an accumulator by way of two tiles of shared memory in turn."""
     height, width = _WRITTEN
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for turn in range(_TILE * _TILE // (height * width)):
-        i, j = divmod(turn, _TILE // width)
+    rows, columns = value.shape
+    for turn in range(rows * columns // (height * width)):
+        i, j = divmod(turn, columns // width)
         part = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         tiles[turn % 2] = value[part]

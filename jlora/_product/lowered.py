@@ -9,7 +9,7 @@ import jax
 from .._jax.platforms import Bodies, Body, Target, by_platform
 from .choice import ByPlatform, form_on
 from .group import Form, GroupDims, Operands
-from .hopper_kernel import apart
+from .hopper_kernel import LARGEST, apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ class _Grouped:
 
     def _grouped(self, *leaves: jax.Array) -> list[jax.Array]:
         operands, *_ = jax.tree.unflatten(self.of.tree, leaves)
-        if not apart(self.of.by.tokens // self.adapters, sum(operands.ranks)):
+        each = self.of.by.tokens // self.adapters
+        if sum(operands.ranks) > LARGEST or not apart(*self.of.by.sizes, each):
             return self.portable(*leaves)
         return self.of.in_form("grouped", *leaves)
 

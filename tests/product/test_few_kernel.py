@@ -17,7 +17,15 @@ from releases import since
 
 import jlora
 from jlora._jax.platforms import Target
-from jlora._product import alone, choice, few_kernel, forms, gpu_probe, lowered
+from jlora._product import (
+    alone,
+    choice,
+    few_kernel,
+    forms,
+    gpu_probe,
+    hopper_kernel,
+    lowered,
+)
 from jlora._product.few_kernel import Linear, adapted_products, divides
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -122,7 +130,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is a Hopper, and its kernels have been tried."""
     for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: None)
-    monkeypatch.setattr(choice, "processors", lambda: 132)
+    monkeypatch.setattr(hopper_kernel, "processors", lambda: 132)
 
 
 @pytest.mark.parametrize(

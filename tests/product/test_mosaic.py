@@ -20,13 +20,14 @@ from releases import since
 import jlora
 from jlora._jax.platforms import Target
 from jlora._product import choice, gpu_probe, hopper_kernel, lowered
-from jlora._product.hopper_kernel import sum_of_products
+from jlora._product.hopper_kernel import TILES, Tile, sum_of_products, tile_of
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 BF16 = jnp.bfloat16
 N, D, K = 512, 256, 384
 each_side = pytest.mark.parametrize("turned", [False, True])
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
 needs_its_api = since("jax", "0.10.2", "the API of Mosaic GPU was another one")
 
 
@@ -69,15 +70,20 @@ def in_double(turned: bool, xs: Any, ws: Any, h: Any, b: Any) -> np.ndarray:
 
 
 @each_side
-@pytest.mark.parametrize("rank", [1, 16, 24, 64, 65, 130])
 @pytest.mark.parametrize(
-    "shape", [(256, (128,), 384), (512, (384,), 128), (512, (128, 256, 384), 384)]
+    ("tile", "rank"),
+    [*((TILES[0], r) for r in (1, 16, 24, 64, 65, 130))]
+    + [(tile, rank) for tile in TILES[1:] for rank in (24, 65)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape", [(256, (128,), 384), (512, (384,), 128), (256, (128, 256, 384), 384)]
 )
 def test_it_is_rounded_once(
-    shape: tuple[Any, ...], rank: int, turned: bool, interpreter: None
+    shape: tuple[Any, ...], rank: int, tile: Tile, turned: bool, interpreter: None
 ) -> None:
     args = operands(*shape, rank, turned)
-    run = jax.jit(functools.partial(sum_of_products, turned=turned))
+    run = jax.jit(functools.partial(sum_of_products, turned=turned, tile=tile))
     found, expected = np.asarray(run(*args), np.float64), in_double(turned, *args)
     assert run(*args).dtype == BF16
     # Half a unit in the last of eight bits, and the order of sums in float32.
@@ -86,7 +92,7 @@ def test_it_is_rounded_once(
 
 @each_side
 @pytest.mark.parametrize("rank", [16, 24, 64])
-@pytest.mark.parametrize("each", [128, 256, 384])
+@pytest.mark.parametrize("each", [64, 128, 192, 256])
 def test_adapters_with_rows_of_their_own(
     each: int, rank: int, turned: bool, interpreter: None
 ) -> None:
@@ -114,11 +120,14 @@ def test_float16(interpreter: None) -> None:
 
 @needs_its_api
 @each_side
+@each_tile
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("shape", [(256, (128,), 128), (8192, (2048, 512, 512), 5632)])
-def test_it_lowers_for_gpus(shape: tuple[Any, ...], rank: int, turned: bool) -> None:
+def test_it_lowers_for_gpus(
+    shape: tuple[Any, ...], rank: int, tile: Tile, turned: bool
+) -> None:
     args = jax.eval_shape(lambda: operands(*shape, rank, turned))
-    run = jax.jit(functools.partial(sum_of_products, turned=turned))
+    run = jax.jit(functools.partial(sum_of_products, turned=turned, tile=tile))
     program = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("mosaic_gpu") >= 1
     assert "dot_general" not in program
@@ -145,7 +154,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is such a one, and products are large enough; plans are for it."""
     for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: None)
-    monkeypatch.setattr(choice, "processors", lambda: 8)
+    monkeypatch.setattr(hopper_kernel, "processors", lambda: 16)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
     monkeypatch.setattr(Target, "here", lambda: HOPPER)
@@ -164,19 +173,64 @@ def form_of(
     return choice.form_on(use.chosen, target)
 
 
-@pytest.mark.parametrize("processors", [4, 8, 9])
+@pytest.mark.parametrize("processors", [8, 16, 24])
 def test_it_is_taken_where_it_fills_the_gpu(
     processors: int, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four blocks backward: two of rows, two of columns. Half of eight is filled."""
-    monkeypatch.setattr(choice, "processors", lambda: processors)
-    expected = "fused" if processors <= 8 else "extended"
+    """Backward four blocks of 256 by 128, or sixteen that cost more than a quarter."""
+    monkeypatch.setattr(hopper_kernel, "processors", lambda: processors)
+    expected = "fused" if processors <= 16 else "extended"
     assert form_of(product, *shapes()) == expected
     assert form_of(product, *shapes(), contraction="auto") == expected
     assert form_of(product, *shapes(), contraction="fused") == "fused"
     assert form_of(product, *shapes(), contraction="factored") == "extended"
     merged = form_of(product, *shapes(jnp.float32, n=4 * N), contraction="auto")
     assert merged == "merged"
+
+
+def test_in_a_loop_it_is_taken_earlier(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There other products copy the kernel first."""
+
+    def scanned(params: Any, x: jax.Array) -> jax.Array:
+        step = lambda x, w: (jnp.tanh(x @ w), None)
+        return jax.lax.scan(step, x, params["w"])[0]
+
+    struct, x = jax.ShapeDtypeStruct, shapes()[1]
+    params = {"w": struct((3, D, D), BF16)}
+    for processors, expected in ((24, "fused"), (128, "extended")):
+        monkeypatch.setattr(hopper_kernel, "processors", lambda n=processors: n)
+        assert form_of(scanned, params, x) == expected
+        assert form_of(product, *shapes(k=D)) == "extended"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "each", "expected"),
+    [
+        (8192, 2048, 8192, (128, 128)),
+        (1024, 2048, 1024, (64, 128)),
+        (512, 2048, 512, (64, 64)),
+        (512, 5632, 512, (128, 128)),
+        (512, 5632, 64, (64, 128)),
+        (8192 + 128, 2048, 8192 + 128, (64, 128)),
+        (512, 2048 + 64, 512, (64, 64)),
+        (512 + 64, 2048, 512 + 64, None),
+        (512, 2048, 32, None),
+        (0, 2048, 0, None),
+    ],
+)
+def test_tiles_leave_few_processors_idle(
+    rows: int,
+    columns: int,
+    each: int,
+    expected: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fastest of those that were measured on an H200, of those that divide."""
+    monkeypatch.setattr(hopper_kernel, "processors", lambda: 132)
+    tile = tile_of(rows, columns, each)
+    assert tile is None if expected is None else tile and tile[:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -212,7 +266,7 @@ def test_on_a_mesh_each_device_must_be_filled(hopper: None) -> None:
     "case",
     [
         shapes(jnp.float32),
-        shapes(n=N + 128),
+        shapes(n=N + 64),
         shapes(k=K + 64),
         shapes(n=0),
         ({"w": shapes(BF16)[0]["w"]}, shapes(jnp.float32)[1]),
@@ -290,7 +344,8 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 def stand_in(error: float) -> Any:
     """A sum of products by NumPy's rules, with an error in one element."""
 
-    def run(xs: Any, ws: Any, h: Any, b: Any, turned: bool = False) -> jax.Array:
+    def run(xs: Any, ws: Any, h: Any, b: Any, *, turned: bool, tile: Tile) -> jax.Array:
+        assert tile in TILES
         (x,), (w,) = xs, ws
         wide = {"preferred_element_type": jnp.float32}
         b = b.reshape(-1, *b.shape[-2:])  # one of each adapter
