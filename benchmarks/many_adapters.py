@@ -7,7 +7,7 @@ once for each adapter, all of them dispatched before any is waited for.
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,23 +76,31 @@ def separate(
     return Contender(f"{len(states)} runs", step, (held,)), program
 
 
+def together(trees: Sequence[Any]) -> Any:
+    """Returns the leaves of all trees, with an axis in front."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def vmapped(
     name: str,
     loss: Callable[..., jax.Array],
     params: Params,
     states: list[tuple[Any, ...]],
 ) -> tuple[Contender, Any]:
-    """Returns the step over all states at once, and the same compiled."""
-    axes = (0, 0, None, 0)
-    step = jax.vmap(trained_step(loss), in_axes=axes, out_axes=axes)
+    """Returns the step over all states at once, and the same compiled.
+
+    The axis of adapters is behind the one of layers, over which a scan goes: it would
+    put it there at each step.
+    """
     adapters, optimizers, batches = zip(*states, strict=True)
-    together = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
-    adapter, optimizer, batch = (
-        jlora.stack(adapters),
-        together(optimizers),
-        together(batches),
+    behind = lambda leaf: min(1, leaf.ndim - 1)
+    adapter, optimizer = (
+        jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, behind(leaf)), stacked)
+        for stacked in (jlora.stack(adapters), together(optimizers))
     )
-    state = (adapter, optimizer, params, batch)
+    state = adapter, optimizer, params, together(batches)
+    axes = (*jax.tree.map(behind, state[:2]), None, 0)
+    step = jax.vmap(trained_step(loss), in_axes=axes, out_axes=axes)
     program = compiled(step, state, 2)
     return Contender(name, program, state), program
 
