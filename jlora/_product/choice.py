@@ -16,7 +16,7 @@ from . import few_kernel
 from .fused import joining_pays
 from .gpu_probe import Kernel, fault, runs_on
 from .group import Form, GroupDims, compute_dtype
-from .hopper_kernel import divides, filled, fits
+from .hopper_tiles import divides, filled, fits
 from .measured import Measurements, OfSize
 from .tpu_kernel import tiles
 

@@ -16,7 +16,8 @@ from jax import lax
 
 from .._jax.dots import dot
 from . import tpu_kernel
-from .hopper_kernel import LARGEST, apart, fits, sum_of_products
+from .hopper_kernel import LARGEST, sum_of_products
+from .hopper_tiles import apart, fits
 
 # Tokens from which on TPUs gain by one joined product.
 _LEAST_JOINED = 8192

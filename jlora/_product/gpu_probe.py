@@ -19,8 +19,9 @@ import numpy as np
 
 from .._jax.platforms import Target
 from .._jax.versions import MOSAIC_GPU_SINCE
-from .few_kernel import MOST_ROWS, Linear, adapted_products
-from .hopper_kernel import TILES, local_gpu, sum_of_products
+from .few_kernel import LARGEST_OWN, MOST_ROWS, Linear, adapted_products
+from .hopper_kernel import sum_of_products
+from .hopper_tiles import TILES, local_gpu
 
 # The sum of `hopper_kernel`, and the products of `few_kernel`.
 Kernel = Literal["sum", "few"]
@@ -107,15 +108,16 @@ def _sum_differs(gpu: Any) -> bool:
 def _few_differ(gpu: Any) -> bool:
     """Runs one row and many, two kernels, `x·a` made, through a gate, and given.
 
-    NumPy computes it too. One rank is a block, the other one a part of one. What is
-    made is rounded to bfloat16 and has another scale than the rest: hence the small
-    factors.
+    NumPy computes it too. One rank is a block, one a part of one, and one is large.
+    What is made is rounded to bfloat16 and has another scale than the rest: hence the
+    small factors.
     """
     draw, scalings = _drawing(), (0.5, 0.25)
     wide = lambda value: np.asarray(value, np.float32)
-    for rows in (1, MOST_ROWS):
+    small, large = (_RANK, _RANK // 2), (2 * LARGEST_OWN, _RANK)
+    for rows, ranks in ((1, small), (MOST_ROWS, small), (1, large)):
         x, made, given, expected = draw(rows, _DEPTH), [], [], []
-        for scaling, rank in zip(scalings, (_RANK, _RANK // 2), strict=True):
+        for scaling, rank in zip(scalings, ranks, strict=True):
             gate: Any = np.float32(np.arange(rows * rank).reshape(rows, rank) % 3 > 0)
             w, b = draw(_DEPTH, _COLUMNS), draw(rank, _COLUMNS)
             a: Any = (wide(draw(_DEPTH, rank)) / 64).astype(jnp.bfloat16)

@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# The depth of a step, and how many warpgroups multiply.
-_DEPTH, _GROUPS = 64, 2
+from .hopper_tiles import GROUPS, TILES, Tile, processors, tile_of
+
+# The depth of a step.
+_DEPTH = 64
 # Rows and columns that are written at a time.
 _WRITTEN = (64, 32)
 # Blocks of rows that take turns before the next block of columns, for the L2 cache.
@@ -34,99 +36,6 @@ LARGEST = max(_RANKS)
 _SHARED = 226 * 512
 # Registers of a thread that loads, and of one that multiplies: of 512 for all three.
 _LOADER_REGISTERS, _REGISTERS = 40, 232
-
-
-class Tile(NamedTuple):
-    """What a warpgroup multiplies: a part of the result.
-
-    Attributes:
-        rows: its rows; a block has one tile for each warpgroup, below each other.
-        columns: its columns.
-        cost: the time of a block, over that of the smallest ones (an H200).
-    """
-
-    rows: int
-    columns: int
-    cost: float
-
-    @property
-    def height(self) -> int:
-        """The rows of a block."""
-        return _GROUPS * self.rows
-
-    def divides(self, rows: int, columns: int, each: int) -> bool:
-        """Returns whether a result divides into blocks, a tile has rows of one adapter.
-
-        `each` are the rows of an adapter.
-        """
-        whole = rows % self.height == 0 and columns % self.columns == 0
-        return whole and each % self.rows == 0 and min(rows, columns) > 0
-
-    def time(self, rows: int, columns: int, processors: int) -> float:
-        """Returns the time of a result, over that of one of the smallest blocks."""
-        blocks = rows // self.height * (columns // self.columns)
-        return -(-blocks // processors) * self.cost
-
-
-# Smaller blocks leave fewer processors idle, and read their operands more often.
-TILES = Tile(128, 128, 2.5), Tile(64, 128, 1.45), Tile(64, 64, 1.0)
-_LARGEST_TILE = TILES[0]
-
-
-def divides(depth: int, columns: int) -> bool:
-    """Returns whether kernels of this size divide into tiles, for some rows."""
-    least = _LARGEST_TILE.columns  # which a step is a part of
-    return depth % least == 0 and columns % least == 0 and min(depth, columns) > 0
-
-
-def fits(rows: int, depth: int, columns: int) -> bool:
-    """Returns whether a product divides into tiles, and so does that of its gradient.
-
-    They are `(rows, depth)·(depth, columns)` and `(rows, columns)·(columns, depth)`.
-    """
-    return apart(rows, depth, columns, rows)
-
-
-def apart(rows: int, depth: int, columns: int, each: int) -> bool:
-    """Returns the same where each so many of the rows have a `b` of their own."""
-    both = (tile_of(rows, side, each) for side in (depth, columns))
-    return divides(depth, columns) and None not in both
-
-
-def tile_of(rows: int, columns: int, each: int) -> Tile | None:
-    """Returns the fastest tile for a result, or None where it divides into none."""
-    can = [tile for tile in TILES if tile.divides(rows, columns, each)]
-    return min(can, key=lambda t: t.time(rows, columns, processors()), default=None)
-
-
-def filled(rows: int, depth: int, columns: int, devices: int) -> float:
-    """Returns which part of some GPUs a product fills, the less of both ways; `fits`.
-
-    It is the time at the rate of the largest tiles, all at work, over that of the
-    fastest ones.
-    """
-    count = devices * processors()
-
-    def part(side: int) -> float:
-        can = [tile for tile in TILES if tile.divides(rows, side, rows)]
-        area = rows * side / (_LARGEST_TILE.height * _LARGEST_TILE.columns)
-        least = min(tile.time(rows, side, count) for tile in can)
-        return area / count * _LARGEST_TILE.cost / least
-
-    return min(part(side) for side in (depth, columns))
-
-
-def local_gpu() -> Any:
-    """Returns a GPU of this host, or None."""
-    try:
-        return jax.local_devices(backend="cuda")[0]
-    except RuntimeError:  # no such platform
-        return None
-
-
-def processors() -> int:
-    """Returns the number of its multiprocessors, or of an H100's."""
-    return getattr(local_gpu(), "core_count", None) or 132
 
 
 def sum_of_products(
@@ -166,7 +75,7 @@ def sum_of_products(
         out_type=jax.ShapeDtypeStruct((h.shape[0], columns), h.dtype),
         grid=(processors(),),
         grid_names=("tiles",),
-        num_threads=_GROUPS + 1,
+        num_threads=GROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
@@ -200,8 +109,8 @@ class _Task(NamedTuple):
     def ahead(self) -> int:
         """The buffers of the ring."""
         height, columns = self.tile.height, self.tile.columns
-        factors = (height + _GROUPS * columns) * self.h.shape[1]
-        rest = _SHARED - factors - _GROUPS * 2 * math.prod(_WRITTEN)
+        factors = (height + GROUPS * columns) * self.h.shape[1]
+        rest = _SHARED - factors - GROUPS * 2 * math.prod(_WRITTEN)
         return min(rest // (_DEPTH * (height + columns)), sum(self.steps))
 
     def over_blocks(self, run: Callable[[Any, Any, Any], Any]) -> Any:
@@ -257,18 +166,18 @@ def _kernel(*refs: Any, terms: int, turned: bool, each: int, tile: Tile) -> None
         pl.run_scoped,
         x=shared((ahead, tile.height, _DEPTH), _DEPTH),
         w=shared((ahead, *(across if turned else across[::-1])), _DEPTH),
-        h=shared((_GROUPS, tile.rows, rank), rank),
-        b=shared((_GROUPS, rank, tile.columns), rank),
-        out=shared((_GROUPS, 2, *_WRITTEN), _WRITTEN[1]),
+        h=shared((GROUPS, tile.rows, rank), rank),
+        b=shared((GROUPS, rank, tile.columns), rank),
+        out=shared((GROUPS, 2, *_WRITTEN), _WRITTEN[1]),
         loaded=plgpu.Barrier(num_arrivals=2, num_barriers=ahead),
-        free=plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=ahead),
-        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_GROUPS),
+        free=plgpu.Barrier(num_arrivals=GROUPS, num_barriers=ahead),
+        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
         collective_axes="warpgroup",
     )
     def _(**allocated: Any) -> None:
         memory, group = _Memory(**allocated), lax.axis_index("warpgroup")
-        pl.when(group == _GROUPS)(functools.partial(_load, task, memory))
-        pl.when(group < _GROUPS)(functools.partial(_multiply, task, memory, group))
+        pl.when(group == GROUPS)(functools.partial(_load, task, memory))
+        pl.when(group < GROUPS)(functools.partial(_multiply, task, memory, group))
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -9,7 +9,8 @@ import jax
 from .._jax.platforms import Bodies, Body, Target, by_platform
 from .choice import ByPlatform, form_on
 from .group import Form, GroupDims, Operands
-from .hopper_kernel import LARGEST, apart
+from .hopper_kernel import LARGEST
+from .hopper_tiles import apart
 
 
 @dataclasses.dataclass(frozen=True)

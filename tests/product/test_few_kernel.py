@@ -23,7 +23,7 @@ from jlora._product import (
     few_kernel,
     forms,
     gpu_probe,
-    hopper_kernel,
+    hopper_tiles,
     lowered,
 )
 from jlora._product.few_kernel import Linear, adapted_products, divides
@@ -69,7 +69,7 @@ def linears_of(
     return linears, expected
 
 
-@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("processors", [1, 8, 132])
 @pytest.mark.parametrize("way", ["made", "gated", "given"])
 @pytest.mark.parametrize("ranks", [(16,), (3, 16, 20), (128, 1)], ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 33, 64])
@@ -80,7 +80,9 @@ def test_it_is_the_sum(
     processors: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With one processor a reduction is whole, with many it is cut."""
+    """With one processor a reduction is whole, with many it is cut; with eight blocks
+    are narrower where a rank is large.
+    """
     monkeypatch.setattr(few_kernel, "processors", lambda: processors)
     jax.clear_caches()
     x = drawn(np.random.default_rng(rows), rows, 4 * D, dtype=BF16)
@@ -130,7 +132,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is a Hopper, and its kernels have been tried."""
     for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: None)
-    monkeypatch.setattr(hopper_kernel, "processors", lambda: 132)
+    monkeypatch.setattr(hopper_tiles, "processors", lambda: 132)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from releases import since
 
 import jlora
 from jlora._jax.platforms import Target
-from jlora._product import choice, gpu_probe, hopper_kernel, lowered
-from jlora._product.hopper_kernel import TILES, Tile, sum_of_products, tile_of
+from jlora._product import choice, gpu_probe, hopper_kernel, hopper_tiles, lowered
+from jlora._product.hopper_kernel import sum_of_products
+from jlora._product.hopper_tiles import TILES, Tile, tile_of
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -36,7 +37,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs kernels for GPUs on the CPU; two processors share the tiles."""
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip(f"jax {jax.__version__} has no interpreter for such kernels")
-    monkeypatch.setattr(hopper_kernel, "processors", lambda: 2)
+    for module in (hopper_kernel, hopper_tiles):
+        monkeypatch.setattr(module, "processors", lambda: 2)
     with plgpu.force_gpu_interpret_mode():
         yield
 
@@ -154,7 +156,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every GPU is such a one, and products are large enough; plans are for it."""
     for module in (gpu_probe, choice):
         monkeypatch.setattr(module, "fault", lambda *_: None)
-    monkeypatch.setattr(hopper_kernel, "processors", lambda: 16)
+    monkeypatch.setattr(hopper_tiles, "processors", lambda: 16)
     monkeypatch.setattr(choice, "_LEAST_EXTENDED", 1)
     monkeypatch.setattr(choice, "_LEAST_FUSED", 1)
     monkeypatch.setattr(Target, "here", lambda: HOPPER)
@@ -178,7 +180,7 @@ def test_it_is_taken_where_it_fills_the_gpu(
     processors: int, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Backward four blocks of 256 by 128, or sixteen that cost more than a quarter."""
-    monkeypatch.setattr(hopper_kernel, "processors", lambda: processors)
+    monkeypatch.setattr(hopper_tiles, "processors", lambda: processors)
     expected = "fused" if processors <= 16 else "extended"
     assert form_of(product, *shapes()) == expected
     assert form_of(product, *shapes(), contraction="auto") == expected
@@ -200,7 +202,7 @@ def test_in_a_loop_it_is_taken_earlier(
     struct, x = jax.ShapeDtypeStruct, shapes()[1]
     params = {"w": struct((3, D, D), BF16)}
     for processors, expected in ((24, "fused"), (128, "extended")):
-        monkeypatch.setattr(hopper_kernel, "processors", lambda n=processors: n)
+        monkeypatch.setattr(hopper_tiles, "processors", lambda n=processors: n)
         assert form_of(scanned, params, x) == expected
         assert form_of(product, *shapes(k=D)) == "extended"
 
@@ -228,7 +230,7 @@ def test_tiles_leave_few_processors_idle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The fastest of those that were measured on an H200, of those that divide."""
-    monkeypatch.setattr(hopper_kernel, "processors", lambda: 132)
+    monkeypatch.setattr(hopper_tiles, "processors", lambda: 132)
     tile = tile_of(rows, columns, each)
     assert tile is None if expected is None else tile and tile[:2] == expected
 
