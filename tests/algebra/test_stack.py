@@ -402,24 +402,31 @@ def train_apart(steps: int) -> tuple[list[Tree], np.ndarray]:
     return ends, np.reshape(losses, (len(RANKS), steps))
 
 
-def train_together(steps: int) -> tuple[Tree, np.ndarray]:
+def train_together(steps: int, axis: int) -> tuple[Tree, np.ndarray]:
+    """With the axis of adapters in front, or behind the first one of each array."""
     params, tx = example_params(), adam()
     adapters = jlora.stack(fresh_adapters(params))
     state = with_rate(jax.vmap(tx.init)(adapters), jnp.asarray(RATES))
-    step = jax.jit(jax.vmap(make_step(tx), in_axes=(0, 0, None, 0)))
-    losses = []
+    place = lambda leaf: min(axis, leaf.ndim - 1)
+    moved = lambda leaf: jnp.moveaxis(leaf, 0, place(leaf))
+    adapters, state = jax.tree.map(moved, (adapters, state))
+    axes = jax.tree.map(place, (adapters, state))
+    mapped = jax.vmap(make_step(tx), (*axes, None, 0), (*axes, 0))
+    step, losses = jax.jit(mapped), []
     for t in range(steps):
         batches = [batch_of(10 * i + t) for i in range(len(RANKS))]
         batch = jax.tree.map(lambda *x: jnp.stack(x), *batches)
         adapters, state, loss = step(adapters, state, params, batch)
         losses.append(loss)
-    return adapters, np.stack(losses, 1)
+    back = lambda leaf: jnp.moveaxis(leaf, place(leaf), 0)
+    return jax.tree.map(back, adapters), np.stack(losses, 1)
 
 
-def test_training_together_is_training_apart() -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+def test_training_together_is_training_apart(axis: int) -> None:
     """Ranks, seeds, data and learning rates differ; Adam, clipping and decay."""
     apart, losses_apart = train_apart(6)
-    adapters, losses = train_together(6)
+    adapters, losses = train_together(6, axis)
     np.testing.assert_allclose(losses, losses_apart, rtol=1e-5)
     assert (losses[:, -1] < losses[:, 0]).any()
     # Trimmed, for the padding has stayed zero; and the path that was lacking, too.
