@@ -77,6 +77,7 @@ PAIRED = (
     "test_memory.py",
     "test_memory_discipline.py",
     "test_mixed_experts.py",
+    "test_modes.py",
     "test_mixed_forms.py",
     "test_mosaic.py",
     "test_moved_scales.py",

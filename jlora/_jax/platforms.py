@@ -146,6 +146,8 @@ def _types(*_: Any, jaxpr: Any, **__: Any) -> Any:
 
 @_by_platform_p.def_impl
 def _eagerly(*args: jax.Array, bodies: Bodies, **_: Any) -> Any:
+    if jax.config.jax_disable_jit:  # nothing is lowered then
+        return bodies.portable(*args)
     return _compiled(bodies)(*args)
 
 

@@ -106,7 +106,7 @@ def _collect(
         return sum(terms, jnp.float32(0)), list(map(base_of, outputs))
 
     total, pull, outputs = jax.vjp(level, _probes(values), has_aux=True)
-    (gathered,) = pull(vary(jnp.float32(1), manual_axes(total)))
+    (gathered,) = pull(vary(jnp.ones((), total.dtype), manual_axes(total)))
     return outputs, gathered
 
 
