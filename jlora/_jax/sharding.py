@@ -63,12 +63,15 @@ def whole_along(array: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def beside(array: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns `array` so that it and `other`, of its shape, may be added or multiplied.
+    """Returns `array` so that it and `other` may be added or multiplied.
 
     On an Explicit mesh an axis may lie along more mesh axes than that of `other` does,
-    as factors that are spread do; it is gathered then.
+    as factors that are spread do, or along one that another axis of `other` lies along;
+    it is gathered then. Axes of size one are broadcast, and stay whole.
     """
-    sharding, own, wanted = explicit_sharding(array), spec_of(array), spec_of(other)
+    sharding, own = explicit_sharding(array), spec_of(array)
+    axes = zip(spec_of(other), array.shape, other.shape, strict=True)
+    wanted = [entry if n == size else None for entry, n, size in axes]
     fits = all(e is None or e == w for e, w in zip(own, wanted, strict=True))
     if sharding is None or fits:
         return array

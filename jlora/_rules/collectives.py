@@ -73,8 +73,11 @@ def _all_gather(eqn: Any, operands: list[Any], bases: list[Any]) -> list[Any]:
     if not eqn.params.get("tiled"):
         return [_sent(eqn, value, base, lambda factor: jnp.expand_dims(factor, axis))]
     n = value.base.shape[axis]
-    gather = lambda f: rebind(eqn, [f])[0] if f.shape[axis] == n else f
-    return [value.moved(base, gather)]
+    if n > 1:
+        gather = lambda f: rebind(eqn, [f])[0] if f.shape[axis] == n else f
+        return [value.moved(base, gather)]
+    # Of one entry on each device both factors have the size: types say which varies.
+    return [_sent(eqn, value, base, lambda f: f)]
 
 
 def _constrain_tiles(eqn: Any, q: Quantized, others: list[Any]) -> Moved:

@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from .._jax.dtypes import common, is_workable, summed_in
+from .._jax.sharding import beside
 from .._jax.versions import source_line
 from .._params.axes import free_axes, ordered
 from .._product.dropout import drop
@@ -14,7 +15,11 @@ from .adapted import Part, complete, times_place
 
 
 def times(value: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns a value times a scale in the scale's precision, in its own dtype."""
+    """Returns a value times a scale in the scale's precision, in its own dtype.
+
+    They have as many axes; on an Explicit mesh the scale is laid out as the value.
+    """
+    scale = beside(scale, value)
     wide = common(summed_in(value.dtype), summed_in(scale.dtype))
     return (value.astype(wide) * scale.astype(wide)).astype(value.dtype)
 
