@@ -13,11 +13,11 @@ from .fields import (
     check_bool,
     check_factor,
     check_init,
-    check_rank,
     check_seed,
     floating,
     positive,
     rate,
+    whole_rank,
 )
 from .other_names import knows_other_names
 
@@ -140,7 +140,7 @@ class LoraConfig:
             object.__setattr__(self, field, value)
         object.__setattr__(self, "dtype", floating(self.dtype))
         object.__setattr__(self, "alpha", positive("alpha", self.alpha))
-        check_rank(self.rank)
+        object.__setattr__(self, "rank", whole_rank(self.rank))
         check_init(self.init, self.rank)
         object.__setattr__(self, "dropout", rate(self.dropout))
         for field in ("rslora", "dora", "full"):

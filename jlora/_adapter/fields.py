@@ -4,17 +4,19 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from .initializers import INITIALIZERS
 from .other_names import FROM_DATA
 
 
-def check_rank(rank: Any) -> None:
-    """Raises if a rank is no int of at least 1."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
+def whole_rank(rank: Any) -> int:
+    """Returns a rank as an int, NumPy's too; raises if it is none of at least 1."""
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
         raise TypeError(f"`LoraConfig.rank` must be an int, got {rank!r}")
     if rank < 1:
         raise ValueError(f"`LoraConfig.rank` must be at least 1, got {rank}")
+    return int(rank)
 
 
 def check_init(init: Any, rank: int) -> None:

@@ -388,3 +388,15 @@ def test_the_budget_goes_where_the_rank_is() -> None:
     out, merged = lora.apply(params, adapter, x), fn(jlora.merge(params, adapter), x)
     for found, expected in zip(out, merged, strict=True):
         assert_near(found, np.asarray(expected, np.float64))
+
+
+@pytest.mark.parametrize("rank", [np.int64(3), np.uint8(3), 3])
+def test_ranks_of_a_sweep_may_be_numpys(rank: int) -> None:
+    config = jlora.LoraConfig("w", rank=rank)
+    assert type(config.rank) is int and config == jlora.LoraConfig("w", rank=3)
+
+
+@pytest.mark.parametrize("rank", [3.0, True, np.float32(3), "3", None])
+def test_ranks_that_are_no_integers(rank: object) -> None:
+    with pytest.raises(TypeError, match="must be an int"):
+        jlora.LoraConfig("w", rank=rank)  # pyright: ignore[reportArgumentType]

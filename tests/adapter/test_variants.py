@@ -148,6 +148,18 @@ def test_rows_equal_a_table_with_them(getkey):
     assert np.array_equal(merged, put(adapter["embed"].values)["embed"])
 
 
+def test_rows_that_are_replaced_have_no_gradient_in_the_base(getkey):
+    """Whoever trains the rest of the table, too, gets what the merged one gives."""
+    lora, params, adapter = table_case(getkey)
+    weights = jax.random.normal(getkey(), (2, 3, 11))
+    ours = lambda p: jnp.sum(weights * lora.apply(p, adapter, IDS))
+    merged = lambda p: jnp.sum(weights * tied(jlora.merge(p, adapter), IDS))
+    found, wanted = jax.grad(ours)(params), jax.grad(merged)(params)
+    assert_close(found, wanted, 1e-5)
+    assert not jnp.any(wanted["embed"][jnp.array(ROWS)])
+    assert jnp.abs(found["embed"][jnp.array(ROWS)]).max() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("kept", [jnp.float32, jnp.bfloat16])
 def test_a_lookup_gives_small_rows_without_the_rounding_of_the_old(
