@@ -10,6 +10,8 @@ saves small `x·a` besides.
 
 `closed_call`, `core_call`, `composite`: the body is evaluated in their place. So the
 `name`, `attributes` and `version` of a composite that a kernel enters are gone.
+
+`by_platform`, ours, of a function that is adapted already: its portable body likewise.
 """
 
 from collections.abc import Callable, Sequence
@@ -169,7 +171,7 @@ def _rebound(
     return jax.tree.unflatten(jax.tree.structure(shapes), map(read, jaxpr.outvars))
 
 
-_INLINED = ("closed_call", "core_call", "composite")
+_INLINED = ("closed_call", "core_call", "composite", "by_platform")
 
 CONTROL_FLOW = {
     **dict.fromkeys(JIT, ControlFlowRule(_analyze_call, _run_jit, is_call=True)),
