@@ -109,7 +109,7 @@ def _config_problems(
             problems.append(_dead(said, one, paths))
     apart = any(_told_apart([path], reasons) for path in matched)
     if not (problems or apart or any(t.config is config for t in targets)):
-        problems.append(_nothing(config, matched, usable))
+        problems.append(_nothing(config, matched, usable, reasons))
     return problems
 
 
@@ -195,11 +195,21 @@ def _why(path: str, found: Unusable | None) -> str:
     return f"{path!r} {found.shape} {found.reason}"
 
 
-def _nothing(config: LoraConfig, matched: set[str], usable: set[str]) -> str:
+def _nothing(
+    config: LoraConfig,
+    matched: set[str],
+    usable: set[str],
+    reasons: Mapping[str, Unusable],
+) -> str:
     if matched & usable:
         return (
             f"{config} decides for no leaf: an earlier config takes each of "
             f"{sorted(matched & usable)[:5]}. Of the configs that match, the first "
             "that can use a leaf decides; put the narrower one first"
         )
-    return f"{config} matches no kernel that the function uses in a product"
+    said = "" if config.target is None else f" with target {config.target!r}"
+    told = [_why(path, reasons[path]) for path in sorted(matched & reasons.keys())]
+    return (
+        f"`LoraConfig`{said} matches no kernel that the function uses in a product"
+        f"{': ' if told else ''}{some(told, between='; ')}"
+    )

@@ -214,3 +214,15 @@ def test_what_is_formed_is_told_however_narrow_the_table(name: str) -> None:
     place = next(i for i, line in enumerate(lines) if line.startswith("materialized"))
     told = " ".join(map(str.strip, lines[place + 1 : place + 3]))
     assert f"{name}_[0-1] × 2: cumsum (test_plan_table.py:" in told
+
+
+@pytest.mark.parametrize("target", [None, "w"])
+def test_where_no_kernel_is_found_the_error_says_what_each_reaches(
+    target: str | None,
+) -> None:
+    params, x = {"w": jnp.ones((8, 6)), "b": jnp.ones((1, 6))}, jnp.ones((3, 8))
+    noisy = lambda p, x: x @ (p["w"] + x.sum()) + p["b"]
+    lora = jlora.lora(noisy, jlora.LoraConfig(target, rank=2))
+    with pytest.raises(jlora.TargetError, match=r"'w' \(8, 6\) reaches add at") as told:
+        lora.plan(params, x)
+    assert "projection_seed" not in str(told.value)
