@@ -115,7 +115,7 @@ def by_platform(bodies: Bodies, *args: jax.Array) -> list[jax.Array]:
     """Computes what `bodies` says, by the body that suits what it is lowered for."""
     jaxpr = _portable.trace(bodies, *args).jaxpr
     needs = _needs_devices() if bodies.has_rules else None
-    return _by_platform_p.bind(*args, jaxpr=jaxpr, bodies=bodies, needs=needs)
+    return by_platform_p.bind(*args, jaxpr=jaxpr, bodies=bodies, needs=needs)
 
 
 @functools.cache
@@ -135,16 +135,16 @@ def _portable(bodies: Bodies, *args: jax.Array) -> list[jax.Array]:
     return bodies.portable(*args)
 
 
-_by_platform_p = Primitive("by_platform")
-_by_platform_p.multiple_results = True
+by_platform_p = Primitive("by_platform")
+by_platform_p.multiple_results = True
 
 
-@_by_platform_p.def_abstract_eval
+@by_platform_p.def_abstract_eval
 def _types(*_: Any, jaxpr: Any, **__: Any) -> Any:
     return jaxpr.out_avals
 
 
-@_by_platform_p.def_impl
+@by_platform_p.def_impl
 def _eagerly(*args: jax.Array, bodies: Bodies, **_: Any) -> Any:
     if jax.config.jax_disable_jit:  # nothing is lowered then
         return bodies.portable(*args)
@@ -194,7 +194,7 @@ def _lower_untyped(body: Body, ctx: mlir.LoweringRuleContext, *args: Any) -> Any
 
 for _name in PLATFORMS:
     mlir.register_lowering(
-        _by_platform_p, functools.partial(_lower, _name), platform=_name
+        by_platform_p, functools.partial(_lower, _name), platform=_name
     )
 
 
@@ -212,7 +212,7 @@ def _batch(args: Any, axes: Any, *, jaxpr: Any, bodies: Bodies, **_: Any) -> Any
     return out, [0] * len(out)
 
 
-batching.primitive_batchers[_by_platform_p] = _batch
+batching.primitive_batchers[by_platform_p] = _batch
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -226,10 +226,10 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
     at = [primals[i] for i in moving]
     _, change = jax.jvp(of_moving, at, [tangents[i] for i in moving])
-    return _by_platform_p.bind(*primals, **params), change
+    return by_platform_p.bind(*primals, **params), change
 
 
-ad.primitive_jvps[_by_platform_p] = _jvp
+ad.primitive_jvps[by_platform_p] = _jvp
 
 
 def _under_remat(
@@ -272,4 +272,4 @@ def _saved() -> type:
     return type(policy(eqn.primitive, **eqn.params))
 
 
-partial_eval.partial_eval_jaxpr_custom_rules[_by_platform_p] = _under_remat
+partial_eval.partial_eval_jaxpr_custom_rules[by_platform_p] = _under_remat

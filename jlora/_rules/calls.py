@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from .._jax.platforms import by_platform_p
 from .._jax.versions import (
     JIT,
     REMAT,
@@ -171,7 +172,7 @@ def _rebound(
     return jax.tree.unflatten(jax.tree.structure(shapes), map(read, jaxpr.outvars))
 
 
-_INLINED = ("closed_call", "core_call", "composite", "by_platform")
+_INLINED = ("closed_call", "core_call", "composite", by_platform_p.name)
 
 CONTROL_FLOW = {
     **dict.fromkeys(JIT, ControlFlowRule(_analyze_call, _run_jit, is_call=True)),
