@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# jax 0.8.2 to 0.12.0.1: a batched product, summed over one mesh axis, comes back with its batch in another order where its batch is asked for along that axis and a feature axis along the batch's old one.
+# jax 0.8.2, 0.10.2 and 0.12.0.1: a batched product, summed over one mesh axis, comes back with its batch in another order where its batch is asked for along that axis and a feature axis along the batch's old one.
 #
 # Guessed: a layout says where values lie, never what they are. Seen, on 8 CPU devices as
 # (data=2, model=4): operands (expert, token, features) cut as P("model", "data") and their
@@ -9,10 +9,10 @@
 # that brings experts 0 to 3 together is left out. `out_sharding` on an Explicit mesh does
 # the same, and so did jax 0.8.2 and 0.10.2. Axes of one size are right; so is the product
 # that is first constrained to P("model"), where it lies by itself.
-# For LoRA in JAX: with tokens laid out as P("model", "data") and expert kernels or factors
-# stored as P("data", "model"), each expert is trained with the gradient of another one, and
-# the loss is right. Constrain such gradients to their experts' axis first, or store
-# factors with the experts along the axis that their tokens have.
+# For LoRA in JAX: where tokens, and what lies between two factors, are constrained to
+# P("model", "data") and kernels or factors of experts are stored as P("data", "model"), each
+# expert is trained with the gradient of another one, and the loss is right. Constrain such
+# gradients to P("model") first, or store experts along the axis that their tokens have.
 set -euo pipefail
 python=${PYTHON:-python3.12}
 folder=$(mktemp -d)
@@ -31,8 +31,8 @@ EXPERTS, TOKENS, FEATURES, RANK = 8, 16, 8, 4
 random = np.random.default_rng(0)
 normal = lambda *shape: random.normal(size=shape).astype(np.float32)
 tokens, cotangents = normal(EXPERTS, TOKENS, FEATURES), normal(EXPERTS, TOKENS, FEATURES)
-kernels = normal(EXPERTS, FEATURES, FEATURES)
-factors = normal(EXPERTS, FEATURES, RANK), normal(EXPERTS, RANK, FEATURES)
+shapes = (FEATURES, FEATURES), (FEATURES, RANK), (RANK, FEATURES)  # kernels, and their factors
+params = tuple(normal(EXPERTS, *shape) for shape in shapes)
 
 
 def mesh_of(data, model, kind=AxisType.Auto):
@@ -60,15 +60,15 @@ def product(mesh, first=None, **how):
     return order(found, np.einsum("eti,eto->eio", tokens, cotangents))
 
 
-def gradients(constrain, factors, kernels, tokens):
-    def loss(factors):
-        down, up = factors
+def gradients(constrain, params, tokens):
+    def loss(params):
+        kernels, down, up = params
         hidden = constrain(jnp.einsum("eti,eir->etr", tokens, down))
         out = jnp.einsum("eti,eio->eto", tokens, kernels) + jnp.einsum("etr,ero->eto", hidden, up)
         return jnp.sum(jnp.sin(constrain(out)))
 
-    value, found = jax.value_and_grad(loss)(factors)
-    return value, jax.tree.map(lambda factor, gradient: gradient + 0 * factor, factors, found)
+    value, found = jax.value_and_grad(loss)(params)
+    return value, jax.tree.map(lambda param, gradient: gradient + 0 * param, params, found)
 
 
 swapped = product(mesh_of(2, 4))
@@ -78,18 +78,17 @@ explicit = product(mesh_of(2, 4, AxisType.Explicit), out_sharding=P("data", "mod
 assert explicit == swapped, explicit
 assert product(mesh_of(2, 2)) == product(mesh_of(2, 4), first=P("model")) == list(range(EXPERTS))
 
-value, wanted = jax.jit(lambda *args: gradients(lambda rows: rows, *args))(factors, kernels, tokens)
+value, wanted = jax.jit(lambda *args: gradients(lambda rows: rows, *args))(params, tokens)
 mesh = mesh_of(2, 4)
 at = lambda *names: NamedSharding(mesh, P(*names))
 constrain = lambda rows: with_sharding_constraint(rows, at("model", "data"))
 step = jax.jit(lambda *args: gradients(constrain, *args))
-base = jax.device_put(kernels, at("model")), jax.device_put(tokens, at("model", "data"))
 for names, places in (("data", "model"), swapped), (("model", "data"), list(range(EXPERTS))):
-    loss, found = step(jax.device_put(factors, at(*names)), *base)
+    loss, found = step(jax.device_put(params, at(*names)), jax.device_put(tokens, at("model", "data")))
     assert np.allclose(loss, value, rtol=1e-4), (loss, value)
-    assert [order(a, b) for a, b in zip(found, wanted)] == [places, places], names
+    assert [order(a, b) for a, b in zip(found, wanted)] == [places] * 3, names
 print(
     f"P('data', 'model') of a product that lies as P('model'): matrices {swapped}, with "
-    "out_sharding on an Explicit mesh too; so come the gradients of experts' factors, with the right loss"
+    "out_sharding on an Explicit mesh too; so come the gradients of experts, with the right loss"
 )
 PY

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# jax 0.12.0.1: `jax.random.categorical` of bfloat16 logits never draws most of the tokens: of 32768 equal ones only some of the first thousands, and of unequal ones as at a lower temperature.
+# jax 0.10.2 and 0.12.0.1: `jax.random.categorical` of bfloat16 logits draws few tokens but the first thousand of 32768 equal ones, and draws unequal ones as at a lower temperature.
 #
 # Guessed: logits rounded to bfloat16 are off by less than a percent, and samples by as
 # much. Seen: the noise that is added to them has their dtype, and is made of a uniform
 # value of 7 bits: 128 values, none above 4.9, where float32's reach 16. Of equal logits the
 # maximum is tied, and the first of them wins. The same logits cast to float32 are drawn
 # rightly. `mode="high"` is nearer and still ties. The documentation speaks of events below
-# 1E-7, which is float32's limit. jax 0.10.2 does the same.
+# 1E-7, which is float32's limit.
 # For LoRA in JAX: completions of a tuned model, or rollouts for a reward, that are drawn
 # from bfloat16 logits are not from the policy whose log probabilities are trained: cast
 # logits to float32 before they are drawn from.
