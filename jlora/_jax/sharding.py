@@ -70,8 +70,7 @@ def beside(array: jax.Array, other: jax.Array) -> jax.Array:
     it is gathered then. Axes of size one are broadcast, and stay whole.
     """
     sharding, own = explicit_sharding(array), spec_of(array)
-    axes = zip(spec_of(other), array.shape, other.shape, strict=True)
-    wanted = [entry if n == size else None for entry, n, size in axes]
+    wanted = _on_axes_of(array.shape, spec_of(other), other.shape)
     fits = all(e is None or e == w for e, w in zip(own, wanted, strict=True))
     if sharding is None or fits:
         return array
@@ -97,8 +96,14 @@ def factor_spec(
     ('data', None, None)
     """
     entries = [*spec, *[None] * (len(value) - len(spec))]
-    own = [e if factor[i] == value[i] else None for i, e in enumerate(entries)]
-    return PartitionSpec(*own, None)
+    return PartitionSpec(*_on_axes_of(factor, entries, value), None)
+
+
+def _on_axes_of(
+    shape: Sequence[int], spec: Sequence[Any], value: Sequence[int]
+) -> list[Any]:
+    """Returns the entries of a value on the axes that `shape` has, not those of one."""
+    return [e if shape[i] == value[i] else None for i, e in enumerate(spec)]
 
 
 def place_of_axes(array: jax.Array, axes: Sequence[int]) -> NamedSharding | None:

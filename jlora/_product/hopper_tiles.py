@@ -65,14 +65,15 @@ def apart(rows: int, depth: int, columns: int, each: int) -> bool:
     return divides(depth, columns) and None not in both
 
 
-def tile_of(rows: int, columns: int, each: int) -> Tile | None:
+def tile_of(rows: int, columns: int, each: int, devices: int = 1) -> Tile | None:
     """Returns the fastest tile for a result, or None where it divides into none."""
     can = [tile for tile in TILES if tile.divides(rows, columns, each)]
-    return min(can, key=lambda t: t.time(rows, columns, processors()), default=None)
+    count = devices * processors()
+    return min(can, key=lambda t: t.time(rows, columns, count), default=None)
 
 
 def filled(rows: int, depth: int, columns: int, devices: int) -> float:
-    """Returns which part of some GPUs a product fills, the less of both ways; `fits`.
+    """Returns which part of some GPUs a product fills, the less of both ways.
 
     It is the time at the rate of the largest tiles, all at work, over that of the
     fastest ones.
@@ -80,10 +81,11 @@ def filled(rows: int, depth: int, columns: int, devices: int) -> float:
     count = devices * processors()
 
     def part(side: int) -> float:
-        can = [tile for tile in TILES if tile.divides(rows, side, rows)]
+        tile = tile_of(rows, side, rows, devices)
+        if tile is None:
+            return 0.0
         area = rows * side / (_LARGEST_TILE.height * _LARGEST_TILE.columns)
-        least = min(tile.time(rows, side, count) for tile in can)
-        return area / count * _LARGEST_TILE.cost / least
+        return area / count * _LARGEST_TILE.cost / tile.time(rows, side, count)
 
     return min(part(side) for side in (depth, columns))
 
